@@ -1,0 +1,17 @@
+// The Python extension: a table of XLA FFI handlers, and what it was compiled for.
+#include <nanobind/nanobind.h>
+
+#include "correlated_noise_ffi.h"
+#include "simd_target.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_jpk, m) {
+  m.attr("__doc__") = "Compiled kernels of jax_privacy_kernels. Private: use jax_privacy_kernels.ops.";
+  m.def("handlers", [] {
+    nb::dict table;
+    table["jpk_correlated_noise"] = nb::capsule(reinterpret_cast<void*>(jpk_correlated_noise));
+    return table;
+  });
+  m.def("simd_target", &jpk::simd_target);
+}

@@ -1,0 +1,1 @@
+"""GPU kernels of the ops, one file per op and language."""

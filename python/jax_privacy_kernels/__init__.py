@@ -1,0 +1,17 @@
+"""A compiled backend for correlated-noise differentially private training in JAX.
+
+The modules mirror those of jax_privacy, in names, arguments, semantics and noise stream.
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from jax_privacy_kernels import matrix_factorization, noise_addition
+from jax_privacy_kernels.ops import implementation
+
+__all__ = ["__version__", "implementation", "matrix_factorization", "noise_addition"]
+
+try:
+    __version__ = _version("jax-privacy-kernels")
+except _PackageNotFoundError:  # imported from a source checkout
+    __version__ = "0+unknown"

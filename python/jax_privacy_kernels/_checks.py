@@ -1,0 +1,104 @@
+"""Argument checks shared by the public functions.
+
+Shapes and types are always checked. Values are checked when they are there: inside a trace they
+are not, and the check passes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["check_coef", "check_int", "check_like", "check_vector", "is_concrete"]
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether ``x``, a value or a nest of values, holds no tracer."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+
+
+def check_int(name: str, value: Any, minimum: int = 1) -> int:
+    """Returns ``value`` as an ``int``: TypeError if it is not one, ValueError below ``minimum``."""
+    try:
+        result = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"expected {name} to be an integer, found {value!r}") from error
+    if result < minimum:
+        raise ValueError(f"expected {name} >= {minimum}, found {name}={result}")
+    return result
+
+
+def check_vector(
+    name: str,
+    x: Any,
+    is_valid: Callable[[np.ndarray], np.ndarray] | None = None,
+    expected: str = "",
+) -> jax.Array:
+    """Returns ``x`` as a non-empty 1-D array, or raises a ValueError that says what is wrong.
+
+    ``is_valid`` maps the values to a boolean array; ``expected`` describes values that pass.
+    """
+    with np.errstate(over="ignore"):  # An overflow is reported below, as a value.
+        array = jnp.asarray(x)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"expected {name} to be a non-empty 1-D array, found shape {array.shape}")
+    if is_valid is not None and is_concrete(x):
+        # Inside a trace `array` is a tracer even where x is not, so look at x, in array's dtype.
+        with np.errstate(over="ignore"):
+            values = np.asarray(x, array.dtype)
+        bad = np.flatnonzero(~is_valid(values))
+        if bad.size:
+            raise ValueError(f"expected {expected}, found {name}[{bad[0]}] = {values[bad[0]]}")
+    return array
+
+
+def check_coef(name: str, coef: Any, *, invertible: bool = False) -> jax.Array:
+    """Returns Toeplitz coefficients as a floating array ``[b]``; integers become floats.
+
+    Raises ValueError unless they are 1-D, non-empty and finite (and, if ``invertible``, start with
+    a nonzero one), TypeError unless they are real numbers.
+    """
+
+    def is_valid(values: np.ndarray) -> np.ndarray:
+        valid = np.isfinite(values)
+        if invertible:
+            valid[0] &= values[0] != 0
+        return valid
+
+    expected = f"{name} to be finite" + (f" and {name}[0] to be nonzero" if invertible else "")
+    array = check_vector(name, coef, is_valid, expected)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(jnp.result_type(float))
+    raise TypeError(f"expected {name} to hold real numbers, found dtype {array.dtype}")
+
+
+def check_like(name: str, value: Any, expected: Any, *, dtypes: bool = True) -> None:
+    """Raises a ValueError unless two trees agree in structure and shapes (and, if asked, dtypes).
+
+    ``expected`` is a tree of anything with shape and dtype; the error names the first difference.
+    """
+
+    def describe(tree: Any) -> dict[str, str]:
+        return {
+            name + jax.tree_util.keystr(path): f"shape {jnp.shape(leaf)}"
+            + (f" and dtype {jnp.result_type(leaf)}" if dtypes else "")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    found, want = describe(value), describe(expected)
+    for path in want | found:
+        if found.get(path) != want.get(path):
+            raise ValueError(
+                f"expected {path} to have {want.get(path, 'no value')}, "
+                f"found {found.get(path, 'no value')}"
+            )
+    structure, wanted = jax.tree.structure(value), jax.tree.structure(expected)
+    if structure != wanted:
+        raise ValueError(f"expected {name} to be a tree {wanted}, found {structure}")

@@ -1,0 +1,329 @@
+"""Privatizers: optax.GradientTransformations that add noise to clipped and summed gradients.
+
+A privatizer's ``update(sum_of_clipped_grads, noise_state, params=None)`` returns noisy gradients and the
+next state. The state is a tree of plain arrays: it can be jitted, scanned, donated and checkpointed, and
+it holds everything that the noise to come depends on. Donate it: a correlated-noise state holds b - 1
+copies of the model, which are updated in place if donated, and copied whole at every step if not.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jax_privacy_kernels.matrix_factorization import toeplitz
+    >>> coef = toeplitz.optimal_max_error_strategy_coefs(16)
+    >>> noising_matrix = toeplitz.inverse_as_streaming_matrix(coef)
+    >>> privatizer = matrix_factorization_privatizer(noising_matrix, stddev=2.0)
+    >>> model = grads = {"w": jnp.zeros((10, 3)), "b": jnp.zeros(3)}
+    >>> state = privatizer.init(model)
+    >>> update = jax.jit(privatizer.update, donate_argnums=1)
+    >>> for _ in range(4):
+    ...     noisy_grads, state = update(grads, state)
+
+They compose, ``optax.chain(privatizer, optimizer)``; what follows the noise is post-processing and costs
+no privacy. The stddev that a privacy guarantee asks for is the noise multiplier times the clipping norm
+times the sensitivity of the strategy C.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+import secrets
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_privacy_kernels._checks import check_like, is_concrete
+from jax_privacy_kernels.matrix_factorization import streaming_matrix
+from jax_privacy_kernels.ops import (
+    BandedRecurrence,
+    NoiseState,
+    check_noise_dtype,
+    correlated_noise,
+    init_correlated_noise,
+    normal,
+)
+
+__all__ = [
+    "SupportedStrategies",
+    "gaussian_privatizer",
+    "matrix_factorization_privatizer",
+]
+
+
+class SupportedStrategies(enum.Enum):
+    """How noise is laid out over devices while it is made."""
+
+    DEFAULT = "default"
+    """Like the gradients it is added to."""
+
+    ZERO = "zero"
+    """Split evenly over all devices of a mesh. Not yet available."""
+
+
+class _StreamingState(NamedTuple):
+    """State of a privatizer whose noising matrix has no fused kernel."""
+
+    noise: NoiseState  # of the independent noise
+    matrix: Any  # of StreamingMatrix.multiply_next
+
+
+class _DenseState(NamedTuple):
+    """State of a privatizer with a dense noising matrix."""
+
+    step: jax.Array  # int32 scalar, the row to come
+    key: jax.Array  # [kw] uint32, the data of the key that every row regenerates its noise from
+
+
+def matrix_factorization_privatizer(
+    noising_matrix: jax.typing.ArrayLike | streaming_matrix.StreamingMatrix,
+    *,
+    stddev: float,
+    prng_key: jax.Array | int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    intermediate_strategy: SupportedStrategies = SupportedStrategies.DEFAULT,
+    implementation: str | None = None,
+) -> optax.GradientTransformation:
+    """A privatizer that adds ``C^-1 Z`` to the gradients, row t at step t.
+
+    Z has independent Gaussian entries of standard deviation ``stddev``, so that over time the noise on
+    each parameter has covariance ``stddev^2 C^-1 C^-T``. For the same key it is the noise that jax_privacy
+    adds. See Section 4.4 of "Correlated Noise Mechanisms for Differentially Private Learning",
+    https://arxiv.org/abs/2506.08201.
+
+    Cost per step, for a model of d parameters:
+
+    * Banded Toeplitz C (`toeplitz.inverse_as_streaming_matrix`) and the identity: one fused pass, d
+      samples and about 20 d bytes (float32), whatever the number of bands b; the state holds (b - 1) d
+      numbers.
+    * Any other StreamingMatrix: its own ``multiply_next`` on d fresh samples.
+    * A dense matrix: d samples for every entry between the first and the last non-zero of the row; the
+      state holds no noise, all of it is made again from the key.
+
+    Args:
+      noising_matrix: ``C^-1``, a StreamingMatrix or an array ``[n, m]``.
+      stddev: standard deviation of Z, in the units of the gradients; finite and not negative.
+      prng_key: a typed or a raw key, a seed, or None for a fresh key from the operating system's entropy.
+        Who knows the key knows the noise: give one only to reproduce a run.
+      dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
+        gradient's own dtype. Gradients of 16 bits deserve ``dtype=jnp.float32``: a bfloat16 sample takes
+        one of 128 values.
+      intermediate_strategy: `SupportedStrategies.DEFAULT`.
+      implementation: of the noise kernel, "jax" or "cpp"; None for the fastest that takes the arguments.
+
+    Returns:
+      A transformation with ``init(model)``, which takes arrays or ShapeDtypeStructs shaped like the
+      gradients, and ``update(sum_of_clipped_grads, noise_state, params=None)``. Noise is added in the
+      wider of the gradient's and its own dtype; the result has the gradient's.
+
+    Raises:
+      TypeError: a noising matrix, key or stddev of a wrong type. From init and update: leaves that are
+        not real floating, or a noise dtype that is not one of the above.
+      ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, infinite or NaN;
+        a key that is not one key. From update: a state that is not of this privatizer and these
+        gradients; a step beyond the rows of a dense matrix (NaN instead inside a trace); an
+        implementation asked for that cannot run.
+      NotImplementedError: ``intermediate_strategy=SupportedStrategies.ZERO``.
+    """
+    if intermediate_strategy is not SupportedStrategies.DEFAULT:
+        raise NotImplementedError(
+            f"expected intermediate_strategy SupportedStrategies.DEFAULT, found "
+            f"{intermediate_strategy}, which this version does not have yet"
+        )
+    stddev = _check_stddev(stddev)
+    key = _as_key(prng_key)
+    if hasattr(noising_matrix, "multiply_next"):
+        structure = getattr(noising_matrix, "structure", None)
+        if isinstance(structure, BandedRecurrence):
+            return _fused(structure, stddev, key, dtype, implementation)
+        return _streaming(noising_matrix, stddev, key, dtype, implementation)
+    if isinstance(noising_matrix, jax.typing.ArrayLike):
+        return _dense(noising_matrix, stddev, key, dtype)
+    raise TypeError(
+        f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
+    )
+
+
+def gaussian_privatizer(
+    *,
+    stddev: float,
+    prng_key: jax.Array | int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    intermediate_strategy: SupportedStrategies = SupportedStrategies.DEFAULT,
+    implementation: str | None = None,
+) -> optax.GradientTransformation:
+    """A privatizer that adds independent Gaussian noise, as in DP-SGD.
+
+    It is `matrix_factorization_privatizer` for the identity matrix: one band, no history. The arguments
+    and errors are described there.
+    """
+    return matrix_factorization_privatizer(
+        streaming_matrix.identity(),
+        stddev=stddev,
+        prng_key=prng_key,
+        dtype=dtype,
+        intermediate_strategy=intermediate_strategy,
+        implementation=implementation,
+    )
+
+
+def _fused(
+    recurrence: BandedRecurrence,
+    stddev: Any,
+    key: jax.Array,
+    dtype: Any,
+    implementation: str | None,
+) -> optax.GradientTransformation:
+    def init(model: Any) -> NoiseState:
+        return init_correlated_noise(model, recurrence, key=key, dtype=dtype)
+
+    def update(
+        sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
+    ) -> tuple[Any, NoiseState]:
+        del params
+        return correlated_noise(
+            sum_of_clipped_grads,
+            noise_state,
+            recurrence,
+            stddev=stddev,
+            key_impl=jax.random.key_impl(key),
+            dtype=dtype,
+            implementation=implementation,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _streaming(
+    matrix: Any, stddev: Any, key: jax.Array, dtype: Any, implementation: str | None
+) -> optax.GradientTransformation:
+    independent = _fused(streaming_matrix.identity().structure, stddev, key, dtype, implementation)
+
+    def init(model: Any) -> _StreamingState:
+        like_noise = jax.tree.map(_with_dtype(dtype), model)
+        return _StreamingState(independent.init(model), matrix.init_multiply(like_noise))
+
+    def update(
+        sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
+    ) -> tuple[Any, _StreamingState]:
+        del params
+        # The independent noise checks its own state; a matrix may promote the dtype of its own.
+        expected = jax.eval_shape(init, sum_of_clipped_grads)
+        check_like("noise_state", noise_state, expected, dtypes=False)
+        zeros = jax.tree.map(
+            lambda g: jnp.zeros_like(g, dtype=dtype or g.dtype), sum_of_clipped_grads
+        )
+        z, noise = independent.update(zeros, noise_state.noise)
+        x, state = matrix.multiply_next(z, noise_state.matrix)
+        return jax.tree.map(_add, sum_of_clipped_grads, x), _StreamingState(noise, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _dense(
+    matrix: jax.typing.ArrayLike, stddev: Any, key: jax.Array, dtype: Any
+) -> optax.GradientTransformation:
+    # Approach 2 of Section 4.4.5 of https://arxiv.org/abs/2506.08201.
+    rows = jnp.asarray(matrix)
+    if rows.ndim != 2 or rows.size == 0:
+        raise ValueError(
+            f"expected noising_matrix to be 2-D and not empty, found shape {rows.shape}"
+        )
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        rows = rows.astype(jnp.result_type(float))
+    if is_concrete(matrix) and not np.isfinite(np.asarray(matrix, float)).all():
+        raise ValueError("expected noising_matrix to be finite, found NaN or infinite entries")
+    n = rows.shape[0]
+
+    def init(model: Any) -> _DenseState:
+        jax.tree_util.tree_map_with_path(functools.partial(check_noise_dtype, dtype=dtype), model)
+        return _DenseState(jnp.zeros((), jnp.int32), jnp.copy(jax.random.key_data(key)))
+
+    def update(
+        sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
+    ) -> tuple[Any, _DenseState]:
+        del params
+        check_like("noise_state", noise_state, jax.eval_shape(init, sum_of_clipped_grads))
+        step = noise_state.step
+        if is_concrete(step) and step >= n:
+            raise ValueError(
+                f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
+            )
+        # Inside a trace nothing can be raised: NaN is seen, the noise of row n - 1 again would not be.
+        row = jnp.where(step < n, rows[step] * stddev, jnp.nan)
+        grads, tree = jax.tree.flatten(sum_of_clipped_grads)
+        state_key = jax.random.wrap_key_data(noise_state.key, impl=jax.random.key_impl(key))
+        keys = jax.random.split(state_key, max(len(grads), 1))
+        noisy = [
+            _add(g, _combination(row, k, g.shape, dtype or g.dtype))
+            for g, k in zip(grads, keys, strict=False)
+        ]
+        return tree.unflatten(noisy), noise_state._replace(step=step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _combination(
+    row: jax.Array, key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """sum_j row[j] z_j, z_j the standard normal array of key j; zeros at both ends are not sampled."""
+    used = row != 0
+    first, last = jnp.argmax(used), row.shape[0] - jnp.argmax(used[::-1])
+
+    def add(j: jax.Array, total: jax.Array) -> jax.Array:
+        return total + row[j].astype(dtype) * normal(jax.random.fold_in(key, j), shape, dtype)
+
+    return jax.lax.fori_loop(
+        first, jnp.where(used.any(), last, first), add, jnp.zeros(shape, dtype)
+    )
+
+
+def _add(value: jax.Array, noise: jax.Array) -> jax.Array:
+    return (value + noise).astype(value.dtype)
+
+
+def _with_dtype(dtype: Any) -> Any:
+    def struct(leaf: Any) -> Any:
+        return leaf if dtype is None else jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return struct
+
+
+def _as_key(prng_key: Any) -> jax.Array:
+    """A typed key of shape () from what users may give."""
+    if prng_key is None:
+        words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).size
+        entropy = np.frombuffer(secrets.token_bytes(4 * words), np.uint32)
+        return jax.random.wrap_key_data(jnp.asarray(entropy))
+    if not isinstance(prng_key, jax.Array | np.ndarray):
+        try:
+            return jax.random.key(operator.index(prng_key))
+        except TypeError as error:
+            raise TypeError(
+                f"expected prng_key to be a key, an integer or None, found {prng_key!r}"
+            ) from error
+    key = jnp.asarray(prng_key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.ndim != 1:
+            raise TypeError(
+                "expected prng_key to be a key, found an array of "
+                f"dtype {key.dtype} and shape {key.shape}"
+            )
+        key = jax.random.wrap_key_data(key)
+    if key.shape:
+        raise ValueError(f"expected prng_key to be one key, found keys of shape {key.shape}")
+    return key
+
+
+def _check_stddev(stddev: Any) -> Any:
+    if jnp.shape(stddev) or not jnp.issubdtype(jnp.result_type(stddev), jnp.number):
+        raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
+    if not is_concrete(stddev):
+        return stddev
+    if jnp.issubdtype(jnp.result_type(stddev), jnp.complexfloating):
+        raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
+    if not 0 <= float(stddev) < float("inf"):
+        raise ValueError(f"expected stddev to be finite and not negative, found {stddev}")
+    return float(stddev)

@@ -1,0 +1,140 @@
+"""Which implementation of an op runs.
+
+The choice falls when XLA lowers for a platform: an op traces the implementations that the platforms would
+take into one `jax.lax.platform_dependent`, of which the compiler sees one. A name asked for, per call, per
+block or by environment variable, is taken or is an error; without one the fastest that takes the
+arguments runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.interpreters import mlir
+
+__all__ = [
+    "ENVIRONMENT",
+    "PLATFORMS",
+    "Implementation",
+    "candidates",
+    "implementation",
+    "per_platform",
+    "requested",
+]
+
+ENVIRONMENT = "JAX_PRIVACY_KERNELS_IMPLEMENTATION"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Implementation(NamedTuple):
+    """One implementation of an op; a table of them, fastest first, is the op's.
+
+    Attributes:
+      platforms: the XLA platforms it runs on.
+      unavailable: says why it cannot run in this process, or gives None.
+      refuse: says why it cannot take some arguments, or gives None; its parameters are the op's.
+      run: the implementation; its contract is the op's.
+    """
+
+    platforms: tuple[str, ...]
+    unavailable: Callable[[], str | None]
+    refuse: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+Table = Mapping[str, Implementation]
+
+_block: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
+
+
+@contextlib.contextmanager
+def implementation(name: str | None) -> Iterator[None]:
+    """Makes ops called in the block, without a name of their own, take the implementation ``name``.
+
+    Calls are traced ones: a function jitted and traced before the block keeps what it was traced with.
+
+    Args:
+      name: "jax", "cpp", "pallas" or "triton", or None for the fastest that takes the arguments.
+    """
+    token = _block.set(name)
+    try:
+        yield
+    finally:
+        _block.reset(token)
+
+
+def requested(op: str, table: Table, name: str | None) -> str | None:
+    """The implementation asked for: by the call, else by the block, else by the environment.
+
+    Raises:
+      ValueError: there is no such implementation, or it cannot run in this process.
+    """
+    name = name or _block.get() or os.environ.get(ENVIRONMENT) or None
+    if name is None:
+        return None
+    reason = "there is none of that name" if name not in table else table[name].unavailable()
+    if reason:
+        usable = [other for other, entry in table.items() if not entry.unavailable()]
+        raise ValueError(
+            f"implementation {name!r} of {op} was asked for, but {reason}; available: {usable}"
+        )
+    return name
+
+
+def candidates(table: Table, name: str | None, *arguments: Any) -> tuple[dict[str, str], list[str]]:
+    """Which implementation each platform takes for these arguments, and why others were passed over.
+
+    Args:
+      table: the op's implementations.
+      name: the one asked for, or None for the first that can.
+      *arguments: what `Implementation.refuse` looks at.
+    """
+    chosen: dict[str, str] = {}
+    refusals = []
+    for candidate, entry in table.items() if name is None else [(name, table[name])]:
+        reason = entry.unavailable() or entry.refuse(*arguments)
+        if reason:
+            refusals.append(f"{candidate}: {reason}")
+            continue
+        for platform in entry.platforms:
+            chosen.setdefault(platform, candidate)
+    return chosen, refusals
+
+
+def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args: Any) -> Any:
+    """Calls the branch of the platform that this is lowered for.
+
+    Args:
+      branches: by platform; branches that are the same function are traced once.
+      refusal: the message of the NotImplementedError on platforms without a branch.
+      *args: arrays or trees of arrays.
+    """
+    if set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
+        return branches[PLATFORMS[0]](*args)
+    out = jax.eval_shape(next(iter(branches.values())), *args)
+
+    def absent(*_: Any) -> Any:
+        leaves, tree = jax.tree.flatten(out)
+        avals = tuple(jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves)
+        return jax.tree.unflatten(tree, _refuse_p.bind(message=refusal, avals=avals))
+
+    return jax.lax.platform_dependent(*args, default=absent, **branches)
+
+
+def _refuse_lowering(ctx: Any, *, message: str, avals: Any) -> Any:
+    del ctx, avals
+    raise NotImplementedError(message)
+
+
+# Fails when lowered, with a message of ours: what platform_dependent says itself names no op.
+_refuse_p = jax.extend.core.Primitive("jax_privacy_kernels_refusal")
+_refuse_p.multiple_results = True
+_refuse_p.def_abstract_eval(lambda *, message, avals: list(avals))
+mlir.register_lowering(_refuse_p, _refuse_lowering)

@@ -1,0 +1,147 @@
+"""The look-ahead schedule and the state of correlated noise, shared by all implementations.
+
+A strategy of b bands needs S = b - 1 terms of history. Each leaf keeps them in a ring of S slots, x_tau
+in slot tau mod S. Computing x_t needs every slot; but once they are loaded, x_t .. x_{t+S-1} can be
+computed too, each into the slot whose term it no longer needs, and the next S steps read one slot each.
+The visits are spread over the steps:
+
+* A leaf is cut, in row-major order, into tiles of ``TILE`` elements (the last may be shorter). Tile q has
+  phase ``(q + first_tile) mod S``, where first_tile counts the tiles of the leaves before it.
+* At step t the tiles with phase ``t mod S`` are *refreshed*: their slots get x_t .. x_{t+S-1}.
+* At the first S - 1 steps, tiles with phase > t *warm up*: slot t gets x_t. Slots not yet written are 0.
+* Then x_t stands in slot ``t mod S`` of every tile.
+
+A key whose bits are not a function of the element's index alone (any but threefry2x32 with
+``jax_threefry_partitionable``) cannot be sampled tile by tile. Its schedule is the plain one: at every
+step all tiles compute x_t into slot ``t mod S``. The state then has no keys of future steps, so the two
+kinds of state have different shapes.
+
+What a slot holds at step t therefore depends on this schedule: it is the meaning of the state, and every
+implementation follows it exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "TILE",
+    "Clock",
+    "Leaf",
+    "NoiseState",
+    "abstract_clock",
+    "init_clock",
+    "looks_ahead",
+    "plan",
+    "tick",
+]
+
+TILE = 1024
+
+
+class Clock(NamedTuple):
+    """Where the noise stream stands before step t. Plain arrays, kw words of key data per key.
+
+    Attributes:
+      step: int32 scalar, t.
+      key: ``[kw]`` uint32, data of the key that steps t + S and later are split from (t, not t + S, for
+        the plain schedule).
+      subkeys: ``[S, kw]`` uint32, data of the keys of steps t .. t + S - 1, step tau in row tau mod S
+        (``[0, kw]`` for the plain schedule).
+    """
+
+    step: jax.Array
+    key: jax.Array
+    subkeys: jax.Array
+
+
+class NoiseState(NamedTuple):
+    """State of a correlated-noise privatizer before a step.
+
+    Attributes:
+      clock: the `Clock`.
+      buffers: mirrors the parameters; each leaf the ring, ``(S,) + shape``.
+    """
+
+    clock: Clock
+    buffers: Any
+
+
+def looks_ahead(key_impl: Any) -> bool:
+    """Whether keys of this implementation take the look-ahead schedule, in the current JAX config."""
+    return str(key_impl) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)
+
+
+class Leaf(NamedTuple):
+    """What is static about one leaf of the tree.
+
+    Attributes:
+      index: its position among the leaves, in flattening order.
+      count: the number of leaves in the tree.
+      size: its number of elements.
+      first_tile: the number of tiles in the leaves before it.
+      noise_dtype: what its noise is sampled as.
+    """
+
+    index: int
+    count: int
+    size: int
+    first_tile: int
+    noise_dtype: jnp.dtype
+
+
+def plan(shapes: Sequence[tuple[int, ...]], noise_dtypes: Sequence[jnp.dtype]) -> tuple[Leaf, ...]:
+    """The leaves of a tree, from their shapes and noise dtypes in flattening order."""
+    leaves: list[Leaf] = []
+    first_tile = 0
+    for index, (shape, dtype) in enumerate(zip(shapes, noise_dtypes, strict=True)):
+        size = math.prod(shape)
+        leaves.append(Leaf(index, len(shapes), size, first_tile, jnp.dtype(dtype)))
+        first_tile += -(-size // TILE)
+    return tuple(leaves)
+
+
+def abstract_clock(key_impl: Any, slots: int) -> Clock:
+    """Shapes and dtypes of a clock."""
+    words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl))).shape
+    ahead = slots if looks_ahead(key_impl) else 0
+    return Clock(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct(words, jnp.uint32),
+        jax.ShapeDtypeStruct((ahead, *words), jnp.uint32),
+    )
+
+
+def init_clock(key: jax.Array, slots: int) -> Clock:
+    """The clock before step 0, for a typed key of shape ()."""
+    clock = abstract_clock(jax.random.key_impl(key), slots)
+
+    def split(key: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        key, subkey = jax.random.split(key)
+        return key, jax.random.key_data(subkey)
+
+    if clock.subkeys.size:
+        key, subkeys = jax.lax.scan(split, key, length=slots)
+    else:
+        subkeys = jnp.zeros(clock.subkeys.shape, clock.subkeys.dtype)
+    # A copy: the state is there to be donated, the caller's key is not.
+    return Clock(jnp.zeros((), jnp.int32), jnp.copy(jax.random.key_data(key)), subkeys)
+
+
+def tick(clock: Clock, key_impl: Any) -> tuple[jax.Array, Clock]:
+    """Typed keys ``[max(S, 1)]`` of the steps from t on (by slot; only t's if none is ahead), and the
+    clock before step t + 1."""
+    key, subkey = jax.random.split(jax.random.wrap_key_data(clock.key, impl=key_impl))
+    subkey_data = jax.random.key_data(subkey)
+    ahead = clock.subkeys.shape[0]
+    if ahead:
+        now, subkeys = clock.subkeys, clock.subkeys.at[clock.step % ahead].set(subkey_data)
+    else:
+        now, subkeys = subkey_data[None], clock.subkeys
+    keys = jax.random.wrap_key_data(now, impl=key_impl)
+    return keys, Clock(clock.step + 1, jax.random.key_data(key), subkeys)

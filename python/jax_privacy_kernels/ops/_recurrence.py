@@ -1,0 +1,26 @@
+"""What a fused noise op needs to know about a noising matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+__all__ = ["BandedRecurrence"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BandedRecurrence:
+    """The rows of ``C^-1`` for a banded lower-triangular Toeplitz strategy C.
+
+    Row t of the product ``x = C^-1 z`` solves, for coefficients ``c`` and row scales ``s``,
+
+        x_t = (z_t - sum_{l=1}^{b-1} c_l x_{t-l}) / c_0,    output s_{min(t, n-1)} x_t.
+
+    Attributes:
+      coef: ``[b]`` floating array, the Toeplitz coefficients of C, ``c_0 != 0``.
+      row_scale: ``[n]`` floating array ``s``, or None for all ones.
+    """
+
+    coef: jax.Array
+    row_scale: jax.Array | None = None

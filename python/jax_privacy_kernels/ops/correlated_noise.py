@@ -1,0 +1,238 @@
+"""One step of a correlated-noise privatizer: sample, correlate, add to the gradients."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_privacy_kernels._checks import check_like
+from jax_privacy_kernels.ops import (
+    _cpp,
+    _dispatch,
+    _lookahead,
+    correlated_noise_cpp,
+    correlated_noise_jax,
+)
+from jax_privacy_kernels.ops._lookahead import Leaf, NoiseState
+from jax_privacy_kernels.ops._recurrence import BandedRecurrence
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "NoiseState",
+    "check_noise_dtype",
+    "correlated_noise",
+    "init_correlated_noise",
+]
+
+# Fastest first. An implementation is a module with `refuse` and `run`:
+#
+#   refuse(leaf, ahead) -> why it cannot take the leaf under this schedule, or None
+#   run(leaves, ahead, step, keys, coef, stddev, row_scale, grads, rings) -> (outs, rings)
+#
+# for some or all leaves of the tree. `leaves` and `ahead` are static, the schedule is _lookahead.py's:
+#   leaves: a Leaf for each of grads, rings, outs
+#   ahead: whether the look-ahead schedule or the plain one is followed
+#   step: int32 scalar, t
+#   keys: typed keys of steps t .. t + S - 1 by slot, [max(S, 1)] (plain schedule: [1], of step t)
+#   coef: [b] float32 or float64;  stddev, row_scale: scalars
+#   grads, outs: any shapes and float dtypes;  rings: (S,) + shape, the dtype noise is computed in
+# run gives outs = grads + row_scale x_t, and the rings as they are after the step.
+_EVERYWHERE = _dispatch.PLATFORMS
+IMPLEMENTATIONS: _dispatch.Table = {
+    "cpp": _dispatch.Implementation(
+        ("cpu",), _cpp.unavailable, correlated_noise_cpp.refuse, correlated_noise_cpp.run
+    ),
+    "jax": _dispatch.Implementation(
+        _EVERYWHERE, lambda: None, correlated_noise_jax.refuse, correlated_noise_jax.run
+    ),
+}
+
+_NOISE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def init_correlated_noise(
+    model: Any, recurrence: BandedRecurrence, *, key: jax.Array, dtype: Any = None
+) -> NoiseState:
+    """The state before step 0.
+
+    Args:
+      model: tree of arrays or ShapeDtypeStructs, shaped and typed like the gradients.
+      recurrence: the rows of ``C^-1``, b bands.
+      key: typed key, shape ().
+      dtype: what noise is sampled as; None for each leaf's own dtype.
+
+    Returns:
+      A `NoiseState`: b - 1 slots for every parameter, and some hundred bytes.
+
+    Raises:
+      TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
+    """
+
+    def ring(leaf: Any, ring: jax.ShapeDtypeStruct) -> jax.Array:
+        zero = jnp.zeros_like(leaf, dtype=ring.dtype)  # keeps the leaf's sharding
+        return jnp.broadcast_to(zero, ring.shape)
+
+    expected = _abstract_state(model, recurrence, jax.random.key_impl(key), dtype)
+    return NoiseState(
+        _lookahead.init_clock(key, recurrence.coef.shape[0] - 1),
+        jax.tree.map(ring, model, expected.buffers),
+    )
+
+
+def correlated_noise(
+    grads: Any,
+    state: NoiseState,
+    recurrence: BandedRecurrence,
+    *,
+    stddev: jax.typing.ArrayLike,
+    key_impl: Any,
+    dtype: Any = None,
+    implementation: str | None = None,
+) -> tuple[Any, NoiseState]:
+    """Adds row t of ``C^-1 Z`` to the gradients, Z with i.i.d. rows of Gaussian noise.
+
+    The samples are those of ``jax.random.normal`` on keys split from the state's as jax_privacy splits
+    them. Time and memory traffic per step do not depend on the number of bands (see _lookahead.py), if
+    the state is donated; otherwise XLA first copies it, b - 1 times the model.
+
+    Args:
+      grads: tree of floating arrays.
+      state: from `init_correlated_noise` or the step before, for this tree, recurrence and dtype.
+      recurrence: the rows of ``C^-1``.
+      stddev: standard deviation of Z.
+      key_impl: `jax.random.key_impl` of the key that the state was made from.
+      dtype: what noise is sampled as; None for each leaf's own dtype.
+      implementation: "jax", "cpp", ..., or None for the fastest that takes the arguments.
+
+    Returns:
+      The noisy gradients, of the gradients' dtypes, and the next state.
+
+    Raises:
+      TypeError: as `init_correlated_noise`.
+      ValueError: the state is not one of this tree and recurrence, or the implementation asked for
+        cannot run here or cannot take a leaf.
+    """
+    name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
+    grads = jax.tree.map(jnp.asarray, grads)
+    paths_and_grads, tree = jax.tree_util.tree_flatten_with_path(grads)
+    check_like("noise_state", state, _abstract_state(grads, recurrence, key_impl, dtype))
+    leaves = _lookahead.plan(
+        [grad.shape for _, grad in paths_and_grads],
+        [check_noise_dtype(path, grad, dtype) for path, grad in paths_and_grads],
+    )
+    ahead = _lookahead.looks_ahead(key_impl)
+
+    # For every platform, the implementation of every leaf.
+    choices: dict[str, list[str | None]] = {platform: [] for platform in _dispatch.PLATFORMS}
+    refusals: list[str] = []
+    for leaf, (path, _) in zip(leaves, paths_and_grads, strict=True):
+        chosen, refused = _dispatch.candidates(IMPLEMENTATIONS, name, leaf, ahead)
+        where = f"leaf {_path(path)}"
+        if not chosen:
+            raise ValueError(f"no implementation of correlated_noise takes {where}: {refused}")
+        refusals += [f"{where}: {reason}" for reason in refused]
+        for platform, names in choices.items():
+            names.append(chosen.get(platform))
+    static = {platform: tuple(names) for platform, names in choices.items() if None not in names}
+    asked = f"implementation {name!r}" if name else "no implementation"
+    refusal = (
+        f"correlated_noise: {asked} runs on this platform; it would on {sorted(static)}"
+        + "".join(f"; {reason}" for reason in refusals)
+    )
+
+    outs, state = _step(
+        leaves,
+        ahead,
+        key_impl,
+        tuple(static.items()),
+        refusal,
+        # Kernels take coefficients of 32 or 64 bits; the rings' dtype was settled above.
+        recurrence.coef.astype(jnp.promote_types(recurrence.coef.dtype, jnp.float32)),
+        recurrence.row_scale,
+        jnp.asarray(stddev, jnp.result_type(float)),
+        [grad for _, grad in paths_and_grads],
+        NoiseState(state.clock, jax.tree.leaves(state.buffers)),
+    )
+    return tree.unflatten(outs), NoiseState(state.clock, tree.unflatten(state.buffers))
+
+
+# Jitted, so that a call outside jit compiles once.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _step(
+    leaves: tuple[Leaf, ...],
+    ahead: bool,
+    key_impl: Any,
+    choices: tuple[tuple[str, tuple[str, ...]], ...],
+    refusal: str,
+    coef: jax.Array,
+    row_scale: jax.Array | None,
+    stddev: jax.Array,
+    grads: list[jax.Array],
+    state: NoiseState,
+) -> tuple[list[jax.Array], NoiseState]:
+    step = state.clock.step
+    keys, clock = _lookahead.tick(state.clock, key_impl)
+    scale = jnp.ones((), coef.dtype) if row_scale is None else row_scale.at[step].get(mode="clip")
+
+    def run(names: tuple[str, ...], *arrays: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        *common, grads, rings = arrays
+        outs, rings = list(grads), list(rings)
+        for name in dict.fromkeys(names):
+            # Leaves without elements stay as they are.
+            mine = [i for i, leaf in enumerate(leaves) if names[i] == name and leaf.size]
+            if not mine:
+                continue
+            some = ([tree[i] for i in mine] for tree in (leaves, grads, rings))
+            some_leaves, some_grads, some_rings = some
+            results = IMPLEMENTATIONS[name].run(some_leaves, ahead, *common, some_grads, some_rings)
+            for i, out, ring in zip(mine, *results, strict=True):
+                outs[i], rings[i] = out, ring
+        return outs, rings
+
+    shared = {names: functools.partial(run, names) for _, names in choices}
+    outs, rings = _dispatch.per_platform(
+        {platform: shared[names] for platform, names in choices},
+        refusal,
+        step,
+        keys,
+        coef,
+        stddev,
+        scale,
+        grads,
+        state.buffers,
+    )
+    return outs, NoiseState(clock, rings)
+
+
+def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
+    """What the noise of a leaf is sampled as, or a TypeError that names the leaf by its path."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"expected leaf {_path(path)} to be floating, found dtype {leaf.dtype}")
+    noise_dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
+    if noise_dtype.name not in _NOISE_DTYPES:
+        raise TypeError(
+            f"expected leaf {_path(path)} to have noise of dtype {', '.join(_NOISE_DTYPES)}, "
+            f"found {noise_dtype} (set dtype to sample in another)"
+        )
+    return noise_dtype
+
+
+def _abstract_state(
+    model: Any, recurrence: BandedRecurrence, key_impl: Any, dtype: Any
+) -> NoiseState:
+    slots = recurrence.coef.shape[0] - 1
+
+    def ring(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        noise_dtype = check_noise_dtype(path, leaf, dtype)
+        ring_dtype = jnp.promote_types(noise_dtype, recurrence.coef.dtype)
+        return jax.ShapeDtypeStruct((slots, *leaf.shape), ring_dtype)
+
+    buffers = jax.tree_util.tree_map_with_path(ring, model)
+    return NoiseState(_lookahead.abstract_clock(key_impl, slots), buffers)
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "(the only one)"

@@ -1,9 +1,10 @@
 // One step of correlated noise for many leaves: sample, correlate, add to the gradients.
 //
 // With S = b - 1 slots of history, a visit to a tile either runs its recurrence S steps ahead
-// (`refresh`), or, in the first S steps of a run, one step (`warm_up`), or only reads one slot. Which of
-// them is a function of the step and the tile's position in the tree; ops/_lookahead.py states it for
-// all implementations, and they must agree: it is the meaning of the state that they share.
+// (`refresh`), or, in the first S steps of a run, one step (`warm_up`), or only reads one slot.
+// Which of them is a function of the step and the tile's position in the tree; ops/_lookahead.py
+// states it for all implementations, and they must agree: it is the meaning of the state that they
+// share.
 #ifndef JPK_CORRELATED_NOISE_H_
 #define JPK_CORRELATED_NOISE_H_
 
@@ -24,13 +25,19 @@ namespace jpk {
 inline constexpr int64_t kTile = 1024;
 static_assert(kTile % kBlock == 0);
 
+// Rows are added up in groups, one load and store of x for several multiply-adds; history is padded
+// with rows of zeros to a multiple of the smaller group.
+inline constexpr int64_t kRows = 4;
+
+JPK_INLINE int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
+
 struct Leaf {
-  const void* grad;     // [size]
-  void* out;            // [size]
-  void* ring;           // [slots, size], null if there are no slots
+  const void* grad;  // [size]
+  void* out;         // [size]
+  void* ring;        // [slots, size], null if there are no slots
   int64_t size;
-  int64_t first_tile;   // tiles of the leaves before this one
-  uint32_t index;       // position among the leaves of the tree
+  int64_t first_tile;  // tiles of the leaves before this one
+  uint32_t index;      // position among the leaves of the tree
   FloatType grad_type;
   FloatType noise_type;  // kFloat32 or kFloat64: what is sampled
   FloatType ring_type;   // kFloat32 or kFloat64, at least as wide as noise_type
@@ -40,22 +47,30 @@ struct Leaf {
 
 // What every leaf shares at step t.
 struct Step {
-  int64_t slots;             // S
-  int64_t time;              // min(t, S): how many terms of the past there are
-  int64_t now;               // t mod S: the slot of x_t
-  const Key* subkeys;        // [max(S, 1)] by slot: the keys of steps t .. t + S - 1
-  std::vector<double> past;  // [2 S]: past[S + m - s] is the weight of slot m in the new x of slot s
-  double input_weight;       // of z_t in x_t
+  int64_t slots;       // S
+  int64_t time;        // min(t, S): how many terms of the past there are
+  int64_t now;         // t mod S: the slot of x_t
+  const Key* subkeys;  // [max(S, 1)] by slot: the keys of steps t .. t + S - 1
+  std::vector<double>
+      past;  // [2 S + kRows]: past[S + m - s] is the weight of slot m in the new x of slot s
+  double input_weight;  // of z_t in x_t
   double stddev;
   double row_scale;
   bool accurate;  // see Gaussian::any
 };
 
-inline Step make_step(int64_t t, const Key* subkeys, const double* coef, int64_t bands, double stddev,
-                      double row_scale, bool accurate) {
+inline Step make_step(int64_t t, const Key* subkeys, const double* coef, int64_t bands,
+                      double stddev, double row_scale, bool accurate) {
   const int64_t slots = bands - 1;
-  Step step{slots,  std::min(t, slots), slots ? t % slots : 0, subkeys, std::vector<double>(2 * slots),
-            1.0 / coef[0], stddev, row_scale, accurate};
+  Step step{slots,
+            std::min(t, slots),
+            slots ? t % slots : 0,
+            subkeys,
+            std::vector<double>(2 * slots + kRows),
+            1.0 / coef[0],
+            stddev,
+            row_scale,
+            accurate};
   for (int64_t lag = 1; lag <= slots; ++lag) {
     step.past[slots - lag] = -coef[lag] / coef[0];
     if (lag < slots) step.past[2 * slots - lag] = -coef[lag] / coef[0];
@@ -71,11 +86,11 @@ class Scratch {
       : slots_(slots), keys_(static_cast<size_t>(slots)), bytes_(allocate(slots)) {}
   Key* keys() { return keys_.data(); }  // [slots]: the leaf's keys
   template <typename X>
-  X* weights() {  // [2 slots]: Step::past
-    return reinterpret_cast<X*>(bytes_.get()) + slots_ * kBlock;
+  X* weights() {  // [2 slots + kRows]: Step::past
+    return reinterpret_cast<X*>(bytes_.get()) + padded(slots_) * kBlock;
   }
   template <typename X>
-  X* history() {  // [slots, kBlock]: the ring of one block of elements
+  X* history() {  // [padded(slots), kBlock]: the ring of one block of elements
     return reinterpret_cast<X*>(bytes_.get());
   }
 
@@ -85,31 +100,57 @@ class Scratch {
     void operator()(void* p) const { ::operator delete(p, kAlignment); }
   };
   static void* allocate(int64_t slots) {
-    return ::operator new(static_cast<size_t>(slots * (kBlock + 2)) * sizeof(double), kAlignment);
+    return ::operator new(
+        static_cast<size_t>(padded(slots) * kBlock + 2 * slots + kRows) * sizeof(double),
+        kAlignment);
   }
   int64_t slots_;
   std::vector<Key> keys_;
   std::unique_ptr<void, Free> bytes_;
 };
 
-// x[i] += sum_m weight[m] * history[m * stride + i], 0 <= i < kBlock. Eight rows a pass: one load and
-// store of x for eight multiply-adds.
+// x[i] += sum_m weight[m] * history[m * kBlock + i], 0 <= i < kBlock, rows a multiple of kRows.
 template <typename X>
-JPK_INLINE void accumulate(int64_t rows, const X* weight, const X* history, int64_t stride,
-                           X* __restrict x) {
+JPK_INLINE void accumulate(int64_t rows, const X* weight, const X* history, X* __restrict x) {
   int64_t m = 0;
-  for (; m + 8 <= rows; m += 8) {
-    const X *w = weight + m, *h = history + m * stride;
+  for (; m + 2 * kRows <= rows; m += 2 * kRows) {
+    const X *w = weight + m, *h = history + m * kBlock;
     for (int i = 0; i < kBlock; ++i) {
-      x[i] += ((w[0] * h[i] + w[1] * h[i + stride]) + (w[2] * h[i + 2 * stride] + w[3] * h[i + 3 * stride])) +
-              ((w[4] * h[i + 4 * stride] + w[5] * h[i + 5 * stride]) +
-               (w[6] * h[i + 6 * stride] + w[7] * h[i + 7 * stride]));
+      X sum = x[i];
+      sum += w[0] * h[i];
+      sum += w[1] * h[i + kBlock];
+      sum += w[2] * h[i + 2 * kBlock];
+      sum += w[3] * h[i + 3 * kBlock];
+      sum += w[4] * h[i + 4 * kBlock];
+      sum += w[5] * h[i + 5 * kBlock];
+      sum += w[6] * h[i + 6 * kBlock];
+      sum += w[7] * h[i + 7 * kBlock];
+      x[i] = sum;
     }
   }
-  for (; m < rows; ++m) {
-    const X w = weight[m], *h = history + m * stride;
-    for (int i = 0; i < kBlock; ++i) x[i] += w * h[i];
+  for (; m < rows; m += kRows) {
+    const X *w = weight + m, *h = history + m * kBlock;
+    for (int i = 0; i < kBlock; ++i) {
+      X sum = x[i];
+      sum += w[0] * h[i];
+      sum += w[1] * h[i + kBlock];
+      sum += w[2] * h[i + 2 * kBlock];
+      sum += w[3] * h[i + 3 * kBlock];
+      x[i] = sum;
+    }
   }
+}
+
+// Copies elements [first, first + count) of the ring's first rows to history, and pads it with
+// zeros.
+template <typename X>
+JPK_INLINE void gather(const Leaf& leaf, int64_t first, int64_t count, int64_t rows, X* history) {
+  const X* ring = static_cast<const X*>(leaf.ring) + first;
+  for (int64_t m = 0; m < rows; ++m) {
+    std::copy_n(ring + m * leaf.size, count, history + m * kBlock);
+    std::fill(history + m * kBlock + count, history + (m + 1) * kBlock, X(0));
+  }
+  std::fill(history + rows * kBlock, history + padded(rows) * kBlock, X(0));
 }
 
 // x[i] = input_weight * stddev * normal(key, first + i).
@@ -126,19 +167,15 @@ template <typename Z, typename X>
 JPK_INLINE void refresh(const Step& step, const Leaf& leaf, int64_t first, int64_t count,
                         const Key* keys, const X* weights, X* history) {
   const int64_t slots = step.slots;
-  X* ring = static_cast<X*>(leaf.ring) + first;
-  for (int64_t m = 0; m < slots; ++m) {
-    X* row = history + m * kBlock;
-    std::copy_n(ring + m * leaf.size, count, row);
-    std::fill(row + count, row + kBlock, X(0));
-  }
+  gather(leaf, first, count, slots, history);
   for (int64_t ahead = 0; ahead < slots; ++ahead) {
     const int64_t slot = step.now + ahead < slots ? step.now + ahead : step.now + ahead - slots;
     X x[kBlock];
     sample<Z, X>(step, keys[slot], first, x);
-    accumulate<X>(slots, weights + slots - slot, history, kBlock, x);
+    accumulate<X>(padded(slots), weights + slots - slot, history, x);
     std::copy_n(x, kBlock, history + slot * kBlock);
   }
+  X* ring = static_cast<X*>(leaf.ring) + first;
   for (int64_t m = 0; m < slots; ++m) {
     std::copy_n(history + m * kBlock, count, ring + m * leaf.size);
   }
@@ -148,21 +185,17 @@ JPK_INLINE void refresh(const Step& step, const Leaf& leaf, int64_t first, int64
 template <typename Z, typename X>
 JPK_INLINE void warm_up(const Step& step, const Leaf& leaf, int64_t first, int64_t count, Key key,
                         const X* weights, X* history) {
-  X* ring = static_cast<X*>(leaf.ring) + first;
-  for (int64_t m = 0; m < step.time; ++m) {
-    X* row = history + m * kBlock;
-    std::copy_n(ring + m * leaf.size, count, row);
-    std::fill(row + count, row + kBlock, X(0));
-  }
+  gather(leaf, first, count, step.time, history);
   X x[kBlock];
   sample<Z, X>(step, key, first, x);
-  accumulate<X>(step.time, weights + step.slots - step.now, history, kBlock, x);
-  std::copy_n(x, count, ring + step.now * leaf.size);
+  accumulate<X>(padded(step.time), weights + step.slots - step.now, history, x);
+  std::copy_n(x, count, static_cast<X*>(leaf.ring) + step.now * leaf.size + first);
 }
 
 // out = grad + row_scale * x, added in the wider of the two types and rounded to the gradient's.
 template <typename X, typename G>
-JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X row_scale, const X* __restrict x) {
+JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X row_scale,
+                     const X* __restrict x) {
   const G* __restrict grad = static_cast<const G*>(leaf.grad) + first;
   G* out = static_cast<G*>(leaf.out) + first;
   for (int64_t i = 0; i < count; ++i) narrow(widen(grad[i]) + row_scale * x[i], out[i]);
@@ -171,10 +204,14 @@ JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X row_scale
 template <typename X>
 JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X row_scale, const X* x) {
   switch (leaf.grad_type) {
-    case FloatType::kFloat16: return emit<X, Float16>(leaf, first, count, row_scale, x);
-    case FloatType::kBFloat16: return emit<X, BFloat16>(leaf, first, count, row_scale, x);
-    case FloatType::kFloat32: return emit<X, float>(leaf, first, count, row_scale, x);
-    case FloatType::kFloat64: return emit<X, double>(leaf, first, count, row_scale, x);
+    case FloatType::kFloat16:
+      return emit<X, Float16>(leaf, first, count, row_scale, x);
+    case FloatType::kBFloat16:
+      return emit<X, BFloat16>(leaf, first, count, row_scale, x);
+    case FloatType::kFloat32:
+      return emit<X, float>(leaf, first, count, row_scale, x);
+    case FloatType::kFloat64:
+      return emit<X, double>(leaf, first, count, row_scale, x);
   }
 }
 
@@ -198,7 +235,7 @@ JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, in
 
   Key* keys = scratch.keys();
   X *weights = scratch.weights<X>(), *history = scratch.history<X>();
-  for (int64_t i = 0; i < 2 * slots; ++i) weights[i] = static_cast<X>(step.past[i]);
+  for (size_t i = 0; i < step.past.size(); ++i) weights[i] = static_cast<X>(step.past[i]);
   const X* ring_now = static_cast<const X*>(leaf.ring) + step.now * leaf.size;
 
   bool have_keys = false;
@@ -211,7 +248,8 @@ JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, in
         have_keys = true;
       }
       for (int64_t first = start; first < stop; first += kBlock) {
-        refresh<Z, X>(step, leaf, first, std::min<int64_t>(kBlock, stop - first), keys, weights, history);
+        refresh<Z, X>(step, leaf, first, std::min<int64_t>(kBlock, stop - first), keys, weights,
+                      history);
       }
     } else if (step.time < phase) {
       for (int64_t first = start; first < stop; first += kBlock) {
@@ -223,31 +261,34 @@ JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, in
   }
 }
 
-JPK_TARGET_CLONES void step_tiles_f32_f32(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
-                                          Scratch& scratch) {
+JPK_TARGET_CLONES void step_tiles_f32_f32(const Step& step, const Leaf& leaf, int64_t begin,
+                                          int64_t end, Scratch& scratch) {
   step_tiles<float, float>(step, leaf, begin, end, scratch);
 }
 
-JPK_TARGET_CLONES void step_tiles_f32_f64(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
-                                          Scratch& scratch) {
+JPK_TARGET_CLONES void step_tiles_f32_f64(const Step& step, const Leaf& leaf, int64_t begin,
+                                          int64_t end, Scratch& scratch) {
   step_tiles<float, double>(step, leaf, begin, end, scratch);
 }
 
-JPK_TARGET_CLONES void step_tiles_f64_f64(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
-                                          Scratch& scratch) {
+JPK_TARGET_CLONES void step_tiles_f64_f64(const Step& step, const Leaf& leaf, int64_t begin,
+                                          int64_t end, Scratch& scratch) {
   step_tiles<double, double>(step, leaf, begin, end, scratch);
 }
 
 inline void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
                        Scratch& scratch) {
-  if (leaf.noise_type == FloatType::kFloat64) return step_tiles_f64_f64(step, leaf, begin, end, scratch);
-  if (leaf.ring_type == FloatType::kFloat64) return step_tiles_f32_f64(step, leaf, begin, end, scratch);
+  if (leaf.noise_type == FloatType::kFloat64)
+    return step_tiles_f64_f64(step, leaf, begin, end, scratch);
+  if (leaf.ring_type == FloatType::kFloat64)
+    return step_tiles_f32_f64(step, leaf, begin, end, scratch);
   return step_tiles_f32_f32(step, leaf, begin, end, scratch);
 }
 
 // The step on all leaves, shared out over `workers` threads of the pool.
 template <typename Pool>
-void correlated_noise(Pool& pool, int64_t workers, const Step& step, const std::vector<Leaf>& leaves) {
+void correlated_noise(Pool& pool, int64_t workers, const Step& step,
+                      const std::vector<Leaf>& leaves) {
   std::vector<int64_t> first(1, 0);  // first[l] is the number of tiles in leaves before l
   for (const Leaf& leaf : leaves) first.push_back(first.back() + leaf.tiles());
   const int64_t tiles = first.back();
@@ -265,10 +306,12 @@ void correlated_noise(Pool& pool, int64_t workers, const Step& step, const std::
   parallel_for(pool, (tiles + chunk - 1) / chunk, workers, [&](int64_t i, int64_t worker) {
     int64_t tile = i * chunk;
     const int64_t end = std::min(tile + chunk, tiles);
-    size_t l = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), tile) - first.begin()) - 1;
+    size_t l =
+        static_cast<size_t>(std::upper_bound(first.begin(), first.end(), tile) - first.begin()) - 1;
     for (; tile < end; ++l) {
       const int64_t stop = std::min(end, first[l + 1]);
-      if (tile < stop) step_tiles(step, leaves[l], tile - first[l], stop - first[l], scratch[worker]);
+      if (tile < stop)
+        step_tiles(step, leaves[l], tile - first[l], stop - first[l], scratch[worker]);
       tile = std::max(tile, stop);
     }
   });

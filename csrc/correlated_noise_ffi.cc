@@ -1,5 +1,5 @@
-// XLA binding of correlated_noise.h. Python has checked its arguments already; everything is checked
-// again here, because what comes from XLA decides which memory is written.
+// XLA binding of correlated_noise.h. Python has checked its arguments already; everything is
+// checked again here, because what comes from XLA decides which memory is written.
 #include "correlated_noise_ffi.h"
 
 #include <exception>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "correlated_noise.h"
+#include "huge_pages.h"
 
 namespace jpk {
 namespace {
@@ -19,11 +20,16 @@ ffi::Error invalid(const std::string& what) {
 
 bool float_type(ffi::DataType from, FloatType& to) {
   switch (from) {
-    case ffi::DataType::F16: return to = FloatType::kFloat16, true;
-    case ffi::DataType::BF16: return to = FloatType::kBFloat16, true;
-    case ffi::DataType::F32: return to = FloatType::kFloat32, true;
-    case ffi::DataType::F64: return to = FloatType::kFloat64, true;
-    default: return false;
+    case ffi::DataType::F16:
+      return to = FloatType::kFloat16, true;
+    case ffi::DataType::BF16:
+      return to = FloatType::kBFloat16, true;
+    case ffi::DataType::F32:
+      return to = FloatType::kFloat32, true;
+    case ffi::DataType::F64:
+      return to = FloatType::kFloat64, true;
+    default:
+      return false;
   }
 }
 
@@ -43,12 +49,12 @@ bool read_doubles(const ffi::AnyBuffer& buffer, std::vector<double>& to) {
 
 // Operands: step, subkeys, coef, stddev, row_scale, then (gradient, ring) of every leaf; results:
 // (output, ring) of every leaf, the ring in the operand's memory. Without slots there are no rings.
-ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t, ffi::Buffer<ffi::U32>& subkeys,
-                     ffi::AnyBuffer& coef_buffer, ffi::AnyBuffer& stddev_buffer,
-                     ffi::AnyBuffer& row_scale_buffer, ffi::RemainingArgs& args,
-                     ffi::RemainingRets& rets, ffi::Span<const int64_t> leaf_index,
-                     ffi::Span<const int64_t> first_tile, ffi::Span<const int64_t> noise_bits,
- bool accurate) {
+ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
+                     ffi::Buffer<ffi::U32>& subkeys, ffi::AnyBuffer& coef_buffer,
+                     ffi::AnyBuffer& stddev_buffer, ffi::AnyBuffer& row_scale_buffer,
+                     ffi::RemainingArgs& args, ffi::RemainingRets& rets,
+                     ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
+                     ffi::Span<const int64_t> noise_bits, bool accurate) {
   std::vector<double> coef, stddev, row_scale;
   if (!read_doubles(coef_buffer, coef) || coef.empty() || coef[0] == 0.0) {
     return invalid("coef must be float32 or float64 with c_0 != 0");
@@ -58,14 +64,15 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t, ffi::Buffe
     return invalid("stddev and row_scale must be float32 or float64 scalars");
   }
   const int64_t bands = static_cast<int64_t>(coef.size()), slots = bands - 1;
-  if (t.element_count() != 1 || t.typed_data()[0] < 0) return invalid("step must be one integer >= 0");
+  if (t.element_count() != 1 || t.typed_data()[0] < 0)
+    return invalid("step must be one integer >= 0");
   if (static_cast<int64_t>(subkeys.element_count()) != 2 * std::max<int64_t>(slots, 1)) {
     return invalid("subkeys must have shape [max(b - 1, 1), 2]");
   }
 
   const size_t leaves = leaf_index.size(), per_leaf = slots ? 2 : 1;
-  if (first_tile.size() != leaves || noise_bits.size() != leaves || args.size() != per_leaf * leaves ||
-      rets.size() != per_leaf * leaves) {
+  if (first_tile.size() != leaves || noise_bits.size() != leaves ||
+      args.size() != per_leaf * leaves || rets.size() != per_leaf * leaves) {
     return invalid("operands, results and attributes disagree on the number of leaves");
   }
 
@@ -86,14 +93,16 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t, ffi::Buffe
     leaf.first_tile = first_tile[l];
     leaf.noise_type = noise_bits[l] == 64 ? FloatType::kFloat64 : FloatType::kFloat32;
     leaf.ring_type = leaf.noise_type;
-    if (!float_type(grad->element_type(), leaf.grad_type) || first_tile[l] < 0 || leaf_index[l] < 0 ||
-        leaf_index[l] > int64_t{UINT32_MAX} || (noise_bits[l] != 32 && noise_bits[l] != 64)) {
+    if (!float_type(grad->element_type(), leaf.grad_type) || first_tile[l] < 0 ||
+        leaf_index[l] < 0 || leaf_index[l] > int64_t{UINT32_MAX} ||
+        (noise_bits[l] != 32 && noise_bits[l] != 64)) {
       return invalid(name + " has an unsupported gradient type or attribute");
     }
     if ((*out)->element_type() != grad->element_type() ||
         (*out)->element_count() != grad->element_count()) {
       return invalid(name + " has an output unlike its gradient");
     }
+    prefer_huge_pages(leaf.out, (*out)->size_bytes());
     if (slots == 0) continue;
 
     auto ring = args.get<ffi::AnyBuffer>(2 * l + 1);
@@ -103,25 +112,26 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t, ffi::Buffe
     leaf.ring = ring->untyped_data();
     if (!float_type(ring->element_type(), leaf.ring_type) || leaf.ring_type < leaf.noise_type ||
         static_cast<int64_t>(ring->element_count()) != slots * leaf.size) {
-      return invalid(name + " needs a ring of shape [b - 1, ...] and a type no narrower than its noise");
+      return invalid(name +
+                     " needs a ring of shape [b - 1, ...] and a type no narrower than its noise");
     }
     if ((*ring_out)->untyped_data() != leaf.ring && leaf.size) {
-      return ffi::Error::Internal("correlated_noise: the ring of " + name + " was not updated in place");
+      return ffi::Error::Internal("correlated_noise: the ring of " + name +
+                                  " was not updated in place");
     }
   }
 
-  const Step step =
-      make_step(t.typed_data()[0], reinterpret_cast<const Key*>(subkeys.typed_data()), coef.data(),
-                bands, stddev[0], row_scale[0], accurate);
+  const Step step = make_step(t.typed_data()[0], reinterpret_cast<const Key*>(subkeys.typed_data()),
+                              coef.data(), bands, stddev[0], row_scale[0], accurate);
   correlated_noise(pool, pool.num_threads(), step, list);
   return ffi::Error::Success();
 }
 
 ffi::Error step(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Buffer<ffi::U32> subkeys,
                 ffi::AnyBuffer coef, ffi::AnyBuffer stddev, ffi::AnyBuffer row_scale,
-                ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> leaf_index,
-                ffi::Span<const int64_t> first_tile, ffi::Span<const int64_t> noise_bits,
- bool accurate) {
+                ffi::RemainingArgs args, ffi::RemainingRets rets,
+                ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
+                ffi::Span<const int64_t> noise_bits, bool accurate) {
   try {
     return step_impl(pool, t, subkeys, coef, stddev, row_scale, args, rets, leaf_index, first_tile,
                      noise_bits, accurate);

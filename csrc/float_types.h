@@ -1,4 +1,5 @@
-// The element types of gradients, and their conversions to and from the type that noise is added in.
+// The element types of gradients, and their conversions to and from the type that noise is added
+// in.
 #ifndef JPK_FLOAT_TYPES_H_
 #define JPK_FLOAT_TYPES_H_
 
@@ -10,8 +11,8 @@ namespace jpk {
 
 enum class FloatType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-// Storage of the two 16-bit formats. Conversions are integer arithmetic, so that they vectorize on every
-// target and do not depend on the flush-to-zero mode that XLA's threads run in.
+// Storage of the two 16-bit formats. Conversions are integer arithmetic, so that they vectorize on
+// every target and do not depend on the flush-to-zero mode that XLA's threads run in.
 struct Float16 {
   uint16_t bits;
 };
@@ -52,7 +53,8 @@ JPK_INLINE void narrow(float x, Float16& to) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 1/2, whose last place is the smallest subnormal, rounds a small magnitude to a multiple of it.
+  // Adding 1/2, whose last place is the smallest subnormal, rounds a small magnitude to a multiple
+  // of it.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude < 0x47800000u ? half : 0x7C00u;

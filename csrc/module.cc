@@ -7,7 +7,8 @@
 namespace nb = nanobind;
 
 NB_MODULE(_jpk, m) {
-  m.attr("__doc__") = "Compiled kernels of jax_privacy_kernels. Private: use jax_privacy_kernels.ops.";
+  m.attr("__doc__") =
+      "Compiled kernels of jax_privacy_kernels. Private: use jax_privacy_kernels.ops.";
   m.def("handlers", [] {
     nb::dict table;
     table["jpk_correlated_noise"] = nb::capsule(reinterpret_cast<void*>(jpk_correlated_noise));

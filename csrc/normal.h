@@ -1,8 +1,9 @@
 // Standard normal samples, the stream of jax.random.normal: bits -> uniform on (-1, 1) -> erf_inv.
 //
-// erf_inv is the polynomial of M. Giles, "Approximating the erfinv function" (GPU Computing Gems, 2011),
-// which XLA uses too, in w = -log(1 - u^2). The central branch covers all but 0.34 % (float) or 0.10 %
-// (double) of the samples and is all that the vector loop computes; the tails are redone one by one.
+// erf_inv is the polynomial of M. Giles, "Approximating the erfinv function" (GPU Computing Gems,
+// 2011), which XLA uses too, in w = -log(1 - u^2). The central branch covers all but 0.34 % (float)
+// or 0.10 % (double) of the samples and is all that the vector loop computes; the tails are redone
+// one by one.
 #ifndef JPK_NORMAL_H_
 #define JPK_NORMAL_H_
 
@@ -17,7 +18,8 @@
 
 namespace jpk {
 
-// Samples are made in blocks of this many, a constant, so that the loops over a block vectorize whole.
+// Samples are made in blocks of this many, a constant, so that the loops over a block vectorize
+// whole.
 inline constexpr int kBlock = 128;
 
 // Spelled as a fold, not a loop: compilers leave long loops rolled, and a rolled loop over the
@@ -37,9 +39,9 @@ JPK_INLINE T horner(const T (&coef)[N], T x) {
 // Each Gaussian<T> says how one element is made: uniform() from the two threefry words, central() =
 // erf_inv(u) * sqrt(2) for w < kCentral, any() for every u.
 //
-// XLA rounds u^2 before it takes log(1 - u^2), which in the tails costs up to 6e-6 (float) of relative
-// accuracy, unless jax_accurate_erf_inv is set. any() does as it is told, so that the stream stays the
-// same; in the center the difference is below a tenth of that and is left out.
+// XLA rounds u^2 before it takes log(1 - u^2), which in the tails costs up to 6e-6 (float) of
+// relative accuracy, unless jax_accurate_erf_inv is set. any() does as it is told, so that the
+// stream stays the same; in the center the difference is below a tenth of that and is left out.
 template <typename T>
 struct Gaussian;
 
@@ -57,7 +59,7 @@ struct Gaussian<float> {
   // -log(1 - u^2), absolute error below 2e-7: log(1 + f) = f * Q(f) with Q a minimax polynomial on
   // [sqrt(1/2) - 1, sqrt(2) - 1].
   static JPK_INLINE float minus_log(float u) {
-    const float q[] = {-0.0989535074f, 0.161262479f,  -0.172782061f, 0.199133479f,
+    const float q[] = {-0.0989535074f, 0.161262479f, -0.172782061f, 0.199133479f,
                        -0.249689070f,  0.333346060f, -0.500003751f, 0.999999968f};
     const int32_t bits = bit_cast<int32_t>((1.0f - u) * (1.0f + u));
     const int32_t exponent = (bits - 0x3F3504F3) >> 23;
@@ -66,9 +68,9 @@ struct Gaussian<float> {
   }
 
   static JPK_INLINE float central(float u, float w) {
-    const float p[] = {2.81022636e-08f, 3.43273939e-07f,  -3.5233877e-06f,
-                       -4.39150654e-06f, 0.00021858087f, -0.00125372503f,
-                       -0.00417768164f, 0.246640727f,    1.50140941f};
+    const float p[] = {2.81022636e-08f,  3.43273939e-07f, -3.5233877e-06f,
+                       -4.39150654e-06f, 0.00021858087f,  -0.00125372503f,
+                       -0.00417768164f,  0.246640727f,    1.50140941f};
     return horner(p, w - 2.5f) * u * 1.41421356f;
   }
 
@@ -121,12 +123,12 @@ struct Gaussian<double> {
 
   static double any(double u, bool accurate) {
     const double p[] = {
-        2.2137376921775787049e-09,  9.0756561938885390979e-08, -2.7517406297064545428e-07,
-        1.8239629214389227755e-08,  1.5027403968909827627e-06, -4.013867526981545969e-06,
-        2.9234449089955446044e-06,  1.2475304481671778723e-05, -4.7318229009055733981e-05,
-        6.8284851459573175448e-05,  2.4031110387097893999e-05, -0.0003550375203628474796,
-        0.00095328937973738049703,  -0.0016882755560235047313, 0.0024914420961078508066,
-        -0.0037512085075692412107,  0.005370914553590063617,   1.0052589676941592334,
+        2.2137376921775787049e-09, 9.0756561938885390979e-08, -2.7517406297064545428e-07,
+        1.8239629214389227755e-08, 1.5027403968909827627e-06, -4.013867526981545969e-06,
+        2.9234449089955446044e-06, 1.2475304481671778723e-05, -4.7318229009055733981e-05,
+        6.8284851459573175448e-05, 2.4031110387097893999e-05, -0.0003550375203628474796,
+        0.00095328937973738049703, -0.0016882755560235047313, 0.0024914420961078508066,
+        -0.0037512085075692412107, 0.005370914553590063617,   1.0052589676941592334,
         3.0838856104922207635};
     const double q[] = {
         -2.7109920616438573243e-11, -2.5556418169965252055e-10, 1.5076572693500548083e-09,

@@ -13,12 +13,12 @@
 namespace jpk {
 
 // Calls body(chunk, worker) once for every chunk in [0, chunks), in any order, from up to `workers`
-// threads at a time, each under a worker number of its own in [0, workers). Returns when all are done.
-// body must not throw.
+// threads at a time, each under a worker number of its own in [0, workers). Returns when all are
+// done. body must not throw.
 //
-// Pool has Schedule(task), which runs task() on some thread sooner or later. The calling thread works
-// too and never waits for a task that has not started, so a pool all of whose
-// threads are inside parallel_for makes progress: helpers that come late find no chunk left and leave.
+// Pool has Schedule(task), which runs task() on some thread sooner or later. The calling thread
+// works too and never waits for a task that has not started, so a pool all of whose threads are
+// inside parallel_for makes progress: helpers that come late find no chunk left and leave.
 template <typename Pool, typename Body>
 void parallel_for(Pool& pool, int64_t chunks, int64_t workers, const Body& body) {
   workers = std::min(workers, chunks);
@@ -33,7 +33,8 @@ void parallel_for(Pool& pool, int64_t chunks, int64_t workers, const Body& body)
     std::condition_variable finished;
     int64_t done = 0;
   };
-  // Owned by the tasks as well: a late one outlives this call, and then touches nothing but the counters.
+  // Owned by the tasks as well: a late one outlives this call, and then touches nothing but the
+  // counters.
   auto job = std::make_shared<Job>();
 
   auto work = [job, chunks, &body] {

@@ -4,10 +4,10 @@
 
 #include <cstring>
 
-// JPK_TARGET_CLONES marks the outermost function of a hot loop; whatever it calls inside the loop is
-// JPK_INLINE, so that the callee is compiled with the clone's instruction set. Tests and sanitizer
-// builds define JPK_TARGET_CLONES themselves, to pin one variant or none (the loader resolves clones
-// before a sanitizer's runtime is up).
+// JPK_TARGET_CLONES marks the outermost function of a hot loop; whatever it calls inside the loop
+// is JPK_INLINE, so that the callee is compiled with the clone's instruction set. Tests and
+// sanitizer builds define JPK_TARGET_CLONES themselves, to pin one variant or none (the loader
+// resolves clones before a sanitizer's runtime is up).
 #ifndef JPK_TARGET_CLONES
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     __GNUC__ >= 12

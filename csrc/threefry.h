@@ -1,5 +1,5 @@
-// Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11),
-// keyed and counted as jax.random does it with jax_threefry_partitionable.
+// Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// SC'11), keyed and counted as jax.random does it with jax_threefry_partitionable.
 #ifndef JPK_THREEFRY_H_
 #define JPK_THREEFRY_H_
 

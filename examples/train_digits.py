@@ -46,12 +46,13 @@ import optax
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from jax_privacy import clipping
-from jax_privacy_kernels import noise_addition
-from jax_privacy_kernels.matrix_factorization import toeplitz
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
+
+from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels.matrix_factorization import toeplitz
 
 ADJACENCY = dp_accounting.NeighboringRelation.REPLACE_SPECIAL  # dp-accounting's name for zero-out.
 TRAIN_SIZE = 1440  # 36 * 40, so that batches come out even; the other 357 are the test set.

@@ -99,6 +99,8 @@ def check_like(name: str, value: Any, expected: Any, *, dtypes: bool = True) -> 
                 f"expected {path} to have {want.get(path, 'no value')}, "
                 f"found {found.get(path, 'no value')}"
             )
+    structure: Any
+    wanted: Any
     structure, wanted = jax.tree.structure(value), jax.tree.structure(expected)
     if structure != wanted:
         raise ValueError(f"expected {name} to be a tree {wanted}, found {structure}")

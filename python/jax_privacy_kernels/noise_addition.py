@@ -1,9 +1,10 @@
 """Privatizers: optax.GradientTransformations that add noise to clipped and summed gradients.
 
-A privatizer's ``update(sum_of_clipped_grads, noise_state, params=None)`` returns noisy gradients and the
-next state. The state is a tree of plain arrays: it can be jitted, scanned, donated and checkpointed, and
-it holds everything that the noise to come depends on. Donate it: a correlated-noise state holds b - 1
-copies of the model, which are updated in place if donated, and copied whole at every step if not.
+A privatizer's ``update(sum_of_clipped_grads, noise_state, params=None)`` returns noisy gradients
+and the next state. The state is a tree of plain arrays: it can be jitted, scanned, donated and
+checkpointed, and it holds everything that the noise to come depends on. Donate it: a
+correlated-noise state holds b - 1 copies of the model, which are updated in place if donated, and
+copied whole at every step if not.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -17,9 +18,9 @@ copies of the model, which are updated in place if donated, and copied whole at 
     >>> for _ in range(4):
     ...     noisy_grads, state = update(grads, state)
 
-They compose, ``optax.chain(privatizer, optimizer)``; what follows the noise is post-processing and costs
-no privacy. The stddev that a privacy guarantee asks for is the noise multiplier times the clipping norm
-times the sensitivity of the strategy C.
+They compose, ``optax.chain(privatizer, optimizer)``; what follows the noise is post-processing and
+costs no privacy. The stddev that a privacy guarantee asks for is the noise multiplier times the
+clipping norm times the sensitivity of the strategy C.
 """
 
 from __future__ import annotations
@@ -88,42 +89,43 @@ def matrix_factorization_privatizer(
 ) -> optax.GradientTransformation:
     """A privatizer that adds ``C^-1 Z`` to the gradients, row t at step t.
 
-    Z has independent Gaussian entries of standard deviation ``stddev``, so that over time the noise on
-    each parameter has covariance ``stddev^2 C^-1 C^-T``. For the same key it is the noise that jax_privacy
-    adds. See Section 4.4 of "Correlated Noise Mechanisms for Differentially Private Learning",
-    https://arxiv.org/abs/2506.08201.
+    Z has independent Gaussian entries of standard deviation ``stddev``, so that over time the
+    noise on each parameter has covariance ``stddev^2 C^-1 C^-T``. For the same key it is the noise
+    that jax_privacy adds. See Section 4.4 of "Correlated Noise Mechanisms for Differentially
+    Private Learning", https://arxiv.org/abs/2506.08201.
 
     Cost per step, for a model of d parameters:
 
-    * Banded Toeplitz C (`toeplitz.inverse_as_streaming_matrix`) and the identity: one fused pass, d
-      samples and about 20 d bytes (float32), whatever the number of bands b; the state holds (b - 1) d
-      numbers.
+    * Banded Toeplitz C (`toeplitz.inverse_as_streaming_matrix`) and the identity: one fused pass,
+      d samples and about 20 d bytes (float32), whatever the number of bands b; the state holds
+      (b - 1) d numbers.
     * Any other StreamingMatrix: its own ``multiply_next`` on d fresh samples.
-    * A dense matrix: d samples for every entry between the first and the last non-zero of the row; the
-      state holds no noise, all of it is made again from the key.
+    * A dense matrix: d samples for every entry between the first and the last non-zero of the row;
+      the state holds no noise, all of it is made again from the key.
 
     Args:
       noising_matrix: ``C^-1``, a StreamingMatrix or an array ``[n, m]``.
       stddev: standard deviation of Z, in the units of the gradients; finite and not negative.
-      prng_key: a typed or a raw key, a seed, or None for a fresh key from the operating system's entropy.
-        Who knows the key knows the noise: give one only to reproduce a run.
+      prng_key: a typed or a raw key, a seed, or None for a fresh key from the operating system's
+        entropy. Who knows the key knows the noise: give one only to reproduce a run.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
-        gradient's own dtype. Gradients of 16 bits deserve ``dtype=jnp.float32``: a bfloat16 sample takes
-        one of 128 values.
+        gradient's own dtype. Gradients of 16 bits deserve ``dtype=jnp.float32``: a bfloat16 sample
+        takes one of 128 values.
       intermediate_strategy: `SupportedStrategies.DEFAULT`.
-      implementation: of the noise kernel, "jax" or "cpp"; None for the fastest that takes the arguments.
+      implementation: of the noise kernel, "jax" or "cpp"; None for the fastest that takes the
+        arguments.
 
     Returns:
-      A transformation with ``init(model)``, which takes arrays or ShapeDtypeStructs shaped like the
-      gradients, and ``update(sum_of_clipped_grads, noise_state, params=None)``. Noise is added in the
-      wider of the gradient's and its own dtype; the result has the gradient's.
+      A transformation with ``init(model)``, which takes arrays or ShapeDtypeStructs shaped like
+      the gradients, and ``update(sum_of_clipped_grads, noise_state, params=None)``. Noise is added
+      in the wider of the gradient's and its own dtype; the result has the gradient's.
 
     Raises:
-      TypeError: a noising matrix, key or stddev of a wrong type. From init and update: leaves that are
-        not real floating, or a noise dtype that is not one of the above.
-      ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, infinite or NaN;
-        a key that is not one key. From update: a state that is not of this privatizer and these
-        gradients; a step beyond the rows of a dense matrix (NaN instead inside a trace); an
+      TypeError: a noising matrix, key or stddev of a wrong type. From init and update: leaves that
+        are not real floating, or a noise dtype that is not one of the above.
+      ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, infinite or
+        NaN; a key that is not one key. From update: a state that is not of this privatizer and
+        these gradients; a step beyond the rows of a dense matrix (NaN instead inside a trace); an
         implementation asked for that cannot run.
       NotImplementedError: ``intermediate_strategy=SupportedStrategies.ZERO``.
     """
@@ -156,8 +158,8 @@ def gaussian_privatizer(
 ) -> optax.GradientTransformation:
     """A privatizer that adds independent Gaussian noise, as in DP-SGD.
 
-    It is `matrix_factorization_privatizer` for the identity matrix: one band, no history. The arguments
-    and errors are described there.
+    It is `matrix_factorization_privatizer` for the identity matrix: one band, no history. The
+    arguments and errors are described there.
     """
     return matrix_factorization_privatizer(
         streaming_matrix.identity(),
@@ -251,8 +253,9 @@ def _dense(
             raise ValueError(
                 f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
             )
-        # Inside a trace nothing can be raised: NaN is seen, the noise of row n - 1 again would not be.
+        # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
         row = jnp.where(step < n, rows[step] * stddev, jnp.nan)
+        tree: Any
         grads, tree = jax.tree.flatten(sum_of_clipped_grads)
         state_key = jax.random.wrap_key_data(noise_state.key, impl=jax.random.key_impl(key))
         keys = jax.random.split(state_key, max(len(grads), 1))
@@ -268,7 +271,7 @@ def _dense(
 def _combination(
     row: jax.Array, key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """sum_j row[j] z_j, z_j the standard normal array of key j; zeros at both ends are not sampled."""
+    """sum_j row[j] z_j, z_j the normal array of key j; zeros at both ends are not sampled."""
     used = row != 0
     first, last = jnp.argmax(used), row.shape[0] - jnp.argmax(used[::-1])
 

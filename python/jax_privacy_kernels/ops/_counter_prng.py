@@ -1,11 +1,12 @@
 """A JAX key type for samples from the middle of an array.
 
-``jax.random.normal(at(key, i), (m,))`` gives elements i .. i + m - 1 of ``jax.random.normal(key, (n,))``
-for a threefry2x32 key under ``jax_threefry_partitionable``, whatever the dtype: element i of an array is
-a function of the key and of i alone, and the key type below only starts counting at i.
+``jax.random.normal(at(key, i), (m,))`` gives elements i .. i + m - 1 of ``jax.random.normal(key,
+(n,))`` for a threefry2x32 key under ``jax_threefry_partitionable``, whatever the dtype: element i
+of an array is a function of the key and of i alone, and the key type below only starts counting at
+i.
 
-On CPUs it also samples three times faster than JAX's own key type, whose rounds are a loop over arrays in
-memory there: these are one fused expression.
+On CPUs it also samples three times faster than JAX's own key type, whose rounds are a loop over
+arrays in memory there: these are one fused expression.
 """
 
 from __future__ import annotations

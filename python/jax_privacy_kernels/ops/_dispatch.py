@@ -1,9 +1,9 @@
 """Which implementation of an op runs.
 
-The choice falls when XLA lowers for a platform: an op traces the implementations that the platforms would
-take into one `jax.lax.platform_dependent`, of which the compiler sees one. A name asked for, per call, per
-block or by environment variable, is taken or is an error; without one the fastest that takes the
-arguments runs.
+The choice falls when XLA lowers for a platform: an op traces the implementations that the
+platforms would take into one `jax.lax.platform_dependent`, of which the compiler sees one. A name
+asked for, per call, per block or by environment variable, is taken or is an error; without one the
+fastest that takes the arguments runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 from jax.interpreters import mlir
 
 __all__ = [
@@ -41,12 +40,14 @@ class Implementation(NamedTuple):
       unavailable: says why it cannot run in this process, or gives None.
       refuse: says why it cannot take some arguments, or gives None; its parameters are the op's.
       run: the implementation; its contract is the op's.
+      limits: what it leaves to the next in the table, for the capability report.
     """
 
     platforms: tuple[str, ...]
     unavailable: Callable[[], str | None]
     refuse: Callable[..., str | None]
     run: Callable[..., Any]
+    limits: str = ""
 
 
 Table = Mapping[str, Implementation]
@@ -58,7 +59,8 @@ _block: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementat
 def implementation(name: str | None) -> Iterator[None]:
     """Makes ops called in the block, without a name of their own, take the implementation ``name``.
 
-    Calls are traced ones: a function jitted and traced before the block keeps what it was traced with.
+    Calls are traced ones: a function jitted and traced before the block keeps what it was traced
+    with.
 
     Args:
       name: "jax", "cpp", "pallas" or "triton", or None for the fastest that takes the arguments.
@@ -89,7 +91,8 @@ def requested(op: str, table: Table, name: str | None) -> str | None:
 
 
 def candidates(table: Table, name: str | None, *arguments: Any) -> tuple[dict[str, str], list[str]]:
-    """Which implementation each platform takes for these arguments, and why others were passed over.
+    """Which implementation each platform takes for these arguments, and why others were passed
+    over.
 
     Args:
       table: the op's implementations.

@@ -1,27 +1,30 @@
 """The look-ahead schedule and the state of correlated noise, shared by all implementations.
 
-A strategy of b bands needs S = b - 1 terms of history. Each leaf keeps them in a ring of S slots, x_tau
-in slot tau mod S. Computing x_t needs every slot; but once they are loaded, x_t .. x_{t+S-1} can be
-computed too, each into the slot whose term it no longer needs, and the next S steps read one slot each.
-The visits are spread over the steps:
+A strategy of b bands needs S = b - 1 terms of history. Each leaf keeps them in a ring of S slots,
+x_tau in slot tau mod S. Computing x_t needs every slot; but once they are loaded, x_t .. x_{t+S-1}
+can be computed too, each into the slot whose term it no longer needs, and the next S steps read
+one slot each. The visits are spread over the steps:
 
-* A leaf is cut, in row-major order, into tiles of ``TILE`` elements (the last may be shorter). Tile q has
-  phase ``(q + first_tile) mod S``, where first_tile counts the tiles of the leaves before it.
+* A leaf is cut, in row-major order, into tiles of ``TILE`` elements (the last may be shorter).
+  Tile q has phase ``(q + first_tile) mod S``, where first_tile counts the tiles of the leaves
+  before it.
 * At step t the tiles with phase ``t mod S`` are *refreshed*: their slots get x_t .. x_{t+S-1}.
-* At the first S - 1 steps, tiles with phase > t *warm up*: slot t gets x_t. Slots not yet written are 0.
+* At the first S - 1 steps, tiles with phase > t *warm up*: slot t gets x_t. Slots not yet written
+  are 0.
 * Then x_t stands in slot ``t mod S`` of every tile.
 
 A key whose bits are not a function of the element's index alone (any but threefry2x32 with
-``jax_threefry_partitionable``) cannot be sampled tile by tile. Its schedule is the plain one: at every
-step all tiles compute x_t into slot ``t mod S``. The state then has no keys of future steps, so the two
-kinds of state have different shapes.
+``jax_threefry_partitionable``) cannot be sampled tile by tile. Its schedule is the plain one: at
+every step all tiles compute x_t into slot ``t mod S``. The state then has no keys of future steps,
+so the two kinds of state have different shapes.
 
-What a slot holds at step t therefore depends on this schedule: it is the meaning of the state, and every
-implementation follows it exactly.
+What a slot holds at step t therefore depends on this schedule: it is the meaning of the state, and
+every implementation follows it exactly.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -49,10 +52,10 @@ class Clock(NamedTuple):
 
     Attributes:
       step: int32 scalar, t.
-      key: ``[kw]`` uint32, data of the key that steps t + S and later are split from (t, not t + S, for
-        the plain schedule).
-      subkeys: ``[S, kw]`` uint32, data of the keys of steps t .. t + S - 1, step tau in row tau mod S
-        (``[0, kw]`` for the plain schedule).
+      key: ``[kw]`` uint32, data of the key that steps t + S and later are split from (t,
+        not t + S, for the plain schedule).
+      subkeys: ``[S, kw]`` uint32, data of the keys of steps t .. t + S - 1, step tau in row tau
+        mod S (``[0, kw]`` for the plain schedule).
     """
 
     step: jax.Array
@@ -73,11 +76,12 @@ class NoiseState(NamedTuple):
 
 
 def looks_ahead(key_impl: Any) -> bool:
-    """Whether keys of this implementation take the look-ahead schedule, in the current JAX config."""
+    """Whether keys of this type take the look-ahead schedule, in the current JAX config."""
     return str(key_impl) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)
 
 
-class Leaf(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Leaf:
     """What is static about one leaf of the tree.
 
     Attributes:
@@ -110,10 +114,9 @@ def abstract_clock(key_impl: Any, slots: int) -> Clock:
     """Shapes and dtypes of a clock."""
     words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl))).shape
     ahead = slots if looks_ahead(key_impl) else 0
+    struct: Any = jax.ShapeDtypeStruct
     return Clock(
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct(words, jnp.uint32),
-        jax.ShapeDtypeStruct((ahead, *words), jnp.uint32),
+        struct((), jnp.int32), struct(words, jnp.uint32), struct((ahead, *words), jnp.uint32)
     )
 
 
@@ -134,8 +137,11 @@ def init_clock(key: jax.Array, slots: int) -> Clock:
 
 
 def tick(clock: Clock, key_impl: Any) -> tuple[jax.Array, Clock]:
-    """Typed keys ``[max(S, 1)]`` of the steps from t on (by slot; only t's if none is ahead), and the
-    clock before step t + 1."""
+    """The keys to sample step t with, and the clock before step t + 1.
+
+    The keys are typed: those of steps t .. t + S - 1 by slot, ``[S]``, or, where none is ahead, the
+    one of step t, ``[1]``.
+    """
     key, subkey = jax.random.split(jax.random.wrap_key_data(clock.key, impl=key_impl))
     subkey_data = jax.random.key_data(subkey)
     ahead = clock.subkeys.shape[0]

@@ -27,26 +27,28 @@ __all__ = [
     "init_correlated_noise",
 ]
 
-# Fastest first. An implementation is a module with `refuse` and `run`:
-#
-#   refuse(leaf, ahead) -> why it cannot take the leaf under this schedule, or None
-#   run(leaves, ahead, step, keys, coef, stddev, row_scale, grads, rings) -> (outs, rings)
-#
-# for some or all leaves of the tree. `leaves` and `ahead` are static, the schedule is _lookahead.py's:
-#   leaves: a Leaf for each of grads, rings, outs
-#   ahead: whether the look-ahead schedule or the plain one is followed
-#   step: int32 scalar, t
-#   keys: typed keys of steps t .. t + S - 1 by slot, [max(S, 1)] (plain schedule: [1], of step t)
-#   coef: [b] float32 or float64;  stddev, row_scale: scalars
-#   grads, outs: any shapes and float dtypes;  rings: (S,) + shape, the dtype noise is computed in
-# run gives outs = grads + row_scale x_t, and the rings as they are after the step.
-_EVERYWHERE = _dispatch.PLATFORMS
+# Fastest first. An implementation is a module with `refuse` and `run`:  refuse(leaf, ahead) -> why
+# it cannot take the leaf under this schedule, or None run(leaves, ahead, step, keys, coef, stddev,
+# row_scale, grads, rings) -> (outs, rings)  for some or all leaves of the tree. `leaves` and
+# `ahead` are static, the schedule is _lookahead.py's: leaves: a Leaf for each of grads, rings,
+# outs ahead: whether the look-ahead schedule or the plain one is followed step: int32 scalar, t
+# keys: typed keys of steps t .. t + S - 1 by slot, [max(S, 1)] (plain schedule: [1], of step t)
+# coef: [b] float32 or float64;  stddev, row_scale: scalars grads, outs: any shapes and float
+# dtypes;  rings: (S,) + shape, the dtype noise is computed in run gives outs = grads + row_scale
+# x_t, and the rings as they are after the step.
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
-        ("cpu",), _cpp.unavailable, correlated_noise_cpp.refuse, correlated_noise_cpp.run
+        platforms=("cpu",),
+        unavailable=_cpp.unavailable,
+        refuse=correlated_noise_cpp.refuse,
+        run=correlated_noise_cpp.run,
+        limits="to jax: noise of 16 bits; keys other than partitionable threefry2x32",
     ),
     "jax": _dispatch.Implementation(
-        _EVERYWHERE, lambda: None, correlated_noise_jax.refuse, correlated_noise_jax.run
+        platforms=_dispatch.PLATFORMS,
+        unavailable=lambda: None,
+        refuse=correlated_noise_jax.refuse,
+        run=correlated_noise_jax.run,
     ),
 }
 
@@ -94,9 +96,9 @@ def correlated_noise(
 ) -> tuple[Any, NoiseState]:
     """Adds row t of ``C^-1 Z`` to the gradients, Z with i.i.d. rows of Gaussian noise.
 
-    The samples are those of ``jax.random.normal`` on keys split from the state's as jax_privacy splits
-    them. Time and memory traffic per step do not depend on the number of bands (see _lookahead.py), if
-    the state is donated; otherwise XLA first copies it, b - 1 times the model.
+    The samples are those of ``jax.random.normal`` on keys split from the state's as jax_privacy
+    splits them. Time and memory traffic per step do not depend on the number of bands (see
+    _lookahead.py), if the state is donated; otherwise XLA first copies it, b - 1 times the model.
 
     Args:
       grads: tree of floating arrays.
@@ -117,6 +119,7 @@ def correlated_noise(
     """
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
     grads = jax.tree.map(jnp.asarray, grads)
+    tree: Any
     paths_and_grads, tree = jax.tree_util.tree_flatten_with_path(grads)
     check_like("noise_state", state, _abstract_state(grads, recurrence, key_impl, dtype))
     leaves = _lookahead.plan(

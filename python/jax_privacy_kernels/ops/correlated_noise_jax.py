@@ -1,14 +1,14 @@
 """Correlated noise in plain JAX: the oracle of the other implementations, and what TPUs run.
 
-The look-ahead of a tile is one matrix product. With x' the S terms to come, x the S terms in the ring and
-z the fresh noise, all [S, elements], the recurrence is T x' + H x = z for two triangular matrices of
-coefficients, so x' = T^-1 z - T^-1 H x.
+The look-ahead of a tile is one matrix product. With x' the S terms to come, x the S terms in the
+ring and z the fresh noise, all [S, elements], the recurrence is T x' + H x = z for two triangular
+matrices of coefficients, so x' = T^-1 z - T^-1 H x.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from jax_privacy_kernels.ops import _counter_prng
 from jax_privacy_kernels.ops._lookahead import TILE, Leaf
 
 __all__ = ["refuse", "run"]
+
+_Sampler = Callable[[jax.Array, int], jax.Array]  # (key, size) -> stddev * z
+_Matrices = tuple[jax.Array, jax.Array]
 
 
 def refuse(leaf: Leaf, ahead: bool) -> str | None:
@@ -71,49 +74,51 @@ def _leaf_step(
     first_phase: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
-    matrices: tuple[jax.Array, jax.Array] | None,
+    matrices: _Matrices | None,
     stddev: jax.Array,
     row_scale: jax.Array,
     grad: jax.Array,
     ring: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     slots = ring.shape[0]
-    sample = functools.partial(_sample, stddev, noise_dtype, ring.dtype)
     coef = coef.astype(ring.dtype)
+
+    def sample(key: jax.Array, size: int) -> jax.Array:
+        z = _counter_prng.normal(key, (size,), noise_dtype)
+        return (stddev.astype(noise_dtype) * z).astype(ring.dtype)
+
     if slots == 0:
-        x = sample(keys[0], grad.shape) / coef[0]
-    elif grad.size == 0:
-        x = jnp.zeros(grad.shape, ring.dtype)
+        x = sample(keys[0], grad.size) / coef[0]
     else:
         now = step % slots
         flat = ring.reshape(slots, -1)
-        if ahead:
-            assert matrices is not None
-            flat = _warm_up(sample, step, first_phase, keys[now], coef, grad.shape, flat)
-            flat = _refresh(sample, now, first_phase, keys, matrices, flat)
+        if matrices is None:
+            flat = flat.at[now].set(_one_step(coef, now, sample(keys[0], grad.size), flat))
         else:
-            z = sample(keys[0], grad.shape).ravel()
-            flat = flat.at[now].set(_one_step(coef, now, z, flat))
-        x = flat[now].reshape(grad.shape)
+            flat = _warm_up(sample, step, first_phase, keys[now], coef, flat)
+            flat = _refresh(sample, now, first_phase, keys, matrices, flat)
+        x = flat[now]
         ring = flat.reshape(ring.shape)
-    return (grad + row_scale.astype(ring.dtype) * x).astype(grad.dtype), ring
+    return (grad + row_scale.astype(ring.dtype) * x.reshape(grad.shape)).astype(grad.dtype), ring
 
 
-def _sample(stddev, noise_dtype, ring_dtype, key, shape):
-    z = _counter_prng.normal(key, shape, noise_dtype)
-    return (stddev.astype(noise_dtype) * z).astype(ring_dtype)
-
-
-def _one_step(coef, now, z, ring):
+def _one_step(coef: jax.Array, now: jax.Array, z: jax.Array, ring: jax.Array) -> jax.Array:
     """x_t from z_t and the S terms before it, those before step 0 being zero."""
     # Slot m holds the term of lag (now - m) mod S, and of lag S if m = now.
-    lags_from_now = jnp.roll(coef[1:][::-1], now)
-    past = jnp.einsum("s,sn->n", lags_from_now, ring, precision=jax.lax.Precision.HIGHEST)
+    lags = jnp.roll(coef[1:][::-1], now)
+    past = jnp.einsum("s,sn->n", lags, ring, precision=jax.lax.Precision.HIGHEST)
     return (z - past) / coef[0]
 
 
-def _warm_up(sample, step, first_phase, key, coef, shape, ring):
-    """Writes x_t to slot t of the tiles that have not been refreshed yet, in the first S - 1 steps."""
+def _warm_up(
+    sample: _Sampler,
+    step: jax.Array,
+    first_phase: jax.Array,
+    key: jax.Array,
+    coef: jax.Array,
+    ring: jax.Array,
+) -> jax.Array:
+    """Writes x_t to slot t of the tiles not refreshed yet, in the first S - 1 steps."""
     slots, size = ring.shape
     if slots == 1:
         return ring
@@ -121,42 +126,47 @@ def _warm_up(sample, step, first_phase, key, coef, shape, ring):
 
     def compute() -> jax.Array:
         phase = (jnp.arange(size) // TILE + first_phase) % slots
-        x = _one_step(coef, now, sample(key, shape).ravel(), ring)
-        return jnp.where(phase > step, x, ring[now])
+        return jnp.where(phase > step, _one_step(coef, now, sample(key, size), ring), ring[now])
 
-    row = jax.lax.cond(step < slots - 1, compute, lambda: ring[now])
-    return ring.at[now].set(row)
+    return ring.at[now].set(jax.lax.cond(step < slots - 1, compute, lambda: ring[now]))
 
 
-def _refresh(sample, now, first_phase, keys, matrices, ring):
+def _refresh(
+    sample: _Sampler,
+    now: jax.Array,
+    first_phase: jax.Array,
+    keys: jax.Array,
+    matrices: _Matrices,
+    ring: jax.Array,
+) -> jax.Array:
     """Overwrites the tiles whose turn it is with x_t .. x_{t+S-1}."""
     slots, size = ring.shape
-    tiles = -(-size // TILE)
     tile = (now - first_phase) % slots  # the first tile whose turn it is; then every S-th
-    groups = (size // TILE) // slots
+    tiles, groups = -(-size // TILE), (size // TILE) // slots
     if groups:
         every = tile + slots * jnp.arange(groups, dtype=jnp.int32)
-        ring = _refresh_tiles(sample, keys, matrices, ring, every)
-    if tiles > slots * groups:  # fewer than S tiles, or S with a short one
+        ring = _refresh_tiles(sample, keys, matrices, every, ring)
+    if tiles > slots * groups:  # fewer than S tiles more, or S with a short one
         last = tile + slots * groups
         ring = jax.lax.cond(
             last < tiles,
-            lambda ring: _refresh_tiles(sample, keys, matrices, ring, last[None]),
+            lambda ring: _refresh_tiles(sample, keys, matrices, last[None], ring),
             lambda ring: ring,
             ring,
         )
     return ring
 
 
-def _refresh_tiles(sample, keys, matrices, ring, tiles):
-    slots, size = ring.shape
+def _refresh_tiles(
+    sample: _Sampler, keys: jax.Array, matrices: _Matrices, tiles: jax.Array, ring: jax.Array
+) -> jax.Array:
+    size = ring.shape[1]
     width = min(TILE, size)
-    # The last tile may be short: its window reaches back into the tile before, which stays as it is.
+    # The last tile may be short: its window reaches back into the tile before, which stays.
     start = jnp.minimum(tiles * TILE, size - width)
     old = _read(ring, start, width)  # [S, tiles, width]
-    z = jax.vmap(jax.vmap(lambda key: sample(key, (width,))))(
-        _counter_prng.at(keys[:, None], start)
-    )
+    at = _counter_prng.at(keys[:, None], start)
+    z = jax.vmap(jax.vmap(lambda key: sample(key, width)))(at)
     of_noise, of_ring = (matrix.astype(ring.dtype) for matrix in matrices)
     new = _matmul(of_noise, z) + _matmul(of_ring, old)
     if size % TILE:
@@ -165,53 +175,51 @@ def _refresh_tiles(sample, keys, matrices, ring, tiles):
     return _write(ring, start, new)
 
 
-def _matmul(matrix, x):
+def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.einsum("ij,jtw->itw", matrix, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _read(ring, start, width):
-    """Columns start[t] .. start[t] + width - 1 of the ring, as [S, t, width]."""
-    dimensions = jax.lax.GatherDimensionNumbers(
-        offset_dims=(0, 2), collapsed_slice_dims=(), start_index_map=(1,)
-    )
-    mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    sizes = (ring.shape[0], width)
+def _read(ring: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    """Columns start[t] .. start[t] + width - 1 of the ring, as ``[S, t, width]``."""
     return jax.lax.gather(
         ring,
         start[:, None],
-        dimensions,
-        sizes,
-        unique_indices=True,
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(0, 2), collapsed_slice_dims=(), start_index_map=(1,)
+        ),
+        slice_sizes=(ring.shape[0], width),
         indices_are_sorted=True,
-        mode=mode,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )
 
 
-def _write(ring, start, columns):
+def _write(ring: jax.Array, start: jax.Array, columns: jax.Array) -> jax.Array:
     """The ring with columns start[t] .. start[t] + width - 1 replaced."""
-    dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
-    )
-    mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
     return jax.lax.scatter(
         ring,
         start[:, None],
         columns,
-        dimensions,
-        unique_indices=True,
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(0, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
+        ),
         indices_are_sorted=True,
-        mode=mode,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )
 
 
-def _advance_matrices(coef, now):
-    """T^-1 and -T^-1 H, both [S, S], rows and columns in slot order."""
+def _advance_matrices(coef: jax.Array, now: jax.Array) -> _Matrices:
+    """T^-1 and -T^-1 H, both ``[S, S]``, rows and columns in slot order."""
     slots = coef.shape[0] - 1
     padded = jnp.concatenate([coef, jnp.zeros(slots, coef.dtype)])
     row, column = jnp.arange(slots)[:, None], jnp.arange(slots)
-    # In time order: x_{t+i} meets x_{t+j} with lag i - j, and x_{t-S+j} with lag S + i - j <= S.
+    # In time order x_{t+i} meets x_{t+j} with lag i - j, and x_{t-S+j} with lag S + i - j <= S.
     to_come = jnp.where(column <= row, padded[row - column], 0)
     in_ring = jnp.where(column >= row, padded[slots + row - column], 0)
     rhs = jnp.concatenate([jnp.eye(slots, dtype=coef.dtype), -in_ring], axis=1)
     solved = jax.scipy.linalg.solve_triangular(to_come, rhs, lower=True)
-    return tuple(jnp.roll(m, (now, now), (0, 1)) for m in jnp.split(solved, 2, axis=1))
+    of_noise, of_ring = (
+        jnp.roll(jnp.roll(matrix, now, 0), now, 1) for matrix in jnp.split(solved, 2, axis=1)
+    )
+    return of_noise, of_ring

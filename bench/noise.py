@@ -1,0 +1,325 @@
+"""Time of one step of correlated noise: jax_privacy, this library in plain JAX, its C++ kernel.
+
+    python bench/noise.py            # the full run: a quarter of an hour, 11 GB of memory
+    python bench/noise.py --quick    # a check that it works
+
+The three take turns on the same gradients, key and strategy, each with its own state, and their
+outputs are compared. At least b steps pass before any is timed, since the first b - 1 differ; timed
+are whole cycles of b - 1 steps, after which the look-ahead schedule repeats. Cases:
+
+  bands     one float32 leaf, the state donated
+  leaves    a tree of 200 leaves of 1,000 elements
+  scan      steps inside lax.scan, where the output does not need fresh memory
+  in_place  the gradients donated as well, each output being the next step's gradients
+  copied    the state not donated: XLA copies it at every step
+  float64   gradients and noise of 64 bits
+  bfloat16  gradients of 16 bits, noise of 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gc
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jax_privacy import noise_addition as peer_noise_addition
+from jax_privacy.matrix_factorization import toeplitz as peer_toeplitz
+
+from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels.matrix_factorization import toeplitz
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = ("peer", "jax", "cpp")
+FEW = (8,)  # where one band count shows the effect
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is the same for all implementations in a row of the table."""
+
+    bands: tuple[int, ...]
+    dtype: str = "float32"  # of the gradients
+    noise_dtype: str | None = None
+    many_leaves: bool = False
+    scan: bool = False
+    donate: tuple[int, ...] = (1,)  # of update(grads, state)
+
+
+CASES = {
+    "bands": Case((1, 2, 4, 8, 16, 32, 64)),
+    "leaves": Case((1, 8, 32), many_leaves=True),
+    "scan": Case((1, 8, 32), scan=True),
+    "in_place": Case(FEW, donate=(0, 1)),
+    "copied": Case(FEW, donate=()),
+    "float64": Case(FEW, dtype="float64"),
+    "bfloat16": Case(FEW, dtype="bfloat16", noise_dtype="float32"),
+}
+
+
+class Runner:
+    """A privatizer with its state; a call takes some steps and gives the last noisy gradients."""
+
+    def __init__(self, name: str, case: Case, bands: int, grads: Any, steps: int):
+        coef = toeplitz.optimal_max_error_strategy_coefs(bands)
+        options = {"stddev": 1.0, "prng_key": 0, "dtype": case.noise_dtype}
+        if name == "peer":
+            matrix = peer_toeplitz.inverse_as_streaming_matrix(coef)
+            make = peer_noise_addition.matrix_factorization_privatizer
+        else:
+            matrix = toeplitz.inverse_as_streaming_matrix(coef)
+            make = functools.partial(
+                noise_addition.matrix_factorization_privatizer, implementation=name
+            )
+        privatizer = make(matrix, **options)
+
+        def update(grads: Any, state: Any) -> tuple[Any, Any]:
+            return privatizer.update(grads, state)
+
+        def scan(grads: Any, state: Any) -> tuple[Any, Any]:
+            def body(carry: Any, _: None) -> tuple[Any, None]:
+                return update(grads, carry[1]), None
+
+            # The output is carried, so that none of it is dead code.
+            return jax.lax.scan(body, (grads, state), length=steps)[0]
+
+        self._update = jax.jit(scan if case.scan else update, donate_argnums=case.donate)
+        self._feed_back = 0 in case.donate
+        self._grads = jax.tree.map(jnp.copy, grads) if self._feed_back else grads
+        self._state = jax.block_until_ready(privatizer.init(grads))
+
+    def __call__(self) -> Any:
+        out, self._state = self._update(self._grads, self._state)
+        if self._feed_back:
+            self._grads = out
+        return out
+
+
+def bytes_per_step(sizes: tuple[int, int, int], bands: int) -> float:
+    """Memory traffic of the look-ahead schedule, for (parameters, bytes of a gradient, of a slot).
+
+    Gradients are read and outputs written. With S = b - 1 slots, a step refreshes 1/S of the tiles,
+    reading and writing S slots of each, and reads one slot of the others.
+    """
+    parameters, grad, slot = sizes
+    slots = bands - 1
+    return parameters * (2 * grad + (slot * (3 - 1 / slots) if slots else 0))
+
+
+def measure(
+    name: str, case: Case, bands: int, shapes: Sequence[int], repeats: int
+) -> dict[str, Any]:
+    """Times the three implementations on leaves of these sizes."""
+    rng = np.random.default_rng(0)
+    grads = {
+        f"leaf{i:03}": jnp.asarray(rng.standard_normal(n, np.float32), case.dtype)
+        for i, n in enumerate(shapes)
+    }
+    cycle = max(bands - 1, 1)
+    steps = cycle * -(-8 // cycle) if case.scan else 1
+    calls = cycle * -(-repeats // cycle) if not case.scan else max(repeats // 4, 2)
+    runners = {n: Runner(n, case, bands, grads, steps) for n in NAMES}
+    warmup = max(bands, 3) if not case.scan else 2
+    times = harness.interleave(runners, warmup=warmup, repeats=calls)
+    # All have taken the same number of steps, so that they must agree.
+    outs = {n: [np.asarray(x, np.float64) for x in runners[n]().values()] for n in NAMES}
+    for t in times.values():
+        t.update({key: t[key] / steps for key in ("median_s", "p90_s", "min_s", "max_s")})
+    slot = np.dtype(case.noise_dtype or case.dtype)
+    parameters = sum(shapes)
+    return {
+        "case": name,
+        "bands": bands,
+        "leaves": len(shapes),
+        "parameters": parameters,
+        "dtype": case.dtype,
+        "noise_dtype": slot.name,
+        "steps_per_call": steps,
+        "bytes_per_step": bytes_per_step(
+            (parameters, jnp.dtype(case.dtype).itemsize, slot.itemsize), bands
+        ),
+        "max_difference": {
+            n: max(float(np.abs(a - b).max()) for a, b in zip(outs[n], outs["peer"], strict=True))
+            for n in NAMES[1:]
+        },
+        "speedup": {n: times["peer"]["median_s"] / times[n]["median_s"] for n in NAMES[1:]},
+        "implementations": times,
+    }
+
+
+def relate(row: dict[str, Any], limits: dict[str, Any]) -> None:
+    """Adds to a row the times that the machine's limits allow, and how near the kernel comes."""
+    bounds = {
+        "bandwidth_s": row["bytes_per_step"] / limits["copy_bytes_per_s"],
+        "sampling_s": row["parameters"] / limits["samples_per_s"][row["noise_dtype"]]["kernel"],
+    }
+    seconds = row["implementations"]["cpp"]["median_s"]
+    row["bounds"] = bounds
+    row["cpp"] = {
+        "samples_per_s": row["parameters"] / seconds,
+        "bytes_per_s": row["bytes_per_step"] / seconds,
+        "fraction_of_bound": max(bounds.values()) / seconds,
+    }
+
+
+def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The floors that a release must hold; those whose rows were not measured are left out."""
+    found = {(row["case"], row["bands"]): row for row in rows}
+    floors = [("bands", "cpp", 1, 4), ("bands", "cpp", 2, 4), ("bands", "cpp", 8, 8)]
+    floors += [("bands", "cpp", 32, 15), ("bands", "jax", 32, 3)]
+    floors += [("leaves", "cpp", bands, 1) for bands in CASES["leaves"].bands]
+    checks = [
+        (
+            f"{case}: {name} at {bands} bands, times peer",
+            found[case, bands]["speedup"][name],
+            ">=",
+            least,
+        )
+        for case, name, bands, least in floors
+        if (case, bands) in found
+    ]
+    if ("bands", 8) in found and ("bands", 64) in found:
+        wide, narrow = (found["bands", b]["implementations"]["cpp"]["median_s"] for b in (64, 8))
+        checks.append(("bands: cpp time at 64 bands over 8", wide / narrow, "<=", 1.6))
+    return [
+        {
+            "floor": what,
+            "value": value,
+            "required": f"{sign} {bound:g}",
+            "pass": value >= bound if sign == ">=" else value <= bound,
+        }
+        for what, value, sign, bound in checks
+    ]
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as text."""
+    limits, parts = report["limits"], []
+    parts.append("\n".join(f"{key}: {value}" for key, value in report["environment"].items()))
+    rates = "; ".join(
+        f"{dtype} {rate['kernel'] / 1e6:.0f} M samples/s (jax.random.normal "
+        f"{rate['jax.random.normal'] / 1e6:.0f})"
+        for dtype, rate in limits["samples_per_s"].items()
+    )
+    copy = f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, read + written"
+    parts.append(f"limits: {copy}; {rates}")
+    header = ["case", "bands", "parameters", *(f"{n} ms (p90)" for n in NAMES), "jax x", "cpp x"]
+    header += ["cpp Ms/s", "cpp GB/s", "% of bound", "first call s", "differ by"]
+    lines = []
+    for row in report["rows"]:
+        times, cpp = row["implementations"], row["cpp"]
+        milli = [f"{times[n]['median_s'] * 1e3:.2f} ({times[n]['p90_s'] * 1e3:.2f})" for n in NAMES]
+        ratios = [f"{row['speedup'][n]:.1f}" for n in NAMES[1:]]
+        use = [f"{cpp['samples_per_s'] / 1e6:.0f}", f"{cpp['bytes_per_s'] / 1e9:.1f}"]
+        use.append(f"{cpp['fraction_of_bound'] * 100:.0f}")
+        first = " ".join(f"{times[n]['first_call_s']:.2f}" for n in NAMES)
+        differ = f"{max(row['max_difference'].values()):.0e}"
+        size = f"{row['leaves']} x {row['parameters'] // row['leaves']:.0e}"
+        lines.append([row["case"], row["bands"], size, *milli, *ratios, *use, first, differ])
+    parts.append(harness.table(header, lines))
+    verdicts = [
+        (
+            check["floor"],
+            f"{check['value']:.2f}",
+            check["required"],
+            "PASS" if check["pass"] else "FAIL",
+        )
+        for check in report["acceptance"]
+    ]
+    parts.append(harness.table(("floor", "measured", "required", ""), verdicts))
+    return "\n\n".join(parts)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Time per step over bands, with the machine's limits."""
+    rows = sorted((row for row in rows if row["case"] == "bands"), key=lambda row: row["bands"])
+    bands = [row["bands"] for row in rows]
+    labels = {"peer": "jax_privacy", "jax": "this library, jax", "cpp": "this library, cpp"}
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (name, label), marker in zip(labels.items(), "osD", strict=True):
+        milli = [row["implementations"][name]["median_s"] * 1e3 for row in rows]
+        axes.plot(bands, milli, marker=marker, label=label)
+    limits = {"sampling_s": "limit: samples / rate", "bandwidth_s": "limit: bytes / bandwidth"}
+    for (key, label), style in zip(limits.items(), ("--", ":"), strict=True):
+        bound = [row["bounds"][key] * 1e3 for row in rows]
+        axes.plot(bands, bound, style, color="black", linewidth=1, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(bands, [str(b) for b in bands])
+    axes.minorticks_on()
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(True, which="both", linewidth=0.3)
+    axes.set_xlabel("bands")
+    axes.set_ylabel("milliseconds per step")
+    axes.set_title(f"Correlated noise for {rows[0]['parameters']:,} parameters, float32, CPU")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: a check, not a measurement"
+    )
+    parser.add_argument("--size", type=int, help="elements of the one leaf (10,000,000)")
+    parser.add_argument(
+        "--bands", type=int, nargs="+", help="band counts, in place of every case's own"
+    )
+    parser.add_argument("--repeats", type=int, help="timed steps, rounded up to whole cycles (20)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output-dir", type=pathlib.Path, default=harness.RESULTS)
+    args = parser.parse_args(argv)
+    size = args.size or (5_000 if args.quick else 10_000_000)
+    leaf_count = 5 if args.quick else 200
+    repeats = args.repeats or (3 if args.quick else 20)
+    used = {CASES[name].noise_dtype or CASES[name].dtype for name in args.cases}
+    megabytes, limit_repeats = (4, 3) if args.quick else (256, 20)
+
+    environment, rows = harness.environment(), []
+    with jax.default_device(jax.devices("cpu")[0]):
+        limits = harness.machine_limits(sorted(used), megabytes, limit_repeats)
+        for name in args.cases:
+            case = CASES[name]
+            shapes = [1_000] * leaf_count if case.many_leaves else [size]
+            few = sorted({min(b, 3) for b in case.bands})
+            for b in args.bands or (few if args.quick else case.bands):
+                wide = jax.enable_x64(True) if case.dtype == "float64" else contextlib.nullcontext()
+                with wide:
+                    rows.append(measure(name, case, b, shapes, repeats))
+                print(f"{name}, {b} bands: done", flush=True)
+                # Memory for the next states, and nothing compiled before that it could share.
+                jax.clear_caches()
+                gc.collect()
+        after = harness.machine_limits(sorted(used), megabytes, limit_repeats)
+        limits = jax.tree.map(max, limits, after)
+    for row in rows:
+        relate(row, limits)
+    report = {
+        "benchmark": "noise",
+        "environment": environment,
+        "limits": limits,
+        "rows": rows,
+        "acceptance": acceptance(rows),
+    }
+    print("\n" + describe(report))
+    path = harness.write(report, "noise", args.output_dir)
+    if "bands" in args.cases:
+        plot(rows, path.with_suffix(".png"))
+    return report
+
+
+if __name__ == "__main__":
+    main()

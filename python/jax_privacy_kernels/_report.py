@@ -1,0 +1,50 @@
+"""The capability report: what would run here, and why not something else."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import jax
+
+from jax_privacy_kernels.ops import _cpp, _dispatch
+from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
+
+__all__ = ["report"]
+
+_OPS = {"correlated_noise": CORRELATED_NOISE}
+_PACKAGES = ("jax-privacy-kernels", "jax", "jaxlib", "optax", "numpy", "jax-privacy")
+
+
+def report() -> str:
+    """Versions, devices, and for every op the implementation that each platform would take."""
+    lines = ["versions"]
+    lines += [f"  {'python':<20} {platform.python_version()}"]
+    lines += [f"  {name:<20} {_version(name)}" for name in _PACKAGES]
+    lines += ["devices"]
+    lines += [f"  {device.platform:<20} {device.device_kind}" for device in jax.devices()]
+    missing = _cpp.unavailable()
+    lines += ["compiled kernels", f"  {missing or 'SIMD target: ' + _cpp.simd_target()}"]
+    asked = os.environ.get(_dispatch.ENVIRONMENT)
+    lines += ["asked for", f"  {_dispatch.ENVIRONMENT}={asked}" if asked else "  nothing"]
+    for op, table in _OPS.items():
+        lines += [f"{op} takes"]
+        for on in _dispatch.PLATFORMS:
+            able = [name for name, entry in table.items() if on in entry.platforms]
+            taken = next(name for name in able if not table[name].unavailable())
+            lines += [f"  {f'on {on}':<20} {taken}"]
+        for name, entry in table.items():
+            reason = entry.unavailable()
+            if reason:
+                lines += [f"  {f'not {name}:':<20} {reason}"]
+            elif entry.limits:
+                lines += [f"  {f'{name} leaves':<20} {entry.limits}"]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

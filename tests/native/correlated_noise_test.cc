@@ -1,0 +1,375 @@
+// correlated_noise against the definition, x_t = (z_t - sum_l c_l x_{t-l}) / c_0, evaluated one
+// element at a time in double, with nothing looked ahead and nothing forgotten. Shares no code with
+// the kernel.
+#include "correlated_noise.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "check.h"
+#include "thread_pool.h"
+
+namespace {
+
+using jpk::FloatType;
+using jpk::Key;
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGuard = 0;  // the sanitizer's own guards lie right at the ends
+#else
+constexpr size_t kGuard = 64;
+#endif
+
+// Memory of exactly the size asked for.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : bytes_(bytes), memory_(new unsigned char[bytes + 2 * kGuard]) {
+    std::memset(memory_.get(), kFill, bytes + 2 * kGuard);
+  }
+  void* data() const { return memory_.get() + kGuard; }
+  void fill(unsigned char value) { std::memset(data(), value, bytes_); }
+  bool same(const Buffer& other) const {
+    return bytes_ == other.bytes_ && (bytes_ == 0 || !std::memcmp(data(), other.data(), bytes_));
+  }
+  bool guards_intact() const {
+    const unsigned char* end = memory_.get() + bytes_ + 2 * kGuard;
+    auto filled = [](unsigned char c) { return c == kFill; };
+    return std::all_of(memory_.get(), memory_.get() + kGuard, filled) &&
+           std::all_of(end - kGuard, end, filled);
+  }
+
+ private:
+  static constexpr unsigned char kFill = 0xA5;
+  size_t bytes_;
+  std::unique_ptr<unsigned char[]> memory_;
+};
+
+size_t bytes_of(FloatType type) {
+  if (type == FloatType::kFloat64) return 8;
+  return type == FloatType::kFloat32 ? 4 : 2;
+}
+
+template <typename T>
+T load(const void* p, int64_t i) {
+  T value;
+  std::memcpy(&value, static_cast<const unsigned char*>(p) + i * sizeof value, sizeof value);
+  return value;
+}
+
+template <typename T>
+void store(void* p, int64_t i, T value) {
+  std::memcpy(static_cast<unsigned char*>(p) + i * sizeof value, &value, sizeof value);
+}
+
+// A finite 16-bit float of `fraction` bits after the point, by the formula of IEEE 754.
+double decode(uint16_t bits, int fraction, int bias) {
+  const int exponent = (bits & 0x7FFF) >> fraction, significand = bits & ((1 << fraction) - 1);
+  const double magnitude =
+      exponent ? std::ldexp((1 << fraction) + significand, exponent - bias - fraction)
+               : std::ldexp(significand, 1 - bias - fraction);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+double read(const void* p, FloatType type, int64_t i) {
+  switch (type) {
+    case FloatType::kFloat16:
+      return decode(load<uint16_t>(p, i), 10, 15);
+    case FloatType::kBFloat16:
+      return decode(load<uint16_t>(p, i), 7, 127);
+    case FloatType::kFloat32:
+      return load<float>(p, i);
+    default:
+      return load<double>(p, i);
+  }
+}
+
+// Half a unit in the last place of a number of size 1.
+double rounding(FloatType type) {
+  switch (type) {
+    case FloatType::kFloat16:
+      return 0x1p-11;
+    case FloatType::kBFloat16:
+      return 0x1p-8;
+    case FloatType::kFloat32:
+      return 0x1p-24;
+    default:
+      return 0x1p-53;
+  }
+}
+
+// The i-th gradient, exact in every type.
+double gradient(int64_t i) { return (static_cast<double>(i * 37 % 97) - 48) / 16; }
+
+uint16_t encode(double value, int fraction, int bias) {
+  if (value == 0) return 0;
+  const int exponent = std::ilogb(value);
+  const double significand = std::ldexp(std::fabs(value), fraction - exponent);
+  return static_cast<uint16_t>((value < 0 ? 0x8000 : 0) + ((exponent + bias - 1) << fraction) +
+                               static_cast<int>(significand));
+}
+
+void write_gradient(void* p, FloatType type, int64_t i) {
+  const double value = gradient(i);
+  switch (type) {
+    case FloatType::kFloat16:
+      return store(p, i, encode(value, 10, 15));
+    case FloatType::kBFloat16:
+      return store(p, i, encode(value, 7, 127));
+    case FloatType::kFloat32:
+      return store(p, i, static_cast<float>(value));
+    case FloatType::kFloat64:
+      return store(p, i, value);
+  }
+}
+
+// Threefry-2x32, 20 rounds.
+void encrypt(Key key, uint32_t x[2]) {
+  const int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const uint32_t k[3] = {key.k0, key.k1, key.k0 ^ key.k1 ^ 0x1BD11BDAu};
+  x[0] += k[0];
+  x[1] += k[1];
+  for (uint32_t group = 0; group < 5; ++group) {
+    for (int rotation : rotations[group % 2]) {
+      x[0] += x[1];
+      x[1] = (x[1] << rotation | x[1] >> (32 - rotation)) ^ x[0];
+    }
+    x[0] += k[(group + 1) % 3];
+    x[1] += k[(group + 2) % 3] + group + 1;
+  }
+}
+
+// sqrt(2) erfinv(u): a formula good to 0.2 %, then two Halley steps, each of which cubes the error.
+double to_normal(double u) {
+  const double a = 0.147, pi = 3.14159265358979323846;
+  const double l = std::log((1 - u) * (1 + u)), b = 2 / (pi * a) + l / 2;
+  double y = std::sqrt(std::max(0.0, std::sqrt(b * b - l / a) - b));
+  for (int i = 0; i < 2; ++i) {
+    const double error = std::erfc(y) - (1 - std::fabs(u));
+    const double newton = error * std::exp(y * y) * std::sqrt(pi) / 2;
+    y += newton / (1 - y * newton);
+  }
+  return std::copysign(std::sqrt(2.0) * y, u);
+}
+
+// The i-th standard normal under a leaf's key.
+double normal(Key leaf_key, int64_t i, FloatType type) {
+  uint32_t x[2] = {static_cast<uint32_t>(i >> 32), static_cast<uint32_t>(i)};
+  encrypt(leaf_key, x);
+  const bool wide = type == FloatType::kFloat64;
+  // Uniform bits after the point, on [-1, 1 - ulp], shifted up to leave out -1.
+  const double unit =
+      wide ? std::ldexp(static_cast<double>((uint64_t{x[0]} << 32 | x[1]) >> 12), -52)
+           : std::ldexp((x[0] ^ x[1]) >> 9, -23);
+  const double lowest = wide ? -1 + 0x1p-53 : -1 + 0x1p-24;
+  const double u = 2 * unit + lowest;
+  return to_normal(wide ? u : static_cast<float>(u));
+}
+
+Key step_key(int64_t t) {
+  uint32_t x[2] = {0, static_cast<uint32_t>(t)};
+  encrypt({2024, 7}, x);
+  return {x[0], x[1]};
+}
+
+struct Types {
+  FloatType grad, noise, ring;
+};
+
+// Everything of one leaf, for one number of workers.
+struct LeafMemory {
+  LeafMemory(int64_t size, int64_t slots, const Types& types)
+      : grad(size * bytes_of(types.grad)),
+        out(size * bytes_of(types.grad)),
+        ring(slots * size * bytes_of(types.ring)) {
+    for (int64_t i = 0; i < size; ++i) write_gradient(grad.data(), types.grad, i);
+    ring.fill(0);
+  }
+  bool guards_intact() const {
+    return grad.guards_intact() && out.guards_intact() && ring.guards_intact();
+  }
+  Buffer grad, out, ring;
+};
+
+struct Worst {
+  double value = 0;
+  int64_t at = 0;
+  void update(double error, int64_t i) {
+    if (!(error <= value)) value = std::isnan(error) ? HUGE_VAL : error, at = i;
+  }
+};
+
+struct Problem {
+  int64_t slots;
+  bool accurate;
+  std::vector<int64_t> sizes;
+  std::vector<Types> types;
+};
+
+void run(ThreadPool& pool, const Problem& problem) {
+  const int64_t slots = problem.slots, bands = slots + 1, steps = 3 * slots + 2;
+  const int64_t workers[] = {1, 2, 5};
+  const double stddev = 1.5;
+  // All bands matter and differ, yet errors do not build up: sum |c_l| < 0.9 c_0.
+  std::vector<double> coef(bands, 1.25);
+  for (int64_t l = 1; l < bands; ++l) {
+    coef[l] = (l % 3 ? 1 : -1) * 0.9 * coef[0] * (0.5 + 0.5 * l / bands) / slots;
+  }
+
+  const size_t leaves = problem.sizes.size();
+  std::vector<int64_t> first_tile(1, 0);
+  for (int64_t size : problem.sizes) {
+    first_tile.push_back(first_tile.back() + (size + jpk::kTile - 1) / jpk::kTile);
+  }
+  // Positions need not be 0, 1, ..: a step may be asked for some leaves of a tree.
+  auto index = [](size_t l) { return static_cast<uint32_t>(3 * l + 1); };
+
+  // x[l][t * size + i], also of the steps that the last ring looks ahead to.
+  std::vector<std::vector<double>> x(leaves);
+  for (size_t l = 0; l < leaves; ++l) {
+    const int64_t size = problem.sizes[l];
+    x[l].resize((steps + slots) * size);
+    double* xl = x[l].data();
+    for (int64_t t = 0; t < steps + slots; ++t) {
+      uint32_t leaf_key[2] = {0, index(l)};
+      encrypt(step_key(t), leaf_key);
+      for (int64_t i = 0; i < size; ++i) {
+        double sum = stddev * normal({leaf_key[0], leaf_key[1]}, i, problem.types[l].noise);
+        for (int64_t lag = 1; lag <= std::min(t, slots); ++lag) {
+          sum -= coef[lag] * xl[(t - lag) * size + i];
+        }
+        xl[t * size + i] = sum / coef[0];
+      }
+    }
+  }
+
+  std::vector<Buffer> grads;  // as they must stay
+  for (size_t l = 0; l < leaves; ++l) {
+    grads.push_back(std::move(LeafMemory(problem.sizes[l], slots, problem.types[l]).grad));
+  }
+  std::vector<std::vector<LeafMemory>> memory(std::size(workers));  // [workers][leaf]
+  for (auto& of_leaves : memory) {
+    for (size_t l = 0; l < leaves; ++l) {
+      of_leaves.emplace_back(problem.sizes[l], slots, problem.types[l]);
+    }
+  }
+
+  double largest[2] = {0, 0};  // of float32 and float64 noise
+  for (int64_t t = 0; t < steps; ++t) {
+    std::vector<Key> subkeys(std::max<int64_t>(slots, 1));
+    for (int64_t tau = t; tau < t + std::max<int64_t>(slots, 1); ++tau) {
+      subkeys[tau % subkeys.size()] = step_key(tau);
+    }
+    const double row_scale = 1 + 0.25 * (t % 3);
+    const jpk::Step step =
+        jpk::make_step(t, subkeys.data(), coef.data(), bands, stddev, row_scale, problem.accurate);
+
+    // The whole ring is compared at some steps; the slot of x_t at all.
+    const bool whole_ring = t <= 1 || t == slots / 2 || t % std::max<int64_t>(slots - 1, 1) == 0;
+
+    for (size_t w = 0; w < memory.size(); ++w) {
+      std::vector<jpk::Leaf> list(leaves);
+      for (size_t l = 0; l < leaves; ++l) {
+        memory[w][l].out.fill(0xFF);  // a NaN in every type
+        list[l] = {memory[w][l].grad.data(),
+                   memory[w][l].out.data(),
+                   slots ? memory[w][l].ring.data() : nullptr,
+                   problem.sizes[l],
+                   first_tile[l],
+                   index(l),
+                   problem.types[l].grad,
+                   problem.types[l].noise,
+                   problem.types[l].ring};
+      }
+      jpk::correlated_noise(pool, workers[w], step, list);
+      for (size_t l = 0; l < leaves; ++l) {
+        const LeafMemory& one = memory[w][l];
+        CHECK(one.guards_intact(), "slots %d leaf %zu", int(slots), l);
+        CHECK(one.grad.same(grads[l]), "slots %d leaf %zu", int(slots), l);
+        // How the work is shared out changes nothing, not even the last bit.
+        CHECK(one.out.same(memory[0][l].out) && (!whole_ring || one.ring.same(memory[0][l].ring)),
+              "slots %d step %d leaf %zu workers %d", int(slots), int(t), l, int(workers[w]));
+      }
+    }
+
+    for (size_t l = 0; l < leaves; ++l) {
+      const int64_t size = problem.sizes[l];
+      const Types types = problem.types[l];
+      const LeafMemory& one = memory[0][l];
+      const bool wide = types.noise == FloatType::kFloat64;
+      // Ten times what is measured. Without jax_accurate_erf_inv the tails are as far off as XLA's.
+      const double tolerance =
+          stddev * (problem.accurate ? (wide ? 2e-14 : 1e-5) : (wide ? 2e-10 : 2e-4));
+      Worst out_error, x_error;
+      for (int64_t i = 0; i < size; ++i) {
+        const double want = gradient(i) + row_scale * x[l][t * size + i];
+        out_error.update(std::fabs(read(one.out.data(), types.grad, i) - want) /
+                             (row_scale * tolerance +
+                              1.001 * rounding(types.grad) * std::max(std::fabs(want), 1.0)),
+                         i);
+      }
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        if (!whole_ring && slot != t % slots) continue;
+        for (int64_t i = 0; i < size; ++i) {
+          // Which term stands here. Warming up: x_slot, or nothing yet. Refreshed last at step r:
+          // the one of r .. r + S - 1 that is slot modulo S.
+          const int64_t phase = (i / jpk::kTile + first_tile[l]) % slots;
+          const int64_t r = t - (t - phase) % slots;
+          const int64_t tau = t < phase ? slot : r + (slot - r % slots + slots) % slots;
+          const double want = t < phase && slot > t ? 0 : x[l][tau * size + i];
+          x_error.update(
+              std::fabs(read(one.ring.data(), types.ring, slot * size + i) - want) / tolerance, i);
+        }
+      }
+      CHECK(out_error.value <= 1,
+            "slots %d step %d leaf %zu: element %d of out is %g tolerances off", int(slots), int(t),
+            l, int(out_error.at), out_error.value);
+      CHECK(x_error.value <= 1,
+            "slots %d step %d leaf %zu: element %d of the ring is %g tolerances off", int(slots),
+            int(t), l, int(x_error.at), x_error.value);
+      largest[wide] = std::max(largest[wide], x_error.value * tolerance / stddev);
+    }
+  }
+  if (slots == 0) return;
+  std::printf("%d slots: x differs by up to %.1e (float32), %.1e (float64) standard deviations\n",
+              int(slots), largest[0], largest[1]);
+}
+
+}  // namespace
+
+int main() {
+  constexpr FloatType kGrads[] = {FloatType::kFloat16, FloatType::kBFloat16, FloatType::kFloat32,
+                                  FloatType::kFloat64};
+  constexpr FloatType kNoises[][2] = {{FloatType::kFloat32, FloatType::kFloat32},
+                                      {FloatType::kFloat32, FloatType::kFloat64},
+                                      {FloatType::kFloat64, FloatType::kFloat64}};
+  std::vector<Types> all_types;
+  for (FloatType grad : kGrads) {
+    for (auto [noise, ring] : kNoises) all_types.push_back({grad, noise, ring});
+  }
+
+  ThreadPool pool(3);
+  for (int64_t slots : {0, 1, 2, 7, 31}) {
+    const int64_t full = slots * jpk::kTile;
+    Problem problem{slots, slots != 2, {}, {}};
+    if (slots <= 2) {
+      for (const Types& types : all_types) {
+        for (int64_t size : {int64_t{0}, int64_t{1}, int64_t{1023}, int64_t{1024}, int64_t{1025},
+                             std::max<int64_t>(full - 1, 0), full, full + 1}) {
+          problem.sizes.push_back(size);
+          problem.types.push_back(types);
+        }
+      }
+    } else {  // every type once, to be done in time
+      problem.sizes = {
+          1025, full + 1, 3,  0, full - 1, 1023, 1, 2049, std::min<int64_t>(full, 8192),
+          1024, 130,      300};
+      problem.types = all_types;
+    }
+    run(pool, problem);
+  }
+  return report();
+}

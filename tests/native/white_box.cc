@@ -1,0 +1,107 @@
+// A Python module that opens the kernels up to white_box_test.py. Built once per instruction set,
+// under the name JPK_WHITE_BOX_NAME; element-wise functions take and return NumPy arrays.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "correlated_noise.h"
+
+namespace py = pybind11;
+
+namespace jpk {
+namespace {
+
+template <typename T>
+T uniform(uint64_t words) {
+  return Gaussian<T>::uniform(static_cast<uint32_t>(words >> 32), static_cast<uint32_t>(words));
+}
+
+// As normal_block picks the branch.
+template <typename T>
+T erf_inv(T u, bool accurate) {
+  const T w = Gaussian<T>::minus_log(u);
+  return w >= Gaussian<T>::kCentral ? Gaussian<T>::any(u, accurate) : Gaussian<T>::central(u, w);
+}
+
+template <typename T>
+uint16_t narrowed(double x) {
+  T to;
+  narrow(x, to);
+  return to.bits;
+}
+
+JPK_TARGET_CLONES void normal_block_f32(Key key, uint64_t first, float scale, bool accurate,
+                                        float* z) {
+  normal_block<float>(key, first, scale, accurate, z);
+}
+
+JPK_TARGET_CLONES void normal_block_f64(Key key, uint64_t first, double scale, bool accurate,
+                                        double* z) {
+  normal_block<double>(key, first, scale, accurate, z);
+}
+
+template <typename T>
+auto normal(void (*block)(Key, uint64_t, T, bool, T*)) {
+  return [block](uint32_t k0, uint32_t k1, uint64_t first, T scale, bool accurate) {
+    py::array_t<T> z(kBlock);
+    block({k0, k1}, first, scale, accurate, z.mutable_data());
+    return z;
+  };
+}
+
+struct DeafPool {
+  template <typename Task>
+  void Schedule(Task&&) {}
+};
+
+// One step on leaves (grad, out, ring, {grad type, noise type, ring type}); out and ring are
+// written. Types are positions in FloatType, arrays of 16-bit floats are viewed as uint16.
+void step(
+    int64_t t, const std::vector<std::tuple<uint32_t, uint32_t>>& subkeys,
+    const std::vector<double>& coef, double stddev, double row_scale, bool accurate,
+    const std::vector<std::tuple<py::array, py::array, py::array, std::vector<int>>>& leaves) {
+  std::vector<Key> keys;
+  for (auto [k0, k1] : subkeys) keys.push_back({k0, k1});
+  std::vector<Leaf> list;
+  int64_t first_tile = 0;
+  for (auto [grad, out, ring, types] : leaves) {
+    list.push_back({grad.data(), out.mutable_data(), ring.mutable_data(), grad.size(), first_tile,
+                    static_cast<uint32_t>(list.size()), FloatType(types.at(0)),
+                    FloatType(types.at(1)), FloatType(types.at(2))});
+    first_tile += list.back().tiles();
+  }
+  DeafPool pool;
+  correlated_noise(pool, 1,
+                   make_step(t, keys.data(), coef.data(), static_cast<int64_t>(coef.size()), stddev,
+                             row_scale, accurate),
+                   list);
+}
+
+PYBIND11_MODULE(JPK_WHITE_BOX_NAME, m) {
+  m.def("threefry", py::vectorize([](uint32_t k0, uint32_t k1, uint32_t x0, uint32_t x1) {
+          threefry2x32({k0, k1}, x0, x1);
+          return static_cast<uint64_t>(x0) << 32 | x1;
+        }));
+  m.def("split", py::vectorize([](uint32_t k0, uint32_t k1, uint32_t i) {
+          const Key key = split({k0, k1}, i);
+          return static_cast<uint64_t>(key.k0) << 32 | key.k1;
+        }));
+  m.def("uniform_f32", py::vectorize(uniform<float>));
+  m.def("uniform_f64", py::vectorize(uniform<double>));
+  m.def("erf_inv_f32", py::vectorize(erf_inv<float>));
+  m.def("erf_inv_f64", py::vectorize(erf_inv<double>));
+  m.def("normal_f32", normal<float>(normal_block_f32));
+  m.def("normal_f64", normal<double>(normal_block_f64));
+  m.attr("BLOCK") = kBlock;
+  m.def("widen_f16", py::vectorize([](uint16_t bits) { return widen(Float16{bits}); }));
+  m.def("widen_bf16", py::vectorize([](uint16_t bits) { return widen(BFloat16{bits}); }));
+  m.def("narrow_f16", py::vectorize(narrowed<Float16>));
+  m.def("narrow_bf16", py::vectorize(narrowed<BFloat16>));
+  m.def("step", step);
+}
+
+}  // namespace
+}  // namespace jpk

@@ -1,0 +1,512 @@
+"""Privatizers against jax_privacy for the same key, and what their users rely on."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels.matrix_factorization import streaming_matrix, toeplitz
+from jax_privacy_kernels.noise_addition import (
+    SupportedStrategies,
+    gaussian_privatizer,
+    matrix_factorization_privatizer,
+)
+
+COEF = (0.9, 0.3, -0.2, 0.1)
+UNIT_COEF = tuple(np.array(COEF) / np.linalg.norm(COEF))
+N = 5
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """jax_privacy: noise_addition, streaming_matrix, toeplitz."""
+    pytest.importorskip("jax_privacy")
+    from jax_privacy import noise_addition as noise
+    from jax_privacy.matrix_factorization import streaming_matrix as streaming
+    from jax_privacy.matrix_factorization import toeplitz as toeplitz_reference
+
+    return noise, streaming, toeplitz_reference
+
+
+class Ours:
+    noise, streaming, toeplitz = noise_addition, streaming_matrix, toeplitz
+
+
+def banded(lib, **kwargs):
+    return lib.toeplitz.inverse_as_streaming_matrix(jnp.array(UNIT_COEF, jnp.float32), **kwargs)
+
+
+def dense(shape, seed=0):
+    rows = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    rows = np.tril(rows, shape[1] - shape[0])
+    rows[2] = 0
+    return jnp.asarray(rows)
+
+
+MATRICES = {
+    "identity": lambda lib: lib.streaming.identity(),
+    "banded": banded,
+    "one band": lambda lib: lib.toeplitz.inverse_as_streaming_matrix(jnp.array([2.0])),
+    # N < the number of steps: rows from N on keep the last scale.
+    "column-normalized": lambda lib: banded(lib, column_normalize_for_n=N),
+    "scaled": lambda lib: banded(lib) * 0.5,
+    "rows scaled": lambda lib: banded(lib).scale_rows_and_columns(jnp.array([1.0, 3.0, 0.2])),
+    "columns scaled": lambda lib: banded(lib).scale_rows_and_columns(None, jnp.array([1.0, 3.0])),
+    "prefix_sum": lambda lib: lib.streaming.prefix_sum(),
+    "product": lambda lib: lib.streaming.prefix_sum() @ banded(lib),
+    "diagonal": lambda lib: lib.streaming.diagonal(jnp.array([1.0, 2.0, -3.0])),
+    "dense": lambda lib: dense((7, 7)),
+    "dense, wide": lambda lib: dense((7, 10)),
+    "dense, tall": lambda lib: dense((9, 4)),
+}
+STEPS = 7
+SHAPES = {"w": (3, 500), "v": (1100,), "empty": (0, 2), "scalar": ()}
+
+
+def model(dtype=jnp.float32, seed=0):
+    """A tree of gradients; ``dtype`` may be one for each leaf."""
+    rng = np.random.default_rng(seed)
+    dtypes = [dtype] * len(SHAPES) if not isinstance(dtype, tuple) else dtype
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), d)
+        for (name, shape), d in zip(SHAPES.items(), dtypes, strict=True)
+    }
+
+
+def run(privatizer, steps=STEPS, dtype=jnp.float32):
+    """Outputs of all steps, stacked."""
+    state = privatizer.init(model(dtype))
+    update = jax.jit(privatizer.update)
+    outs = []
+    for t in range(steps):
+        out, state = update(model(dtype, seed=t), state)
+        outs.append(out)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def assert_same_noise(actual, expected, sample_rtol=2e-6):
+    """The tolerance of samples, 2e-6 for float32, is magnified by the matrix: by less than 10."""
+
+    def compare(a, e):
+        assert a.dtype == e.dtype
+        rtol = 2 * float(jnp.finfo(a.dtype).eps)  # their rounding and ours: one unit each
+        a, e = (np.asarray(v).astype(np.float64) for v in (a, e))
+        scale = max(np.abs(e).max(initial=0), 1)
+        np.testing.assert_allclose(a, e, rtol=rtol, atol=10 * sample_rtol * scale)
+
+    jax.tree.map(compare, actual, expected)
+
+
+def build(lib, matrix, **kwargs):
+    return lib.noise.matrix_factorization_privatizer(
+        MATRICES[matrix](lib), **{"stddev": 1.5, "prng_key": 7, **kwargs}
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(reference):
+    class Theirs:
+        noise, streaming, toeplitz = reference
+
+    return Theirs
+
+
+# -- The same noise as jax_privacy ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_noise_of_the_reference(theirs, matrix):
+    assert_same_noise(run(build(Ours, matrix)), run(build(theirs, matrix)))
+
+
+@pytest.mark.filterwarnings("ignore:column_normalize_for_n")
+@pytest.mark.parametrize("matrix", ["identity", "column-normalized", "product", "dense"])
+@pytest.mark.parametrize(
+    ("grads", "noise"),
+    [
+        ((jnp.bfloat16, jnp.float32, jnp.float32, jnp.float16), None),
+        ((jnp.bfloat16, jnp.float32, jnp.float16, jnp.float16), jnp.float32),
+        (jnp.float32, jnp.bfloat16),
+    ],
+    ids=["mixed", "float32 noise", "bfloat16 noise"],
+)
+def test_dtypes_of_the_reference(theirs, matrix, grads, noise):
+    # A stddev that is a power of two scales samples of 16 bits exactly.
+    kwargs = {"dtype": noise, "stddev": 2.0}
+    ours, expected = (run(build(lib, matrix, **kwargs), dtype=grads) for lib in (Ours, theirs))
+    # Samples of 16 bits are rounded between operations or not, as the compiler likes; sums of them
+    # (prefix sums, dense rows) drift by a unit of the last place each.
+    coarse = noise == jnp.bfloat16 or noise is None
+    assert_same_noise(ours, expected, sample_rtol=2**-10 if coarse else 2e-6)
+
+
+def test_float64_noise_of_the_reference(theirs):
+    with jax.enable_x64(True):
+        for matrix in ("banded", "dense"):
+            ours, expected = (run(build(lib, matrix), dtype=jnp.float64) for lib in (Ours, theirs))
+            assert ours["w"].dtype == jnp.float64
+            # The coefficients are float32 here, as they are in the reference; the noise is not.
+            assert_same_noise(ours, expected, sample_rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        lambda: jax.random.key(3),
+        lambda: jax.random.PRNGKey(3),
+        lambda: 3,
+        lambda: jax.random.key(3, impl="rbg"),
+    ],
+    ids=["typed", "raw", "seed", "rbg"],
+)
+@pytest.mark.parametrize("matrix", ["banded", "dense", "product"])
+def test_keys_of_the_reference(theirs, key, matrix):
+    ours, expected = (run(build(lib, matrix, prng_key=key()), 4) for lib in (Ours, theirs))
+    assert_same_noise(ours, expected)
+
+
+def test_gaussian_privatizer_is_that_of_the_identity(theirs):
+    ours = run(gaussian_privatizer(stddev=0.5, prng_key=2))
+    assert_same_noise(ours, run(theirs.noise.gaussian_privatizer(stddev=0.5, prng_key=2)))
+    identity = matrix_factorization_privatizer(streaming_matrix.identity(), stddev=0.5, prng_key=2)
+    jax.tree.map(np.testing.assert_array_equal, ours, run(identity))
+
+
+@pytest.mark.parametrize("implementation", ["jax", "cpp"])
+def test_implementations_agree(implementation):
+    asked = build(Ours, "column-normalized", implementation=implementation)
+    assert_same_noise(run(asked), run(build(Ours, "column-normalized")))
+
+
+# -- How it is used ---------------------------------------------------------------------------
+
+KINDS = ["identity", "banded", "product", "dense"]
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_arguments_by_name(matrix):
+    privatizer = build(Ours, matrix)
+    grads = model()
+    state = privatizer.init(grads)
+    expected = privatizer.update(grads, state)
+    named = privatizer.update(sum_of_clipped_grads=grads, noise_state=state, params=grads)
+    jax.tree.map(np.testing.assert_array_equal, named, expected)
+    positional = privatizer.update(grads, state, grads)
+    jax.tree.map(np.testing.assert_array_equal, positional, expected)
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_donation_changes_nothing_but_deletes_the_state(matrix):
+    key = jax.random.key(9)
+    privatizer = build(Ours, matrix, prng_key=key)
+    donating = jax.jit(privatizer.update, donate_argnums=1)
+    expected = run(privatizer)
+    state = privatizer.init(model())
+    for t in range(STEPS):
+        old = state
+        out, state = donating(model(seed=t), state)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old) if leaf.size)
+        jax.tree.map(lambda a, e, t=t: np.testing.assert_array_equal(a, e[t]), out, expected)
+    # The caller's key was copied: the state is not the only owner of its buffer.
+    assert jax.random.key_data(key).tolist() == [0, 9]
+    raw = jax.random.PRNGKey(9)
+    from_raw = build(Ours, matrix, prng_key=raw)
+    donating(model(), from_raw.init(model()))
+    assert raw.tolist() == [0, 9]
+    jax.tree.map(np.testing.assert_array_equal, run(from_raw), expected)
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_init_on_shapes_eval_shape_and_scan(matrix):
+    privatizer = build(Ours, matrix)
+    structs = jax.eval_shape(model)
+    state = privatizer.init(structs)
+    jax.tree.map(np.testing.assert_array_equal, state, privatizer.init(model()))
+    abstract = jax.eval_shape(privatizer.init, structs)
+    out, after = jax.eval_shape(privatizer.update, structs, abstract)
+    shape_of = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    assert shape_of(abstract) == shape_of(state) == shape_of(after)
+    assert shape_of(out) == shape_of(structs)
+
+    grads = jax.tree.map(lambda *v: jnp.stack(v), *[model(seed=t) for t in range(STEPS)])
+    scan = jax.jit(lambda s: jax.lax.scan(lambda s, g: privatizer.update(g, s)[::-1], s, grads)[1])
+    assert_same_noise(scan(state), run(privatizer))
+
+
+def test_chain_with_an_optimizer():
+    privatizer = build(Ours, "banded")
+    optimizer = optax.chain(privatizer, optax.sgd(0.1))
+    params = model()
+    state, noise_state = optimizer.init(params), privatizer.init(params)
+    expected = params
+    for t in range(3):
+        updates, state = optimizer.update(model(seed=t), state, params)
+        params = optax.apply_updates(params, updates)
+        noisy, noise_state = privatizer.update(model(seed=t), noise_state)
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, noisy)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), params, expected)
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_key_lives_in_the_state(matrix):
+    """So a compiled update serves all keys, and a state restored elsewhere continues its stream."""
+    one, other = build(Ours, matrix, prng_key=1), build(Ours, matrix, prng_key=2)
+    update = jax.jit(one.update)
+    grads = model()
+    noise_of_one, _ = update(grads, one.init(grads))
+    noise_of_other, _ = update(grads, other.init(grads))
+    expected, _ = jax.jit(other.update)(grads, other.init(grads))
+    jax.tree.map(np.testing.assert_array_equal, noise_of_other, expected)
+    assert np.all(np.asarray(noise_of_one["v"]) != np.asarray(noise_of_other["v"]))
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+@pytest.mark.parametrize("empty", [{}, (), None, {"a": {}}], ids=repr)
+def test_empty_trees_stay_empty(matrix, empty):
+    privatizer = build(Ours, matrix)
+    state = privatizer.init(empty)
+    for _ in range(3):
+        out, state = privatizer.update(empty, state)
+        assert out == empty
+
+
+def test_state_is_the_rings_and_little_else():
+    size, bands = 100_000, len(COEF)
+    state = build(Ours, "banded").init({"w": jnp.zeros(size)})
+    memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory <= 1.01 * (bands - 1) * size * 4
+    assert build(Ours, "identity").init(jnp.zeros(size)).buffers.shape == (0, size)
+
+
+def test_numpy_gradients():
+    """NumPy's default dtype is float64, which JAX does not have by default."""
+    privatizer = build(Ours, "banded")
+    grads = np.ones(30)
+    out, _ = privatizer.update(grads, privatizer.init(grads))
+    expected, _ = privatizer.update(jnp.ones(30), privatizer.init(jnp.ones(30)))
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*requested dtype float64")
+@pytest.mark.parametrize("matrix", KINDS)
+def test_float64_noise_is_float32_where_jax_has_no_float64(matrix):
+    """``dtype=float`` is JAX's default float dtype everywhere else, jax_privacy included."""
+    privatizer, expected = build(Ours, matrix, dtype=float), build(Ours, matrix)
+    assert_same_noise(run(privatizer, 2), run(expected, 2))
+
+
+# -- Fresh keys -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_fresh_keys_differ(matrix):
+    one, other = (run(build(Ours, matrix, prng_key=None), 1) for _ in range(2))
+    differ = np.asarray(one["v"]) != np.asarray(other["v"])
+    # Two of 2^23 uniforms are the same now and then.
+    assert differ.mean() > 0.99
+
+
+def test_fresh_keys_are_all_entropy(monkeypatch):
+    requests = []
+
+    def token_bytes(count):
+        requests.append(count)
+        return bytes(range(251, 251 - count, -1))
+
+    monkeypatch.setattr(secrets, "token_bytes", token_bytes)
+    state = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2))
+    assert requests == [8]
+    expected = np.frombuffer(bytes(range(251, 243, -1)), np.uint32)
+    np.testing.assert_array_equal(state.clock.key, expected)
+
+
+def test_fresh_keys_leave_numpy_alone():
+    np.random.seed(0)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2)).clock.key
+    after = np.random.get_state()  # noqa: NPY002
+    np.testing.assert_array_equal(before, after[1])
+    np.random.seed(0)  # noqa: NPY002
+    second = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2)).clock.key
+    assert np.any(np.asarray(first) != np.asarray(second))
+
+
+# -- Errors -----------------------------------------------------------------------------------
+
+
+def test_step_beyond_the_rows_of_a_dense_matrix():
+    privatizer = matrix_factorization_privatizer(np.eye(2), stddev=1.0, prng_key=0)
+    grads = {"a": jnp.zeros(4), "b": jnp.zeros(())}
+    state = privatizer.init(grads)
+    for _ in range(2):
+        out, state = privatizer.update(grads, state)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out))
+    with pytest.raises(ValueError, match=r"at most 2 steps.*found step 2"):
+        privatizer.update(grads, state)
+    out, _ = jax.jit(privatizer.update)(grads, state)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(out))
+
+
+@pytest.mark.parametrize(
+    ("stddev", "error"),
+    [
+        (-1.0, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        (jnp.float32(-2), ValueError),
+        ("2", TypeError),
+        (None, TypeError),
+        (1j, TypeError),
+        ([1.0], TypeError),
+        (np.ones(1), TypeError),
+    ],
+    ids=repr,
+)
+def test_stddev_that_is_none(stddev, error):
+    with pytest.raises(error, match="expected stddev to be"):
+        gaussian_privatizer(stddev=stddev, prng_key=0)
+
+
+def test_stddev_out_of_the_range_of_the_noise():
+    """1e-50 is zero and 1e39 infinite in float32: no noise, or nothing but noise."""
+    for stddev in (1e-50, 1e39):
+        with pytest.raises(ValueError, match=f"stddev.*{stddev}"):
+            run(gaussian_privatizer(stddev=stddev, prng_key=0), 1)
+
+
+def test_stddev_may_be_traced():
+    def noise(stddev):
+        privatizer = gaussian_privatizer(stddev=stddev, prng_key=0)
+        return privatizer.update(jnp.zeros(5), privatizer.init(jnp.zeros(5)))[0]
+
+    np.testing.assert_allclose(jax.jit(noise)(2.0), noise(2.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "error", "message"),
+    [
+        (np.ones(3), ValueError, r"2-D.*\(3,\)"),
+        (np.ones((2, 2, 2)), ValueError, r"2-D.*\(2, 2, 2\)"),
+        (1.0, ValueError, r"2-D.*\(\)"),
+        (np.ones((0, 3)), ValueError, r"not empty.*\(0, 3\)"),
+        (np.array([[1.0, np.nan]]), ValueError, "finite"),
+        (np.array([[np.inf]]), ValueError, "finite"),
+        (np.array([[1.0 + 1j]]), TypeError, "noising_matrix.*complex"),
+        ("identity", TypeError, "'identity'"),
+        ([[1.0]], TypeError, r"\[\[1.0\]\]"),
+        (None, TypeError, "None"),
+    ],
+    ids=repr,
+)
+@pytest.mark.filterwarnings("ignore:Casting complex")
+def test_matrix_that_is_none(matrix, error, message):
+    with pytest.raises(error, match=message):
+        matrix_factorization_privatizer(matrix, stddev=1.0, prng_key=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (lambda: jax.random.split(jax.random.key(0)), ValueError, r"\(2,\)"),
+        (lambda: jax.random.split(jax.random.PRNGKey(0)), (TypeError, ValueError), r"\(2, 2\)"),
+        (lambda: np.zeros(2, np.int32), TypeError, r"int32.*\(2,\)"),
+        (lambda: np.zeros(2), TypeError, r"float.*\(2,\)"),
+        (lambda: 1.5, TypeError, "1.5"),
+        (lambda: "seed", TypeError, "'seed'"),
+    ],
+    ids=["keys", "raw keys", "int32", "floats", "float", "str"],
+)
+def test_key_that_is_none(key, error, message):
+    with pytest.raises(error, match=f"expected prng_key to be .*{message}"):
+        gaussian_privatizer(stddev=1.0, prng_key=key())
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+@pytest.mark.parametrize(
+    "dtype", [jnp.int32, jnp.complex64, jnp.float8_e4m3fn, jnp.bool_], ids=lambda d: d.__name__
+)
+def test_gradients_that_get_no_noise(matrix, dtype):
+    privatizer = build(Ours, matrix)
+    grads = {"w": {"kernel": jnp.zeros(3, dtype)}, "b": jnp.zeros(2)}
+    message = rf"\['w'\]\['kernel'\].*{jnp.dtype(dtype).name}"
+    with pytest.raises(TypeError, match=message):
+        privatizer.init(grads)
+    state = privatizer.init(jax.tree.map(lambda g: jnp.zeros(g.shape), grads))
+    with pytest.raises(TypeError, match=message):
+        privatizer.update(grads, state)
+
+
+def test_float8_gradients_with_wider_noise():
+    privatizer = gaussian_privatizer(stddev=1.0, prng_key=0, dtype=jnp.float32)
+    grads = jnp.ones(100, jnp.float8_e4m3fn)
+    out, _ = privatizer.update(grads, privatizer.init(grads))
+    assert out.dtype == grads.dtype
+    wide, _ = privatizer.update(jnp.ones(100), privatizer.init(jnp.ones(100)))
+    np.testing.assert_array_equal(
+        out.astype(jnp.float32), wide.astype(grads.dtype).astype(jnp.float32)
+    )
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn, jnp.complex64])
+def test_noise_dtype_that_cannot_be_sampled(matrix, dtype):
+    with pytest.raises(TypeError, match=f"noise of dtype.*{jnp.dtype(dtype).name}"):
+        build(Ours, matrix, dtype=dtype).init(jnp.zeros(3))
+
+
+def test_states_that_are_not_the_privatizers():
+    privatizer = build(Ours, "banded")
+    grads = {"a": jnp.zeros(4), "b": jnp.zeros(2)}
+    state = privatizer.init(grads)
+    cases = [
+        (privatizer, {"a": jnp.zeros(4)}, state, r"noise_state.*\['b'\]"),
+        (privatizer, {"a": jnp.zeros(4), "c": jnp.zeros(2)}, state, r"\['c'\]"),
+        (privatizer, {"a": jnp.zeros(5), "b": jnp.zeros(2)}, state, r"\(3, 5\).*found.*\(3, 4\)"),
+        (privatizer, {"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, state, r"\(3, 2, 2\)"),
+        (privatizer, grads, build(Ours, "identity").init(grads), r"noise_state.*\(0, "),
+        (privatizer, grads, build(Ours, "product").init(grads), "noise_state"),
+        (privatizer, grads, build(Ours, "dense").init(grads), "noise_state"),
+        (build(Ours, "product"), grads, state, "noise_state"),
+        (build(Ours, "product"), {"a": jnp.zeros(4)}, build(Ours, "product").init(grads), "b"),
+        (build(Ours, "dense"), grads, state, "noise_state"),
+        (privatizer, grads, None, "noise_state"),
+        (privatizer, [*grads.values()], state, "noise_state"),
+    ]
+    other_bands = matrix_factorization_privatizer(
+        toeplitz.inverse_as_streaming_matrix(jnp.array([1.0, 0.5, 0.2])), stddev=1.0, prng_key=0
+    )
+    cases.append((other_bands, grads, state, r"\(2, .*found.*\(3, "))
+    half = build(Ours, "banded", dtype=jnp.bfloat16)
+    if half.init(grads).buffers["a"].dtype != jnp.float32:
+        cases.append((half, grads, state, "bfloat16.*float32"))
+    for owner, gradients, foreign, message in cases:
+        with pytest.raises(ValueError, match=message):
+            owner.update(gradients, foreign)
+        # Shapes are checked inside a trace as well.
+        with pytest.raises(ValueError, match=message):
+            jax.jit(owner.update)(gradients, foreign)
+
+
+@pytest.mark.parametrize("matrix", ["identity", "banded", "product"])
+def test_implementation_that_cannot_run(matrix):
+    grads = jnp.zeros(3)
+    privatizer = build(Ours, matrix, implementation="fortran")
+    with pytest.raises(ValueError, match=r"'fortran'.*available.*'jax'"):
+        privatizer.update(grads, privatizer.init(grads))
+    privatizer = build(Ours, matrix, implementation="cpp", dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"cpp.*bfloat16"):
+        privatizer.update(grads, privatizer.init(grads))
+
+
+def test_zero_is_not_there_yet():
+    for factory in (gaussian_privatizer, functools.partial(matrix_factorization_privatizer, 1.0)):
+        with pytest.raises(NotImplementedError, match="ZERO"):
+            factory(stddev=1.0, prng_key=0, intermediate_strategy=SupportedStrategies.ZERO)

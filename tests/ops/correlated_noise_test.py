@@ -1,0 +1,662 @@
+"""Every implementation of correlated_noise against its definition and against the JAX one.
+
+Tolerances. A float32 sample may differ from jax.random.normal's by 2e-6 max(1, |z|), a float64
+one by 1e-13 max(1, |z|): both are of the order of how far erf_inv itself is off. A 16-bit sample is
+the same to one unit in the last place, as compilers may keep more digits on the way to it. The
+recurrence magnifies errors of z by at most the L1 norm of a row of C^-1 (`naive.gain`), and rounds:
+a sum of b terms errs by about sqrt(b) eps. Outputs are rounded once more, to their own dtype: one
+unit in the last place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import pathlib
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jax_privacy_kernels.matrix_factorization import toeplitz
+from jax_privacy_kernels.ops import BandedRecurrence, correlated_noise, init_correlated_noise
+from jax_privacy_kernels.ops import _lookahead as lookahead
+from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
+
+
+def _load_naive():
+    path = pathlib.Path(__file__).parents[1] / "naive.py"
+    spec = importlib.util.spec_from_file_location("naive", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+naive = _load_naive()
+
+SAMPLE_RTOL = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6, "float64": 1e-13}
+TARGET = "jpk_correlated_noise"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    shapes: tuple[tuple[int, ...], ...]
+    grad_dtypes: tuple[str, ...]
+    coef: tuple[float, ...] = (1.0,)
+    coef_dtype: str = "float32"
+    noise_dtype: str | None = None
+    row_scale: tuple[float, ...] | None = None
+    # A power of two: the product with a 16-bit sample is exact, so compilers can't differ on it.
+    stddev: float = 2.0
+    steps: int = 3
+    seed: int = 0
+    key_impl: str = "threefry2x32"
+
+    @property
+    def slots(self):
+        return len(self.coef) - 1
+
+    @property
+    def noise_dtypes(self):
+        return [self.noise_dtype or dtype for dtype in self.grad_dtypes]
+
+    @property
+    def x64(self):
+        return "float64" in (*self.grad_dtypes, self.noise_dtype, self.coef_dtype)
+
+    @property
+    def key(self):
+        return jax.random.key(self.seed, impl=self.key_impl)
+
+    @functools.cached_property
+    def recurrence(self):
+        scale = self.row_scale
+        return BandedRecurrence(
+            jnp.asarray(self.coef, self.coef_dtype),
+            None if scale is None else jnp.asarray(scale, self.coef_dtype),
+        )
+
+    @functools.cached_property
+    def grads(self):
+        """All steps' gradients, ``[steps, *shape]`` each."""
+        rng = np.random.default_rng(self.seed)
+        return [
+            jnp.asarray(rng.standard_normal((self.steps, *shape)), dtype)
+            for shape, dtype in zip(self.shapes, self.grad_dtypes, strict=True)
+        ]
+
+    def grads_at(self, t):
+        return [grad[t] for grad in self.grads]
+
+    def init(self):
+        structs = [jax.ShapeDtypeStruct(g.shape[1:], g.dtype) for g in self.grads]
+        return init_correlated_noise(structs, self.recurrence, key=self.key, dtype=self.noise_dtype)
+
+    def update(self, implementation):
+        def update(grads, state):
+            return correlated_noise(
+                grads,
+                state,
+                self.recurrence,
+                stddev=self.stddev,
+                key_impl=jax.random.key_impl(self.key),
+                dtype=self.noise_dtype,
+                implementation=implementation,
+            )
+
+        return update
+
+    def run(self, implementation):
+        """Outputs of all steps, ``[steps, *shape]`` each, and the state after them."""
+        update = self.update(implementation)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def scan(state, grads):
+            return jax.lax.scan(
+                lambda state, grads: update(grads, state)[::-1], state, grads, length=self.steps
+            )
+
+        state, outs = scan(self.init(), self.grads)
+        return outs, state
+
+
+@dataclasses.dataclass
+class Expected:
+    """What the definition says of a case; x goes S steps beyond the case's."""
+
+    case: Case
+    ahead: bool = True
+
+    def __post_init__(self):
+        case = self.case
+        self.horizon = case.steps + case.slots
+        coef = np.asarray(case.recurrence.coef, np.float64)
+        z = naive.independent(case.key, case.shapes, case.noise_dtypes, case.stddev, self.horizon)
+        self.x = [naive.solve(coef, leaf) for leaf in z]
+        gain = naive.gain(coef, self.horizon)
+        self.tolerance = []
+        for leaf, dtype in zip(z, case.noise_dtypes, strict=True):
+            eps = float(jnp.finfo(jnp.promote_types(dtype, case.coef_dtype)).eps)
+            relative = SAMPLE_RTOL[dtype] + 4 * math.sqrt(len(coef)) * eps
+            largest = max(np.abs(leaf).max(initial=0), case.stddev)
+            self.tolerance.append(gain * largest * relative)
+
+    def check_outputs(self, outs, steps=slice(None)):
+        """``outs`` are those of ``steps``."""
+        case = self.case
+        scale = 1 if case.row_scale is None else np.abs(case.row_scale).max()
+        for i, out in enumerate(outs):
+            assert out.dtype == case.grad_dtypes[i]
+            x = naive.scaled(case.recurrence.row_scale, self.x[i])[: case.steps]
+            expected = np.asarray(case.grads[i]).astype(np.float64) + x
+            np.testing.assert_allclose(
+                np.asarray(out).astype(np.float64),
+                expected[steps],
+                rtol=float(jnp.finfo(out.dtype).eps),
+                atol=scale * self.tolerance[i],
+                err_msg=f"leaf {i}",
+            )
+
+    def check_state(self, state, step=None):
+        """The state before ``step``: rings as the schedule says, and keys exactly."""
+        case = self.case
+        step = case.steps if step is None else step
+        for i, first_tile in enumerate(naive.first_tiles(case.shapes)):
+            actual = state.buffers[i]
+            assert actual.dtype == jnp.promote_types(case.noise_dtypes[i], case.coef_dtype)
+            np.testing.assert_allclose(
+                np.asarray(actual).astype(np.float64),
+                naive.ring(self.x[i], case.slots, first_tile, step, ahead=self.ahead),
+                rtol=0,
+                atol=self.tolerance[i],
+                err_msg=f"ring of leaf {i} before step {step}",
+            )
+        assert state.clock.step == step
+        ahead = case.slots if self.ahead else 0
+        after, of_step = naive.step_keys(case.key, step + ahead)
+        np.testing.assert_array_equal(state.clock.key, after[-1])
+        for tau in range(step, step + ahead):
+            np.testing.assert_array_equal(state.clock.subkeys[tau % ahead], of_step[tau])
+
+
+def check(case, implementation):
+    with jax.enable_x64(case.x64):
+        outs, state = case.run(implementation)
+        expected = Expected(case)
+        expected.check_outputs(outs)
+        expected.check_state(state)
+        if implementation == "jax":
+            return
+        oracle_outs, oracle_state = case.run("jax")
+        jax.tree.map(np.testing.assert_array_equal, state.clock, oracle_state.clock)
+        for actual, oracle, tolerance in zip(
+            state.buffers, oracle_state.buffers, expected.tolerance, strict=True
+        ):
+            np.testing.assert_allclose(actual, oracle, rtol=0, atol=tolerance)
+        expected.check_outputs(oracle_outs)
+
+
+# -- Cases ------------------------------------------------------------------------------------
+
+
+def stable_coefs(bands, c_0, weight, seed):
+    """c_0 and a tail of any signs with sum |c_l| = weight c_0."""
+    tail = np.random.default_rng(seed).standard_normal(bands - 1)
+    return (c_0, *(weight * c_0 * tail / max(np.abs(tail).sum(), 1e-9)))
+
+
+def optimal_coefs(bands):
+    return tuple(np.asarray(toeplitz.optimal_max_error_strategy_coefs(bands), np.float64).tolist())
+
+
+f32 = ("float32",)
+CORNERS = {
+    "no history": Case(((1025,), (), (3, 5)), f32 * 3, coef=(0.5,), steps=4),
+    "one slot": Case(((2049,), (0,), (1,)), f32 * 3, coef=(2.0, 1.5), steps=6),
+    "empty tree": Case((), (), coef=(1.0, 0.5), steps=4),
+    "only empty leaves": Case(((0,), (3, 0)), f32 * 2, coef=(1.0, 0.5), steps=4),
+    "phases shifted by leaves before": Case(
+        ((1024,), (0,), (1025,), (1,), (3 * 1024 + 1,), (5 * 1024 - 1,)),
+        f32 * 6,
+        coef=stable_coefs(4, 0.7, 0.9, 1),
+        steps=10,
+    ),
+    "S tiles and one element more": Case(
+        ((7 * 1024 + 1,), (7, 1024), (7 * 1024 - 1,)), f32 * 3, coef=optimal_coefs(8), steps=24
+    ),
+    "more steps than rows": Case(
+        ((1500,), (30, 3)),
+        f32 * 2,
+        coef=optimal_coefs(5),
+        row_scale=(2.0, 1.0, -0.5, 0.25),
+        steps=15,
+    ),
+    "wide band": Case(((69 * 1024 + 1,),), f32, coef=optimal_coefs(70), steps=75),
+    "wide band, 3 b steps": Case(
+        ((7,), (3000,)), f32 * 2, coef=stable_coefs(70, 1.3, 0.8, 2), steps=210
+    ),
+    "16-bit gradients, float32 noise": Case(
+        ((1030,), (2100,), (5, 2)),
+        ("float16", "bfloat16", "float32"),
+        noise_dtype="float32",
+        coef=optimal_coefs(4),
+        row_scale=(0.3, 3.0),
+        steps=9,
+    ),
+    "float64": Case(
+        ((1025,), (2, 1500)),
+        ("float64",) * 2,
+        coef=optimal_coefs(6),
+        coef_dtype="float64",
+        steps=15,
+    ),
+    "float64 noise and float32 coefficients": Case(
+        ((1025,), (17,), (900,), (3,)),
+        ("float64", "float32", "float16", "bfloat16"),
+        noise_dtype="float64",
+        coef=(1.0, 0.3, -0.2),
+        row_scale=(1.0, 2.0),
+        steps=7,
+    ),
+    "float32 noise and float64 coefficients": Case(
+        ((1025,), (17,), (900,)),
+        ("float64", "float32", "bfloat16"),
+        noise_dtype="float32",
+        coef=(1.0, 0.3, -0.2),
+        coef_dtype="float64",
+        steps=7,
+    ),
+    "float64 and float32 leaves": Case(
+        ((1025,), (2000,), (0,)), ("float64", "float32", "float64"), coef=(1.0, 0.7), steps=5
+    ),
+}
+
+
+def cases(noise_dtypes):
+    @st.composite
+    def draw_case(draw):
+        bands = draw(st.one_of(st.integers(1, 9), st.integers(1, 70)))
+        slots = bands - 1
+        tiles = st.one_of(st.integers(0, 6), st.just(slots).filter(lambda s: s <= 20))
+        size = st.one_of(
+            st.integers(0, 5),
+            st.builds(lambda q, d: max(q * 1024 + d, 0), tiles, st.integers(-1, 1)),
+            st.integers(0, 8000),
+        )
+        sizes = draw(st.lists(size, min_size=1, max_size=4))
+        split = st.sampled_from([1, 2, 3, 7])
+        shapes = tuple((n,) if n % (rows := draw(split)) else (rows, n // rows) for n in sizes)
+        x64 = draw(st.booleans())
+        width = [d for d in ("float16", "bfloat16", "float32", "float64") if x64 or d != "float64"]
+        noise = [d for d in noise_dtypes if d in width]
+        noise_dtype = draw(st.sampled_from([None, *noise]))
+        grad_dtype = st.sampled_from(width if noise_dtype else noise)
+        coef = st.one_of(
+            st.just(optimal_coefs(bands)),
+            st.builds(
+                functools.partial(stable_coefs, bands),
+                st.floats(0.5, 2),
+                st.floats(0, 0.95),
+                st.integers(0, 99),
+            ),
+        )
+        scale = st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=8).map(tuple)
+        return Case(
+            shapes,
+            tuple(draw(grad_dtype) for _ in shapes),
+            coef=draw(coef),
+            coef_dtype=draw(st.sampled_from(["float32", "float64"])) if x64 else "float32",
+            noise_dtype=noise_dtype,
+            row_scale=draw(st.none() | scale),
+            stddev=draw(st.sampled_from([0.0, 0.125, 1.0, 4.0])),
+            steps=draw(st.integers(1, 3 * bands)),
+            seed=draw(st.integers(0, 2**31 - 1)),
+        )
+
+    return draw_case()
+
+
+def takes(implementation):
+    """Noise dtypes that an implementation samples."""
+    refuse = IMPLEMENTATIONS[implementation].refuse
+    leaf = functools.partial(lookahead.Leaf, 0, 1, 1, 0)
+    return [d for d in SAMPLE_RTOL if refuse(leaf(jnp.dtype(d)), True) is None]
+
+
+@pytest.fixture(scope="module", params=list(IMPLEMENTATIONS))
+def implementation(request):
+    """The name of each implementation in turn, on a device that it runs on."""
+    entry = IMPLEMENTATIONS[request.param]
+    if reason := entry.unavailable():
+        pytest.skip(reason)
+    for platform in entry.platforms:
+        with contextlib.suppress(RuntimeError):
+            device = jax.devices(platform)[0]
+            break
+    else:
+        pytest.skip(f"no device of {entry.platforms}")
+    with jax.default_device(device):
+        yield request.param
+
+
+@pytest.fixture
+def compiled(implementation):
+    if implementation == "jax":
+        pytest.skip("what XLA makes of plain JAX is its own business")
+    return implementation
+
+
+def trees_allclose(actual, expected, rtol=0.0, atol=0.0):
+    def close(a, b):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(v).astype(np.float64) for v in (a, b))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+    jax.tree.map(close, actual, expected)
+
+
+SMALL = Case(((2500,), (3, 5), (0,)), f32 * 3, coef=(1.0, 0.4, -0.2, 0.1), steps=10)
+
+
+class TestImplementation:
+    """What holds for every implementation."""
+
+    @pytest.mark.parametrize("case", CORNERS.values(), ids=CORNERS)
+    def test_corner(self, implementation, case):
+        check(case, implementation)
+
+    @settings(
+        max_examples=10,
+        deadline=None,  # every example compiles
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(data=st.data())
+    def test_sweep(self, implementation, data):
+        check(data.draw(cases(takes(implementation))), implementation)
+
+    def test_many_leaves(self, implementation):
+        # XLA takes seconds to compile ten leaves of plain JAX, and a minute for 300.
+        count = 12 if implementation == "jax" else 300
+        shapes = [((), (1030,), (7, 3), (0,))[i % 4] for i in range(count)]
+        case = Case(tuple(shapes), f32 * count, coef=(1.0, 0.5, 0.25), steps=5)
+        expected = Expected(case)
+        outs, state = case.run(implementation)
+        expected.check_outputs(outs)
+        expected.check_state(state)
+
+    def test_every_slot_holds_the_term_of_the_schedule(self, implementation):
+        shapes = ((5 * 1024 + 3,), (1,), (0,), (2048,), (3, 1024))
+        case = Case(shapes, f32 * 5, coef=(1.0, 0.5, -0.3, 0.2), steps=11)
+        expected = Expected(case)
+        update = jax.jit(case.update(implementation))
+        state = case.init()
+        for t in range(case.steps):
+            if t:
+                expected.check_state(state, t)
+            _, state = update(case.grads_at(t), state)
+        expected.check_state(state)
+
+    def test_state_continues_in_another_implementation(self, implementation):
+        case = Case(((6000,), (5,)), f32 * 2, coef=optimal_coefs(6), steps=17)
+        expected = Expected(case)
+        others = [
+            name
+            for name, entry in IMPLEMENTATIONS.items()
+            if name != implementation and not entry.unavailable()
+        ]
+        if not others:
+            pytest.skip("there is only one implementation here")
+        for other in others:
+            before, after = (jax.jit(case.update(name)) for name in (implementation, other))
+            for switch in (1, 3, case.slots, 7, 12):
+                state, outs = case.init(), []
+                for t in range(case.steps):
+                    update = before if t < switch else after
+                    out, state = update(case.grads_at(t), state)
+                    outs.append(out)
+                stacked = [jnp.stack(leaf) for leaf in zip(*outs, strict=True)]
+                expected.check_outputs(stacked)
+                expected.check_state(state)
+
+    def test_eager_jit_and_scan_agree(self, implementation):
+        case = dataclasses.replace(SMALL, steps=5)
+        update = case.update(implementation)
+        jitted = jax.jit(update)
+        outs, last = case.run(implementation)
+        eager_state = jit_state = case.init()
+        for t in range(case.steps):
+            shapes = jax.eval_shape(update, case.grads_at(t), eager_state)
+            eager, eager_state = update(case.grads_at(t), eager_state)
+            jit, jit_state = jitted(case.grads_at(t), jit_state)
+            trees_allclose(eager, jit, atol=1e-5)
+            trees_allclose(eager, [out[t] for out in outs], atol=1e-5)
+            assert [(s.shape, s.dtype) for s in jax.tree.leaves(shapes)] == [
+                (a.shape, a.dtype) for a in jax.tree.leaves((eager, eager_state))
+            ]
+        trees_allclose(eager_state, last, atol=1e-5)
+        trees_allclose(jit_state, last, atol=1e-5)
+
+    def test_vmap_is_a_loop(self, implementation):
+        case = dataclasses.replace(SMALL, steps=3)
+        update = case.update(implementation)
+        batch = [(dataclasses.replace(case, seed=seed).grads_at(0)) for seed in range(3)]
+        states = []
+        for t in range(3):  # states of different keys and steps
+            state = dataclasses.replace(case, seed=t).init()
+            for _ in range(t):
+                _, state = update(case.grads_at(0), state)
+            states.append(state)
+        grads, state = (jax.tree.map(lambda *v: jnp.stack(v), *trees) for trees in (batch, states))
+        outs, new = jax.jit(jax.vmap(update))(grads, state)
+        shared = jax.vmap(update, in_axes=(0, None))(grads, states[2])[0]
+        for i in range(3):
+            at = functools.partial(jax.tree.map, lambda v, i=i: v[i])
+            trees_allclose(at((outs, new)), update(batch[i], states[i]), atol=1e-5)
+            trees_allclose(at(shared), update(batch[i], states[2])[0], atol=1e-5)
+
+    def test_gradients_in_another_layout(self, implementation):
+        case = Case(((40, 60),), f32, coef=(1.0, 0.5), steps=1)
+        grads, state = case.grads_at(0), case.init()
+        update = case.update(implementation)
+        transposed = jax.jit(lambda g, s: update([g.T], s)[0][0].T)(grads[0].T, state)
+        np.testing.assert_allclose(transposed.T, update(grads, state)[0][0], atol=1e-5)
+
+    def test_extreme_values(self, implementation):
+        """Rounding to 16 bits where it is delicate; inf and NaN pass through."""
+        values = [0.0, -0.0, 65504.0, -65504.0, 70000.0, 6e-8, np.inf, -np.inf, np.nan]
+        for stddev, dtype in ((1e-6, "float16"), (300.0, "float16"), (0.0, "bfloat16")):
+            case = Case(((900,),), (dtype,), noise_dtype="float32", stddev=stddev, steps=1)
+            grads = [jnp.asarray(np.resize(np.array(values, np.float32), 900), dtype)]
+            out, _ = case.update(implementation)(grads, case.init())
+            noise = Expected(case).x[0][0].astype(np.float32)
+            expected = (np.asarray(grads[0]).astype(np.float32) + noise).astype(dtype)
+            info = jnp.finfo(dtype)
+            np.testing.assert_allclose(
+                np.asarray(out[0]).astype(np.float64),
+                expected.astype(np.float64),
+                rtol=float(info.eps),
+                atol=float(info.smallest_subnormal),
+            )
+
+    def test_donated_state_is_updated_in_place(self, implementation):
+        case = dataclasses.replace(SMALL, shapes=((50_000,), (300,)), grad_dtypes=f32 * 2)
+        update = jax.jit(case.update(implementation), donate_argnums=1)
+        state = case.init()
+        _, state = update(case.grads_at(0), state)
+        for t in range(1, 4):
+            old, pointers = state, [b.unsafe_buffer_pointer() for b in state.buffers]
+            _, state = update(case.grads_at(t), state)
+            assert [b.unsafe_buffer_pointer() for b in state.buffers] == pointers
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+
+    def test_state_that_is_not_donated_stays(self, implementation):
+        case = dataclasses.replace(SMALL, steps=2)
+        update = jax.jit(case.update(implementation))
+        _, state = update(case.grads_at(0), case.init())
+        kept = jax.tree.map(np.array, state)
+        first = update(case.grads_at(1), state)
+        jax.tree.map(np.testing.assert_array_equal, state, kept)
+        jax.tree.map(np.testing.assert_array_equal, first, update(case.grads_at(1), state))
+
+    def test_program_is_one_call_without_copies(self, compiled):
+        case = dataclasses.replace(SMALL, shapes=((5000,), (70, 30), (9,)))
+        update = case.update(compiled)
+
+        def scan(grads, state):
+            return jax.lax.scan(lambda state, grads: update(grads, state)[::-1], state, grads)
+
+        rings = [f"f32[3,{','.join(map(str, shape))}]" for shape in case.shapes]
+        for function, grads in ((update, case.grads_at(0)), (scan, case.grads)):
+            lowered = jax.jit(function, donate_argnums=1).lower(grads, case.init())
+            hlo = lowered.compile().as_text()
+            assert all(ring in hlo for ring in rings)
+            assert hlo.count(f'custom_call_target="{TARGET}"') == (compiled == "cpp")
+            copies = [line for line in hlo.splitlines() if " copy(" in line or "copy-start" in line]
+            assert not [line for line in copies if any(ring in line for ring in rings)]
+
+    # -- Statistics: fixed keys, so these either always pass or always fail.
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_samples_are_normal(self, implementation, dtype):
+        stats = pytest.importorskip("scipy.stats")
+        case = Case(((2**20,),), (dtype,), stddev=3.0, steps=1, seed=11)
+        with jax.enable_x64(case.x64):
+            zeros = [jnp.zeros(2**20, dtype)]
+            out, _ = jax.jit(case.update(implementation))(zeros, case.init())
+            z = np.asarray(out[0], np.float64) / 3
+        assert stats.kstest(z, "norm").pvalue > 1e-3
+        # KS is blind to the tails: four standard deviations of the number beyond 4 sigma.
+        beyond = z.size * 2 * stats.norm.sf(4)
+        assert abs(np.sum(np.abs(z) > 4) - beyond) < 4 * math.sqrt(beyond)
+
+    def test_strategy_whitens_the_noise(self, implementation):
+        d, steps, stddev = 100_000, 12, 1.5
+        case = Case(((d,),), f32, coef=optimal_coefs(5), stddev=stddev, steps=steps, seed=5)
+        (x,), _ = case.run(implementation)
+        x = np.asarray(x, np.float64) - np.asarray(case.grads[0], np.float64)
+        C = sum(c * np.eye(steps, k=-lag) for lag, c in enumerate(case.coef))
+        z = C @ x
+        # An entry of the sample covariance has standard deviation stddev^2 / sqrt(d), and sqrt(2)
+        # times that on the diagonal: six of them, for 78 entries.
+        covariance = z @ z.T / d
+        np.testing.assert_allclose(
+            covariance, stddev**2 * np.eye(steps), atol=6 * stddev**2 * math.sqrt(2 / d)
+        )
+
+    def test_nothing_repeats(self, implementation):
+        """No tile of 1024 numbers looks like another, across tiles, leaves, steps and keys."""
+        rows = []
+        for seed in (0, 1):
+            case = Case(((4, 1024), (3, 1024)), f32 * 2, coef=(1.0, 0.5, 0.2), steps=7, seed=seed)
+            outs, _ = case.run(implementation)
+            for out, grads in zip(outs, case.grads, strict=True):
+                x = np.asarray(out, np.float64) - np.asarray(grads, np.float64)
+                C = sum(c * np.eye(case.steps, k=-lag) for lag, c in enumerate(case.coef))
+                rows.append(np.tensordot(C, x, axes=1).reshape(-1, 1024))
+        z = np.concatenate(rows)
+        assert z.shape == (2 * 7 * 7, 1024)
+        correlation = np.corrcoef(z) - np.eye(len(z))
+        # The largest of 4,753 correlations of independent rows is near 3.7 / sqrt(1024).
+        assert np.abs(correlation).max() < 6 / math.sqrt(1024)
+
+
+# -- Dispatch among leaves and platforms ------------------------------------------------------
+
+
+def test_every_leaf_takes_what_it_can():
+    """Noise of 16 bits and of more in one tree, without a name."""
+    case = Case(
+        ((1025,), (1100,), (3000,), (5,), (1,)),
+        ("bfloat16", "float32", "float16", "float64", "float32"),
+        coef=optimal_coefs(4),
+        row_scale=(1.0, 0.5),
+        steps=9,
+    )
+    with jax.enable_x64(True):
+        outs, state = case.run(None)
+        expected = Expected(case)
+        expected.check_outputs(outs)
+        expected.check_state(state)
+
+
+def test_16_bit_noise_by_name():
+    if IMPLEMENTATIONS["cpp"].unavailable():
+        pytest.skip(IMPLEMENTATIONS["cpp"].unavailable())
+    case = Case(((3,), (4,)), ("float32", "bfloat16"))
+    with pytest.raises(ValueError, match=r"\[1\].*cpp.*bfloat16"):
+        case.update("cpp")(case.grads_at(0), case.init())
+
+
+PLATFORMS = (("cpu",), ("cuda",), ("cpu", "cuda"))
+
+
+@pytest.mark.parametrize("platforms", PLATFORMS, ids=" ".join)
+def test_export(platforms):
+    update, arguments = SMALL.update(None), (SMALL.grads_at(0), SMALL.init())
+    exported = jax.export.export(
+        jax.jit(update),
+        platforms=platforms,
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(TARGET)],
+    )(*arguments)
+    assert exported.platforms == platforms
+    expects_call = "cpu" in platforms and not IMPLEMENTATIONS["cpp"].unavailable()
+    assert (TARGET in exported.mlir_module()) == expects_call
+    if "cpu" in platforms:
+        trees_allclose(exported.call(*arguments), update(*arguments), atol=1e-5)
+
+
+@pytest.mark.parametrize("platforms", PLATFORMS[1:], ids=" ".join)
+def test_export_by_a_name_that_the_platform_lacks(platforms):
+    if IMPLEMENTATIONS["cpp"].unavailable():
+        pytest.skip(IMPLEMENTATIONS["cpp"].unavailable())
+    export = jax.export.export(jax.jit(SMALL.update("cpp")), platforms=platforms)
+    with pytest.raises(NotImplementedError, match=r"correlated_noise.*'cpp'.*cpu") as error:
+        export(SMALL.grads_at(0), SMALL.init())
+    assert "cuda" not in str(error.value).partition("it would on")[2]
+
+
+# -- The plain schedule -----------------------------------------------------------------------
+
+
+PLAIN = dataclasses.replace(SMALL, coef=(1.0, 0.5, -0.3), row_scale=(1.0, 2.0, 3.0), steps=8)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3])
+@pytest.mark.parametrize("key_impl", ["rbg", "unsafe_rbg", "threefry2x32"])
+def test_plain_schedule(key_impl, bands):
+    case = dataclasses.replace(PLAIN, key_impl=key_impl, coef=PLAIN.coef[:bands])
+    with jax.threefry_partitionable(key_impl != "threefry2x32"):
+        outs, state = case.run(None)
+        expected = Expected(case, ahead=False)
+        expected.check_outputs(outs)
+        expected.check_state(state)
+        assert state.clock.subkeys.shape[0] == 0
+
+
+def test_plain_schedule_is_not_the_compiled_ones():
+    if IMPLEMENTATIONS["cpp"].unavailable():
+        pytest.skip(IMPLEMENTATIONS["cpp"].unavailable())
+    case = dataclasses.replace(PLAIN, key_impl="rbg")
+    with pytest.raises(ValueError, match=r"cpp.*threefry2x32"):
+        case.update("cpp")(case.grads_at(0), case.init())
+
+
+def test_states_of_one_schedule_are_refused_by_the_other():
+    ahead = PLAIN.init()
+    with jax.threefry_partitionable(False):
+        plain = PLAIN.init()
+        with pytest.raises(ValueError, match=r"noise_state.*subkeys.*\(0, 2\).*\(2, 2\)"):
+            PLAIN.update(None)(PLAIN.grads_at(0), ahead)
+    with pytest.raises(ValueError, match=r"noise_state.*subkeys.*\(2, 2\).*\(0, 2\)"):
+        PLAIN.update(None)(PLAIN.grads_at(0), plain)
+    rbg = dataclasses.replace(PLAIN, key_impl="rbg")
+    with pytest.raises(ValueError, match=r"noise_state.*key.*\(4,\).*\(2,\)"):
+        rbg.update(None)(PLAIN.grads_at(0), ahead)

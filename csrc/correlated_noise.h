@@ -54,13 +54,12 @@ struct Step {
   std::vector<double>
       past;  // [2 S + kRows]: past[S + m - s] is the weight of slot m in the new x of slot s
   double input_weight;  // of z_t in x_t
-  double stddev;
-  double row_scale;
-  bool accurate;  // see Gaussian::any
+  double output_scale;  // of x_t in what is added to the gradients
+  bool accurate;        // see Gaussian::any
 };
 
 inline Step make_step(int64_t t, const Key* subkeys, const double* coef, int64_t bands,
-                      double stddev, double row_scale, bool accurate) {
+                      double output_scale, bool accurate) {
   const int64_t slots = bands - 1;
   Step step{slots,
             std::min(t, slots),
@@ -68,8 +67,7 @@ inline Step make_step(int64_t t, const Key* subkeys, const double* coef, int64_t
             subkeys,
             std::vector<double>(2 * slots + kRows),
             1.0 / coef[0],
-            stddev,
-            row_scale,
+            output_scale,
             accurate};
   for (int64_t lag = 1; lag <= slots; ++lag) {
     step.past[slots - lag] = -coef[lag] / coef[0];
@@ -153,11 +151,11 @@ JPK_INLINE void gather(const Leaf& leaf, int64_t first, int64_t count, int64_t r
   std::fill(history + rows * kBlock, history + padded(rows) * kBlock, X(0));
 }
 
-// x[i] = input_weight * stddev * normal(key, first + i).
+// x[i] = input_weight * normal(key, first + i).
 template <typename Z, typename X>
 JPK_INLINE void sample(const Step& step, Key key, int64_t first, X* __restrict x) {
   Z z[kBlock];
-  normal_block<Z>(key, static_cast<uint64_t>(first), static_cast<Z>(step.stddev), step.accurate, z);
+  normal_block<Z>(key, static_cast<uint64_t>(first), step.accurate, z);
   const X weight = static_cast<X>(step.input_weight);
   for (int i = 0; i < kBlock; ++i) x[i] = weight * static_cast<X>(z[i]);
 }
@@ -192,26 +190,26 @@ JPK_INLINE void warm_up(const Step& step, const Leaf& leaf, int64_t first, int64
   std::copy_n(x, count, static_cast<X*>(leaf.ring) + step.now * leaf.size + first);
 }
 
-// out = grad + row_scale * x, added in the wider of the two types and rounded to the gradient's.
+// out = grad + scale * x, added in the wider of the two types and rounded to the gradient's.
 template <typename X, typename G>
-JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X row_scale,
+JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X scale,
                      const X* __restrict x) {
   const G* __restrict grad = static_cast<const G*>(leaf.grad) + first;
   G* out = static_cast<G*>(leaf.out) + first;
-  for (int64_t i = 0; i < count; ++i) narrow(widen(grad[i]) + row_scale * x[i], out[i]);
+  for (int64_t i = 0; i < count; ++i) narrow(widen(grad[i]) + scale * x[i], out[i]);
 }
 
 template <typename X>
-JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X row_scale, const X* x) {
+JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X scale, const X* x) {
   switch (leaf.grad_type) {
     case FloatType::kFloat16:
-      return emit<X, Float16>(leaf, first, count, row_scale, x);
+      return emit<X, Float16>(leaf, first, count, scale, x);
     case FloatType::kBFloat16:
-      return emit<X, BFloat16>(leaf, first, count, row_scale, x);
+      return emit<X, BFloat16>(leaf, first, count, scale, x);
     case FloatType::kFloat32:
-      return emit<X, float>(leaf, first, count, row_scale, x);
+      return emit<X, float>(leaf, first, count, scale, x);
     case FloatType::kFloat64:
-      return emit<X, double>(leaf, first, count, row_scale, x);
+      return emit<X, double>(leaf, first, count, scale, x);
   }
 }
 
@@ -220,7 +218,7 @@ template <typename Z, typename X>
 JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
                            Scratch& scratch) {
   const int64_t slots = step.slots;
-  const X row_scale = static_cast<X>(step.row_scale);
+  const X scale = static_cast<X>(step.output_scale);
   const Key key_now = split(step.subkeys[step.now], leaf.index);
 
   if (slots == 0) {
@@ -228,7 +226,7 @@ JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, in
     for (int64_t first = begin * kTile; first < stop; first += kBlock) {
       X x[kBlock];
       sample<Z, X>(step, key_now, first, x);
-      emit<X>(leaf, first, std::min<int64_t>(kBlock, stop - first), row_scale, x);
+      emit<X>(leaf, first, std::min<int64_t>(kBlock, stop - first), scale, x);
     }
     return;
   }
@@ -257,22 +255,22 @@ JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, in
                       history);
       }
     }
-    emit<X>(leaf, start, stop - start, row_scale, ring_now + start);
+    emit<X>(leaf, start, stop - start, scale, ring_now + start);
   }
 }
 
-JPK_TARGET_CLONES void step_tiles_f32_f32(const Step& step, const Leaf& leaf, int64_t begin,
-                                          int64_t end, Scratch& scratch) {
+JPK_TARGET_CLONES static void step_tiles_f32_f32(const Step& step, const Leaf& leaf, int64_t begin,
+                                                 int64_t end, Scratch& scratch) {
   step_tiles<float, float>(step, leaf, begin, end, scratch);
 }
 
-JPK_TARGET_CLONES void step_tiles_f32_f64(const Step& step, const Leaf& leaf, int64_t begin,
-                                          int64_t end, Scratch& scratch) {
+JPK_TARGET_CLONES static void step_tiles_f32_f64(const Step& step, const Leaf& leaf, int64_t begin,
+                                                 int64_t end, Scratch& scratch) {
   step_tiles<float, double>(step, leaf, begin, end, scratch);
 }
 
-JPK_TARGET_CLONES void step_tiles_f64_f64(const Step& step, const Leaf& leaf, int64_t begin,
-                                          int64_t end, Scratch& scratch) {
+JPK_TARGET_CLONES static void step_tiles_f64_f64(const Step& step, const Leaf& leaf, int64_t begin,
+                                                 int64_t end, Scratch& scratch) {
   step_tiles<double, double>(step, leaf, begin, end, scratch);
 }
 

@@ -47,21 +47,20 @@ bool read_doubles(const ffi::AnyBuffer& buffer, std::vector<double>& to) {
   return true;
 }
 
-// Operands: step, subkeys, coef, stddev, row_scale, then (gradient, ring) of every leaf; results:
+// Operands: step, subkeys, coef, output_scale, then (gradient, ring) of every leaf; results:
 // (output, ring) of every leaf, the ring in the operand's memory. Without slots there are no rings.
 ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
                      ffi::Buffer<ffi::U32>& subkeys, ffi::AnyBuffer& coef_buffer,
-                     ffi::AnyBuffer& stddev_buffer, ffi::AnyBuffer& row_scale_buffer,
-                     ffi::RemainingArgs& args, ffi::RemainingRets& rets,
-                     ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
-                     ffi::Span<const int64_t> noise_bits, bool accurate) {
-  std::vector<double> coef, stddev, row_scale;
+                     ffi::AnyBuffer& scale_buffer, ffi::RemainingArgs& args,
+                     ffi::RemainingRets& rets, ffi::Span<const int64_t> leaf_index,
+                     ffi::Span<const int64_t> first_tile, ffi::Span<const int64_t> noise_bits,
+                     bool accurate) {
+  std::vector<double> coef, scale;
   if (!read_doubles(coef_buffer, coef) || coef.empty() || coef[0] == 0.0) {
     return invalid("coef must be float32 or float64 with c_0 != 0");
   }
-  if (!read_doubles(stddev_buffer, stddev) || stddev.size() != 1 ||
-      !read_doubles(row_scale_buffer, row_scale) || row_scale.size() != 1) {
-    return invalid("stddev and row_scale must be float32 or float64 scalars");
+  if (!read_doubles(scale_buffer, scale) || scale.size() != 1) {
+    return invalid("output_scale must be a float32 or float64 scalar");
   }
   const int64_t bands = static_cast<int64_t>(coef.size()), slots = bands - 1;
   if (t.element_count() != 1 || t.typed_data()[0] < 0)
@@ -122,18 +121,18 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
   }
 
   const Step step = make_step(t.typed_data()[0], reinterpret_cast<const Key*>(subkeys.typed_data()),
-                              coef.data(), bands, stddev[0], row_scale[0], accurate);
+                              coef.data(), bands, scale[0], accurate);
   correlated_noise(pool, pool.num_threads(), step, list);
   return ffi::Error::Success();
 }
 
 ffi::Error step(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Buffer<ffi::U32> subkeys,
-                ffi::AnyBuffer coef, ffi::AnyBuffer stddev, ffi::AnyBuffer row_scale,
-                ffi::RemainingArgs args, ffi::RemainingRets rets,
-                ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
-                ffi::Span<const int64_t> noise_bits, bool accurate) {
+                ffi::AnyBuffer coef, ffi::AnyBuffer output_scale, ffi::RemainingArgs args,
+                ffi::RemainingRets rets, ffi::Span<const int64_t> leaf_index,
+                ffi::Span<const int64_t> first_tile, ffi::Span<const int64_t> noise_bits,
+                bool accurate) {
   try {
-    return step_impl(pool, t, subkeys, coef, stddev, row_scale, args, rets, leaf_index, first_tile,
+    return step_impl(pool, t, subkeys, coef, output_scale, args, rets, leaf_index, first_tile,
                      noise_bits, accurate);
   } catch (const std::exception& error) {  // out of memory, at worst
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
@@ -150,8 +149,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_correlated_noise, jpk::step,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // step
                                   .Arg<xla::ffi::Buffer<xla::ffi::U32>>()  // subkeys
                                   .Arg<xla::ffi::AnyBuffer>()              // coef
-                                  .Arg<xla::ffi::AnyBuffer>()              // stddev
-                                  .Arg<xla::ffi::AnyBuffer>()              // row_scale
+                                  .Arg<xla::ffi::AnyBuffer>()              // output_scale
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<xla::ffi::Span<const int64_t>>("leaf_index")

@@ -62,7 +62,8 @@ JPK_INLINE void narrow(float x, Float16& to) {
   to.bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
 }
 
-// float64 noise on a 16-bit gradient goes through float32, as XLA converts it.
+// float64 noise on a 16-bit gradient goes through float32; within 2^-25 of a tie that may be one
+// unit off a direct rounding.
 JPK_INLINE void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }
 JPK_INLINE void narrow(double x, Float16& to) { narrow(static_cast<float>(x), to); }
 

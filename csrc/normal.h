@@ -103,7 +103,8 @@ struct Gaussian<double> {
     const int64_t bits = bit_cast<int64_t>((1.0 - u) * (1.0 + u));
     // The exponent, by a 32-bit shift: AVX2 has no arithmetic shift of 64-bit lanes.
     const int32_t exponent = static_cast<int32_t>((bits - 0x3FE6A09E667F3BCD) >> 32) >> 20;
-    const double f = bit_cast<double>(bits - (static_cast<int64_t>(exponent) << 52)) - 1.0;
+    const uint64_t scaling = static_cast<uint64_t>(exponent) << 52;
+    const double f = bit_cast<double>(static_cast<uint64_t>(bits) - scaling) - 1.0;
     const double s = f / (2.0 + f);
     return -0.693147180559945309 * static_cast<double>(exponent) - s * horner(q, s * s);
   }
@@ -144,9 +145,9 @@ struct Gaussian<double> {
   }
 };
 
-// out[i] = scale * normal(key, counter i + first), 0 <= i < kBlock.
+// out[i] = normal(key, counter i + first), 0 <= i < kBlock.
 template <typename T>
-JPK_INLINE void normal_block(Key key, uint64_t first, T scale, bool accurate, T* __restrict out) {
+JPK_INLINE void normal_block(Key key, uint64_t first, bool accurate, T* __restrict out) {
   T u[kBlock];
   const uint32_t lo = static_cast<uint32_t>(first), hi = static_cast<uint32_t>(first >> 32);
   for (int i = 0; i < kBlock; ++i) {
@@ -159,14 +160,14 @@ JPK_INLINE void normal_block(Key key, uint64_t first, T scale, bool accurate, T*
   for (int i = 0; i < kBlock; ++i) {
     const T w = Gaussian<T>::minus_log(u[i]);
     in_tail[i] = w >= Gaussian<T>::kCentral;
-    out[i] = Gaussian<T>::central(u[i], w) * scale;
+    out[i] = Gaussian<T>::central(u[i], w);
   }
   for (int group = 0; group < kBlock; group += 8) {
     uint64_t tails;  // eight flags at a time: nearly all of these words are zero
     std::memcpy(&tails, in_tail + group, sizeof tails);
     if (tails == 0) continue;
     for (int i = group; i < group + 8; ++i) {
-      if (in_tail[i]) out[i] = Gaussian<T>::any(u[i], accurate) * scale;
+      if (in_tail[i]) out[i] = Gaussian<T>::any(u[i], accurate);
     }
   }
 }

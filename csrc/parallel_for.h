@@ -49,9 +49,12 @@ void parallel_for(Pool& pool, int64_t chunks, int64_t workers, const Body& body)
     if (job->done == chunks) job->finished.notify_one();
   };
 
-  for (int64_t helper = 1; helper < workers; ++helper) {
-    auto task = work;
-    pool.Schedule(std::move(task));
+  try {
+    for (int64_t helper = 1; helper < workers; ++helper) {
+      auto task = work;
+      pool.Schedule(std::move(task));
+    }
+  } catch (...) {  // Out of memory: this thread and those scheduled already do it all.
   }
   work();
   std::unique_lock<std::mutex> lock(job->mutex);

@@ -36,14 +36,11 @@ def _normal(keys, shape, dtype):
     return jax.lax.map(lambda key: jax.random.normal(key, shape, dtype), keys)
 
 
-def independent(key, shapes, dtypes, stddev, steps):
-    """Z of every leaf, ``[steps, *shape]``."""
+def independent(key, shapes, dtypes, steps):
+    """Z of every leaf, of standard deviation 1, ``[steps, *shape]``."""
     keys = _split(key, steps, max(len(shapes), 1))[2]
     return [
-        # The scaled sample has the noise dtype too.
-        np.asarray(
-            jnp.asarray(stddev, dtype) * _normal(keys[:, i], shape, jnp.dtype(dtype).name)
-        ).astype(np.float64)
+        np.asarray(_normal(keys[:, i], shape, jnp.dtype(dtype).name)).astype(np.float64)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
 
@@ -64,8 +61,9 @@ def gain(coef, steps):
     return np.abs(solve(coef, np.eye(steps, 1))).sum()
 
 
-def scaled(row_scale, x):
-    """The output rows ``s_{min(t, n-1)} x_t``."""
+def scaled(row_scale, stddev, x):
+    """The rows that are added, ``s_{min(t, n-1)} stddev x_t``."""
+    x = stddev * x
     if row_scale is None:
         return x
     scale = np.asarray(row_scale, np.float64)

@@ -1,6 +1,6 @@
 """Does an installed package work here? Needs nothing but the package itself.
 
-CI runs it on the oldest and on the newest supported JAX: the extension loads, takes part in a jitted
+CI runs it on the oldest and the newest supported JAX: the extension loads, takes part in a jitted
 and a scanned step, updates its ring in place, and agrees with the plain JAX implementation.
 """
 
@@ -36,7 +36,7 @@ def run(implementation: str, bands: int, steps: int) -> np.ndarray:
             assert state.buffers["w"].unsafe_buffer_pointer() == pointer, "the ring was copied"
         rows.append(noisy)
 
-    def step(state, _):  # noqa: ANN001, ANN202
+    def step(state, _):
         noisy, state = privatizer.update(grads, state)
         return state, noisy
 

@@ -105,7 +105,9 @@ def matrix_factorization_privatizer(
 
     Args:
       noising_matrix: ``C^-1``, a StreamingMatrix or an array ``[n, m]``.
-      stddev: standard deviation of Z, in the units of the gradients; finite and not negative.
+      stddev: standard deviation of Z, in the units of the gradients; finite and not negative. A
+        stddev that varies from step to step (traced, or by another privatizer on the same state)
+        scales the rows of ``C^-1 Z`` where the matrix has a fused kernel, those of Z where not.
       prng_key: a typed or a raw key, a seed, or None for a fresh key from the operating system's
         entropy. Who knows the key knows the noise: give one only to reproduce a run.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
@@ -203,9 +205,14 @@ def _streaming(
 ) -> optax.GradientTransformation:
     independent = _fused(streaming_matrix.identity().structure, stddev, key, dtype, implementation)
 
+    def like_noise(path: Any, leaf: Any) -> Any:
+        noise_dtype = check_noise_dtype(path, leaf, dtype)
+        same = noise_dtype == leaf.dtype  # then keep the leaf, which may have a sharding
+        return leaf if same else jax.ShapeDtypeStruct(leaf.shape, noise_dtype)
+
     def init(model: Any) -> _StreamingState:
-        like_noise = jax.tree.map(_with_dtype(dtype), model)
-        return _StreamingState(independent.init(model), matrix.init_multiply(like_noise))
+        z = jax.tree_util.tree_map_with_path(like_noise, model)
+        return _StreamingState(independent.init(model), matrix.init_multiply(z))
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
@@ -214,8 +221,9 @@ def _streaming(
         # The independent noise checks its own state; a matrix may promote the dtype of its own.
         expected = jax.eval_shape(init, sum_of_clipped_grads)
         check_like("noise_state", noise_state, expected, dtypes=False)
-        zeros = jax.tree.map(
-            lambda g: jnp.zeros_like(g, dtype=dtype or g.dtype), sum_of_clipped_grads
+        zeros = jax.tree_util.tree_map_with_path(
+            lambda path, g: jnp.zeros_like(g, dtype=check_noise_dtype(path, g, dtype)),
+            sum_of_clipped_grads,
         )
         z, noise = independent.update(zeros, noise_state.noise)
         x, state = matrix.multiply_next(z, noise_state.matrix)
@@ -233,8 +241,9 @@ def _dense(
         raise ValueError(
             f"expected noising_matrix to be 2-D and not empty, found shape {rows.shape}"
         )
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        rows = rows.astype(jnp.result_type(float))
+    if jnp.issubdtype(rows.dtype, jnp.complexfloating):
+        raise TypeError(f"expected noising_matrix to be real, found dtype {rows.dtype}")
+    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
     if is_concrete(matrix) and not np.isfinite(np.asarray(matrix, float)).all():
         raise ValueError("expected noising_matrix to be finite, found NaN or infinite entries")
     n = rows.shape[0]
@@ -256,12 +265,12 @@ def _dense(
         # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
         row = jnp.where(step < n, rows[step] * stddev, jnp.nan)
         tree: Any
-        grads, tree = jax.tree.flatten(sum_of_clipped_grads)
+        paths_and_grads, tree = jax.tree_util.tree_flatten_with_path(sum_of_clipped_grads)
         state_key = jax.random.wrap_key_data(noise_state.key, impl=jax.random.key_impl(key))
-        keys = jax.random.split(state_key, max(len(grads), 1))
+        keys = jax.random.split(state_key, max(len(paths_and_grads), 1))
         noisy = [
-            _add(g, _combination(row, k, g.shape, dtype or g.dtype))
-            for g, k in zip(grads, keys, strict=False)
+            _add(g, _combination(row, k, g.shape, check_noise_dtype(path, g, dtype)))
+            for (path, g), k in zip(paths_and_grads, keys, strict=False)
         ]
         return tree.unflatten(noisy), noise_state._replace(step=step + 1)
 
@@ -285,13 +294,6 @@ def _combination(
 
 def _add(value: jax.Array, noise: jax.Array) -> jax.Array:
     return (value + noise).astype(value.dtype)
-
-
-def _with_dtype(dtype: Any) -> Any:
-    def struct(leaf: Any) -> Any:
-        return leaf if dtype is None else jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-    return struct
 
 
 def _as_key(prng_key: Any) -> jax.Array:
@@ -321,12 +323,20 @@ def _as_key(prng_key: Any) -> jax.Array:
 
 
 def _check_stddev(stddev: Any) -> Any:
-    if jnp.shape(stddev) or not jnp.issubdtype(jnp.result_type(stddev), jnp.number):
-        raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
     if not is_concrete(stddev):
+        if stddev.shape or not jnp.issubdtype(stddev.dtype, jnp.floating):
+            raise TypeError(
+                f"expected stddev to be a real number, found dtype {stddev.dtype}, "
+                f"shape {stddev.shape}"
+            )
         return stddev
-    if jnp.issubdtype(jnp.result_type(stddev), jnp.complexfloating):
+    value = np.asarray(stddev)
+    kinds = (jnp.floating, jnp.integer)
+    if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
-    if not 0 <= float(stddev) < float("inf"):
-        raise ValueError(f"expected stddev to be finite and not negative, found {stddev}")
-    return float(stddev)
+    limits = np.finfo(np.float32)  # the least that noise is scaled in
+    if value != 0 and not limits.tiny <= value <= limits.max:
+        raise ValueError(
+            f"expected stddev to be 0 or between {limits.tiny} and {limits.max}, found {stddev}"
+        )
+    return float(value)

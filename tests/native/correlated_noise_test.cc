@@ -212,7 +212,6 @@ struct Problem {
 void run(ThreadPool& pool, const Problem& problem) {
   const int64_t slots = problem.slots, bands = slots + 1, steps = 3 * slots + 2;
   const int64_t workers[] = {1, 2, 5};
-  const double stddev = 1.5;
   // All bands matter and differ, yet errors do not build up: sum |c_l| < 0.9 c_0.
   std::vector<double> coef(bands, 1.25);
   for (int64_t l = 1; l < bands; ++l) {
@@ -237,7 +236,7 @@ void run(ThreadPool& pool, const Problem& problem) {
       uint32_t leaf_key[2] = {0, index(l)};
       encrypt(step_key(t), leaf_key);
       for (int64_t i = 0; i < size; ++i) {
-        double sum = stddev * normal({leaf_key[0], leaf_key[1]}, i, problem.types[l].noise);
+        double sum = normal({leaf_key[0], leaf_key[1]}, i, problem.types[l].noise);
         for (int64_t lag = 1; lag <= std::min(t, slots); ++lag) {
           sum -= coef[lag] * xl[(t - lag) * size + i];
         }
@@ -263,9 +262,9 @@ void run(ThreadPool& pool, const Problem& problem) {
     for (int64_t tau = t; tau < t + std::max<int64_t>(slots, 1); ++tau) {
       subkeys[tau % subkeys.size()] = step_key(tau);
     }
-    const double row_scale = 1 + 0.25 * (t % 3);
+    const double scale = 1 + 0.25 * (t % 3);
     const jpk::Step step =
-        jpk::make_step(t, subkeys.data(), coef.data(), bands, stddev, row_scale, problem.accurate);
+        jpk::make_step(t, subkeys.data(), coef.data(), bands, scale, problem.accurate);
 
     // The whole ring is compared at some steps; the slot of x_t at all.
     const bool whole_ring = t <= 1 || t == slots / 2 || t % std::max<int64_t>(slots - 1, 1) == 0;
@@ -301,15 +300,14 @@ void run(ThreadPool& pool, const Problem& problem) {
       const LeafMemory& one = memory[0][l];
       const bool wide = types.noise == FloatType::kFloat64;
       // Ten times what is measured. Without jax_accurate_erf_inv the tails are as far off as XLA's.
-      const double tolerance =
-          stddev * (problem.accurate ? (wide ? 2e-14 : 1e-5) : (wide ? 2e-10 : 2e-4));
+      const double tolerance = (problem.accurate ? (wide ? 2e-14 : 1e-5) : (wide ? 2e-10 : 2e-4));
       Worst out_error, x_error;
       for (int64_t i = 0; i < size; ++i) {
-        const double want = gradient(i) + row_scale * x[l][t * size + i];
-        out_error.update(std::fabs(read(one.out.data(), types.grad, i) - want) /
-                             (row_scale * tolerance +
-                              1.001 * rounding(types.grad) * std::max(std::fabs(want), 1.0)),
-                         i);
+        const double want = gradient(i) + scale * x[l][t * size + i];
+        out_error.update(
+            std::fabs(read(one.out.data(), types.grad, i) - want) /
+                (scale * tolerance + 1.001 * rounding(types.grad) * std::max(std::fabs(want), 1.0)),
+            i);
       }
       for (int64_t slot = 0; slot < slots; ++slot) {
         if (!whole_ring && slot != t % slots) continue;
@@ -330,7 +328,7 @@ void run(ThreadPool& pool, const Problem& problem) {
       CHECK(x_error.value <= 1,
             "slots %d step %d leaf %zu: element %d of the ring is %g tolerances off", int(slots),
             int(t), l, int(x_error.at), x_error.value);
-      largest[wide] = std::max(largest[wide], x_error.value * tolerance / stddev);
+      largest[wide] = std::max(largest[wide], x_error.value * tolerance);
     }
   }
   if (slots == 0) return;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -31,6 +32,9 @@ void check_loop(Pool& pool, int64_t chunks, int64_t workers) {
     CHECK(0 <= worker && worker < bound, "worker %ld", static_cast<long>(worker));
     if (work[worker]++ == 0) owner[worker] = std::this_thread::get_id();
     CHECK(owner[worker] == std::this_thread::get_id(), "worker %ld", static_cast<long>(worker));
+    if (chunk % 8 < 2) {  // long enough for others to come and take a share
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
     ++visits[chunk];
   });
   int64_t total = 0;

@@ -33,21 +33,19 @@ uint16_t narrowed(double x) {
   return to.bits;
 }
 
-JPK_TARGET_CLONES void normal_block_f32(Key key, uint64_t first, float scale, bool accurate,
-                                        float* z) {
-  normal_block<float>(key, first, scale, accurate, z);
+JPK_TARGET_CLONES void normal_block_f32(Key key, uint64_t first, bool accurate, float* z) {
+  normal_block<float>(key, first, accurate, z);
 }
 
-JPK_TARGET_CLONES void normal_block_f64(Key key, uint64_t first, double scale, bool accurate,
-                                        double* z) {
-  normal_block<double>(key, first, scale, accurate, z);
+JPK_TARGET_CLONES void normal_block_f64(Key key, uint64_t first, bool accurate, double* z) {
+  normal_block<double>(key, first, accurate, z);
 }
 
 template <typename T>
 auto normal(void (*block)(Key, uint64_t, T, bool, T*)) {
-  return [block](uint32_t k0, uint32_t k1, uint64_t first, T scale, bool accurate) {
+  return [block](uint32_t k0, uint32_t k1, uint64_t first, bool accurate) {
     py::array_t<T> z(kBlock);
-    block({k0, k1}, first, scale, accurate, z.mutable_data());
+    block({k0, k1}, first, accurate, z.mutable_data());
     return z;
   };
 }
@@ -61,7 +59,7 @@ struct DeafPool {
 // written. Types are positions in FloatType, arrays of 16-bit floats are viewed as uint16.
 void step(
     int64_t t, const std::vector<std::tuple<uint32_t, uint32_t>>& subkeys,
-    const std::vector<double>& coef, double stddev, double row_scale, bool accurate,
+    const std::vector<double>& coef, double output_scale, bool accurate,
     const std::vector<std::tuple<py::array, py::array, py::array, std::vector<int>>>& leaves) {
   std::vector<Key> keys;
   for (auto [k0, k1] : subkeys) keys.push_back({k0, k1});
@@ -75,8 +73,8 @@ void step(
   }
   DeafPool pool;
   correlated_noise(pool, 1,
-                   make_step(t, keys.data(), coef.data(), static_cast<int64_t>(coef.size()), stddev,
-                             row_scale, accurate),
+                   make_step(t, keys.data(), coef.data(), static_cast<int64_t>(coef.size()),
+                             output_scale, accurate),
                    list);
 }
 

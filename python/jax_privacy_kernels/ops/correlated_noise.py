@@ -27,15 +27,22 @@ __all__ = [
     "init_correlated_noise",
 ]
 
-# Fastest first. An implementation is a module with `refuse` and `run`:  refuse(leaf, ahead) -> why
-# it cannot take the leaf under this schedule, or None run(leaves, ahead, step, keys, coef, stddev,
-# row_scale, grads, rings) -> (outs, rings)  for some or all leaves of the tree. `leaves` and
-# `ahead` are static, the schedule is _lookahead.py's: leaves: a Leaf for each of grads, rings,
-# outs ahead: whether the look-ahead schedule or the plain one is followed step: int32 scalar, t
-# keys: typed keys of steps t .. t + S - 1 by slot, [max(S, 1)] (plain schedule: [1], of step t)
-# coef: [b] float32 or float64;  stddev, row_scale: scalars grads, outs: any shapes and float
-# dtypes;  rings: (S,) + shape, the dtype noise is computed in run gives outs = grads + row_scale
-# x_t, and the rings as they are after the step.
+# Fastest first. An implementation is a module with two functions:
+#
+#   refuse(leaf, ahead) -> why it cannot take the leaf under this schedule, or None
+#   run(leaves, ahead, step, keys, coef, scale, grads, rings) -> (outs, rings)
+#
+# run takes step t of some or all leaves of the tree, in the schedule of _lookahead.py, and gives
+# outs = grads + scale x_t and the rings after the step, which hold the x of unit variance.
+#
+#   leaves   a Leaf for each of grads, rings and outs (static)
+#   ahead    whether the look-ahead schedule or the plain one is followed (static)
+#   step     int32 scalar, t
+#   keys     typed keys of steps t .. t + S - 1 by slot, [max(S, 1)]; plain schedule: t's, [1]
+#   coef     [b], float32 or float64
+#   scale    scalar
+#   grads    any shapes, not empty, and floating dtypes
+#   rings    (S,) + shape; their dtype is the one x is computed in
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",),
@@ -52,7 +59,7 @@ IMPLEMENTATIONS: _dispatch.Table = {
     ),
 }
 
-_NOISE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def init_correlated_noise(
@@ -104,7 +111,8 @@ def correlated_noise(
       grads: tree of floating arrays.
       state: from `init_correlated_noise` or the step before, for this tree, recurrence and dtype.
       recurrence: the rows of ``C^-1``.
-      stddev: standard deviation of Z.
+      stddev: standard deviation of Z. May change from step to step: row t of ``C^-1 Z / stddev``
+        is scaled by that of step t.
       key_impl: `jax.random.key_impl` of the key that the state was made from.
       dtype: what noise is sampled as; None for each leaf's own dtype.
       implementation: "jax", "cpp", ..., or None for the fastest that takes the arguments.
@@ -178,7 +186,9 @@ def _step(
 ) -> tuple[list[jax.Array], NoiseState]:
     step = state.clock.step
     keys, clock = _lookahead.tick(state.clock, key_impl)
-    scale = jnp.ones((), coef.dtype) if row_scale is None else row_scale.at[step].get(mode="clip")
+    # The rings hold noise of standard deviation 1, so that a stddev that changes over time takes
+    # effect at once, also on the terms that are ahead.
+    scale = stddev if row_scale is None else stddev * row_scale.at[step].get(mode="clip")
 
     def run(names: tuple[str, ...], *arrays: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         *common, grads, rings = arrays
@@ -202,7 +212,6 @@ def _step(
         step,
         keys,
         coef,
-        stddev,
         scale,
         grads,
         state.buffers,
@@ -211,15 +220,18 @@ def _step(
 
 
 def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
-    """What the noise of a leaf is sampled as, or a TypeError that names the leaf by its path."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"expected leaf {_path(path)} to be floating, found dtype {leaf.dtype}")
-    noise_dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
-    if noise_dtype.name not in _NOISE_DTYPES:
-        raise TypeError(
-            f"expected leaf {_path(path)} to have noise of dtype {', '.join(_NOISE_DTYPES)}, "
-            f"found {noise_dtype} (set dtype to sample in another)"
-        )
+    """What the noise of a leaf is sampled as: ``dtype``, or the leaf's own if that is None.
+
+    Raises a TypeError, which names the leaf by its path, unless leaf and noise have dtypes of 16 to
+    64 bits. As everywhere in JAX, 64 bits mean 32 outside x64 mode.
+    """
+    noise_dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if dtype is None else dtype)
+    for what, found in (("gradients", jnp.dtype(leaf.dtype)), ("noise", noise_dtype)):
+        if found.name not in _FLOATS:
+            raise TypeError(
+                f"expected leaf {_path(path)} to have {what} of dtype {', '.join(_FLOATS)}, "
+                f"found {found}"
+            )
     return noise_dtype
 
 

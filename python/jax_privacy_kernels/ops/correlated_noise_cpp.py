@@ -28,16 +28,15 @@ def run(
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
-    stddev: jax.Array,
-    row_scale: jax.Array,
+    scale: jax.Array,
     grads: Sequence[jax.Array],
     rings: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """One step; see `correlated_noise.Implementation.run`."""
+    """One step; the contract stands in correlated_noise.py, above its table."""
     assert ahead
     # Without history there is nothing to carry: rings of no slots do not travel.
     per_leaf = [(g,) if coef.shape[0] == 1 else (g, r) for g, r in zip(grads, rings, strict=True)]
-    operands = [step, jax.random.key_data(keys), coef, stddev, row_scale]
+    operands = [step, jax.random.key_data(keys), coef, scale]
     buffers = [buffer for leaf in per_leaf for buffer in leaf]
     stride, first = len(per_leaf[0]), len(operands)
     results = jax.ffi.ffi_call(

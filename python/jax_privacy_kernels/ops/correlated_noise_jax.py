@@ -19,7 +19,7 @@ from jax_privacy_kernels.ops._lookahead import TILE, Leaf
 
 __all__ = ["refuse", "run"]
 
-_Sampler = Callable[[jax.Array, int], jax.Array]  # (key, size) -> stddev * z
+_Sampler = Callable[[jax.Array, int], jax.Array]  # (key, size) -> z
 _Matrices = tuple[jax.Array, jax.Array]
 
 
@@ -36,15 +36,16 @@ def run(
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
-    stddev: jax.Array,
-    row_scale: jax.Array,
+    scale: jax.Array,
     grads: Sequence[jax.Array],
     rings: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """One step; see `correlated_noise.Implementation.run`."""
+    """One step; the contract stands in correlated_noise.py, above its table."""
     slots = coef.shape[0] - 1
     leaf_keys = jax.vmap(lambda key: jax.random.split(key, leaves[0].count))(keys)
-    matrices = _advance_matrices(coef, step % slots) if slots and ahead else None
+    matrices = None
+    if slots and ahead:
+        matrices = _advance_matrices(coef.astype(jnp.result_type(coef, *rings)), step % slots)
     outs, new_rings = [], []
     for leaf, grad, ring in zip(leaves, grads, rings, strict=True):
         out, ring = _leaf_step(
@@ -55,8 +56,7 @@ def run(
             leaf_keys[:, leaf.index],
             coef,
             matrices,
-            stddev,
-            row_scale,
+            scale,
             grad,
             ring,
         )
@@ -75,8 +75,7 @@ def _leaf_step(
     keys: jax.Array,
     coef: jax.Array,
     matrices: _Matrices | None,
-    stddev: jax.Array,
-    row_scale: jax.Array,
+    scale: jax.Array,
     grad: jax.Array,
     ring: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -84,8 +83,7 @@ def _leaf_step(
     coef = coef.astype(ring.dtype)
 
     def sample(key: jax.Array, size: int) -> jax.Array:
-        z = _counter_prng.normal(key, (size,), noise_dtype)
-        return (stddev.astype(noise_dtype) * z).astype(ring.dtype)
+        return _counter_prng.normal(key, (size,), noise_dtype).astype(ring.dtype)
 
     if slots == 0:
         x = sample(keys[0], grad.size) / coef[0]
@@ -99,7 +97,8 @@ def _leaf_step(
             flat = _refresh(sample, now, first_phase, keys, matrices, flat)
         x = flat[now]
         ring = flat.reshape(ring.shape)
-    return (grad + row_scale.astype(ring.dtype) * x.reshape(grad.shape)).astype(grad.dtype), ring
+    noise = scale.astype(ring.dtype) * x.reshape(grad.shape)
+    return (grad + noise).astype(grad.dtype), ring
 
 
 def _one_step(coef: jax.Array, now: jax.Array, z: jax.Array, ring: jax.Array) -> jax.Array:

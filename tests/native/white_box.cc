@@ -42,7 +42,7 @@ JPK_TARGET_CLONES void normal_block_f64(Key key, uint64_t first, bool accurate, 
 }
 
 template <typename T>
-auto normal(void (*block)(Key, uint64_t, T, bool, T*)) {
+auto normal(void (*block)(Key, uint64_t, bool, T*)) {
   return [block](uint32_t k0, uint32_t k1, uint64_t first, bool accurate) {
     py::array_t<T> z(kBlock);
     block({k0, k1}, first, accurate, z.mutable_data());

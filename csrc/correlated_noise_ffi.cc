@@ -2,6 +2,7 @@
 // checked again here, because what comes from XLA decides which memory is written.
 #include "correlated_noise_ffi.h"
 
+#include <cstdint>
 #include <exception>
 #include <string>
 #include <vector>
@@ -93,7 +94,7 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
     leaf.noise_type = noise_bits[l] == 64 ? FloatType::kFloat64 : FloatType::kFloat32;
     leaf.ring_type = leaf.noise_type;
     if (!float_type(grad->element_type(), leaf.grad_type) || first_tile[l] < 0 ||
-        leaf_index[l] < 0 || leaf_index[l] > int64_t{UINT32_MAX} ||
+        first_tile[l] > INT64_MAX / 2 || leaf_index[l] < 0 || leaf_index[l] > int64_t{UINT32_MAX} ||
         (noise_bits[l] != 32 && noise_bits[l] != 64)) {
       return invalid(name + " has an unsupported gradient type or attribute");
     }

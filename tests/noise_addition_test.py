@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import secrets
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -530,6 +533,165 @@ def test_implementation_that_cannot_take_the_noise(matrix):
     privatizer = build(Ours, matrix, implementation="cpp", dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match=r"cpp.*bfloat16"):
         privatizer.update(grads, privatizer.init(grads))
+
+
+@pytest.mark.parametrize("matrix", [*KINDS, "prefix_sum"])
+@pytest.mark.parametrize("gradients", [jnp.float16, jnp.float32])
+def test_small_noise_of_16_bits_is_not_rounded_away(matrix, gradients):
+    """1e-8 is zero in float16: noise must be scaled in more."""
+    stddev, grads = 1e-8, jnp.zeros(20_000, jnp.float32)
+    lib_matrix = MATRICES[matrix](Ours) if matrix != "dense" else jnp.eye(3)
+    if matrix == "banded":
+        coef = jnp.array([1.0, 0.5], gradients)  # with 16-bit coefficients too
+        lib_matrix = toeplitz.inverse_as_streaming_matrix(coef)
+    privatizer = matrix_factorization_privatizer(
+        lib_matrix, stddev=stddev, prng_key=0, dtype=jnp.float16
+    )
+    noisy, _ = privatizer.update(grads, privatizer.init(grads))
+    # Row 0 of every one of these is within 12 % of a unit vector.
+    np.testing.assert_allclose(np.std(noisy), stddev, rtol=0.15)
+
+
+def test_dense_noise_is_only_made_again_under_the_same_conditions():
+    """All rows share their samples: what changes the samples must not go unseen."""
+    grads = {"a": jnp.zeros(50), "b": jnp.zeros(3)}
+
+    def build_dense(**kwargs):
+        return build(Ours, "dense", **kwargs)
+
+    state = build_dense().init(grads)
+    others = [
+        (build_dense(), jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)),
+        (build_dense(dtype=jnp.float16), grads),
+        (build_dense(), {"c": grads["a"], "b": grads["b"]}),
+        (build_dense(), {**grads, "c": jnp.zeros(2)}),
+        (build_dense(), {"a": jnp.zeros(51), "b": jnp.zeros(3)}),
+    ]
+    for privatizer, changed in others:
+        with pytest.raises(ValueError, match="noise_state"):
+            privatizer.update(changed, state)
+    with jax.threefry_partitionable(False), pytest.raises(ValueError, match="ahead"):
+        build_dense().update(grads, state)
+
+
+def test_no_key_is_drawn_inside_a_trace():
+    with pytest.raises(ValueError, match="prng_key inside a trace"):
+        jax.jit(lambda g: gaussian_privatizer(stddev=1.0).init(g))(jnp.zeros(3))
+
+
+def noise_at(privatizer, step):
+    """One update from a state whose counter reads ``step``, in a trace."""
+    grads = jnp.zeros(2000)
+    state = privatizer.init(grads)
+
+    def noise(step):
+        if hasattr(state, "clock"):
+            changed = state._replace(clock=state.clock._replace(step=step))
+        else:
+            changed = state._replace(step=step)
+        return privatizer.update(grads, changed)[0]
+
+    return jax.block_until_ready(jax.jit(noise)(jnp.int32(step)))
+
+
+@pytest.mark.parametrize("matrix", ["identity", "banded", "dense"])
+def test_a_negative_step_gives_nan(matrix):
+    """As the counter would read after 2^31 steps."""
+    privatizer = build(Ours, matrix, implementation="jax")
+    assert np.isfinite(noise_at(privatizer, 1)).all()
+    assert np.isnan(noise_at(privatizer, -1)).all()
+
+
+@needs_cpp
+@pytest.mark.parametrize("matrix", ["identity", "banded"])
+def test_a_negative_step_fails_in_the_compiled_kernel(matrix):
+    with pytest.raises(Exception, match="step must be one integer >= 0"):
+        noise_at(build(Ours, matrix, implementation="cpp"), -1)
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_leaves_that_are_not_arrays(matrix):
+    privatizer = build(Ours, matrix)
+    with pytest.raises(TypeError, match=r"\['b'\].*an array.*1.5"):
+        privatizer.init({"a": jnp.zeros(3), "b": 1.5})
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_strict_ranks(matrix):
+    privatizer, grads = build(Ours, matrix), {"w": jnp.zeros((3, 1500))}
+    with jax.numpy_rank_promotion("raise"):
+        jax.jit(privatizer.update)(grads, privatizer.init(grads))
+
+
+MANY_DEVICES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels.matrix_factorization import toeplitz
+
+coef = toeplitz.optimal_max_error_strategy_coefs(4)
+matrix = toeplitz.inverse_as_streaming_matrix(coef)
+whole = jnp.zeros((64, 300))
+
+def noise(implementation, grads, wrap=lambda f: f):
+    p = noise_addition.matrix_factorization_privatizer(
+        matrix, stddev=1.0, prng_key=0, implementation=implementation)
+    state, update = p.init(grads), jax.jit(wrap(p.update))
+    for _ in range(5):
+        out, state = update(grads, state)
+    return out
+
+expected = noise("jax", whole)
+for implementation in (None, "jax", "cpp"):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(whole, NamedSharding(mesh, P("x", None)))
+    np.testing.assert_allclose(noise(implementation, sharded), expected, atol=1e-5)
+
+    # Replicated over the devices of a shard_map: each makes the same noise.
+    def wrap(update):
+        return jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P())
+    np.testing.assert_allclose(noise(implementation, whole, wrap), expected, atol=1e-5)
+
+    # Varying over them: an output that claims to be the same everywhere is refused.
+    p = noise_addition.matrix_factorization_privatizer(
+        matrix, stddev=1.0, prng_key=0, implementation=implementation)
+    state = p.init(whole[:32])
+    def local(out_spec):
+        f = lambda g: p.update(g, state)[0]
+        return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=out_spec))(whole)
+    assert local(P("x")).shape == whole.shape
+    try:
+        local(P())
+    except ValueError:
+        pass
+    else:
+        sys.exit(f"{implementation}: shards that differ passed for replicas")
+
+    explicit = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        sharded = jax.device_put(whole, NamedSharding(explicit, P("x", None)))
+        try:
+            noise(implementation, sharded)
+        except NotImplementedError as error:
+            assert "explicit" in str(error)
+        else:
+            sys.exit(f"{implementation}: explicit axes passed")
+"""
+
+
+@needs_cpp
+def test_two_devices():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_DEVICES],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_zero_is_not_there_yet():

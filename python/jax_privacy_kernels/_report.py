@@ -30,9 +30,14 @@ def report() -> str:
     lines += ["asked for", f"  {_dispatch.ENVIRONMENT}={asked}" if asked else "  nothing"]
     for op, table in _OPS.items():
         lines += [f"{op} takes"]
+        try:
+            name = _dispatch.requested(op, table, None)
+        except ValueError as error:
+            lines += [f"  nothing: {error}"]
+            continue
+        usable = [n for n in table if name in (None, n) and not table[n].unavailable()]
         for on in _dispatch.PLATFORMS:
-            able = [name for name, entry in table.items() if on in entry.platforms]
-            taken = next(name for name in able if not table[name].unavailable())
+            taken = next((n for n in usable if on in table[n].platforms), "nothing")
             lines += [f"  {f'on {on}':<20} {taken}"]
         for name, entry in table.items():
             reason = entry.unavailable()

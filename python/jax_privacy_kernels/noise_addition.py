@@ -26,7 +26,6 @@ clipping norm times the sensitivity of the strategy C.
 from __future__ import annotations
 
 import enum
-import functools
 import operator
 import secrets
 from typing import Any, NamedTuple
@@ -44,6 +43,7 @@ from jax_privacy_kernels.ops import (
     check_noise_dtype,
     correlated_noise,
     init_correlated_noise,
+    looks_ahead,
     normal,
 )
 
@@ -58,7 +58,8 @@ class SupportedStrategies(enum.Enum):
     """How noise is laid out over devices while it is made."""
 
     DEFAULT = "default"
-    """Like the gradients it is added to."""
+    """Whole, beside the gradients it is added to. On several devices the compiled kernel makes all
+    of it on each; ``implementation="jax"`` keeps the sharding of automatic mesh axes."""
 
     ZERO = "zero"
     """Split evenly over all devices of a mesh. Not yet available."""
@@ -76,6 +77,9 @@ class _DenseState(NamedTuple):
 
     step: jax.Array  # int32 scalar, the row to come
     key: jax.Array  # [kw] uint32, the data of the key that every row regenerates its noise from
+    # Nothing but shapes and dtypes, of all that the regenerated noise depends on beside the key.
+    ahead: jax.Array  # [1] if looks_ahead(key type), else [0]
+    buffers: Any  # (0,) + shape, the dtype of the noise
 
 
 def matrix_factorization_privatizer(
@@ -109,10 +113,11 @@ def matrix_factorization_privatizer(
         stddev that varies from step to step (traced, or by another privatizer on the same state)
         scales the rows of ``C^-1 Z`` where the matrix has a fused kernel, those of Z where not.
       prng_key: a typed or a raw key, a seed, or None for a fresh key from the operating system's
-        entropy. Who knows the key knows the noise: give one only to reproduce a run.
+        entropy. Who knows the key knows the noise: give one only to reproduce a run. Every ``init``
+        of a privatizer starts the same noise again.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
-        gradient's own dtype. Gradients of 16 bits deserve ``dtype=jnp.float32``: a bfloat16 sample
-        takes one of 128 values.
+        gradient's own dtype. It is correlated and scaled in 32 bits at least. Gradients of 16 bits
+        deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values.
       intermediate_strategy: `SupportedStrategies.DEFAULT`.
       implementation: of the noise kernel, "jax" or "cpp"; None for the fastest that takes the
         arguments.
@@ -125,11 +130,13 @@ def matrix_factorization_privatizer(
     Raises:
       TypeError: a noising matrix, key or stddev of a wrong type. From init and update: leaves that
         are not real floating, or a noise dtype that is not one of the above.
-      ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, infinite or
-        NaN; a key that is not one key. From update: a state that is not of this privatizer and
-        these gradients; a step beyond the rows of a dense matrix (NaN instead inside a trace); an
-        implementation asked for that cannot run.
-      NotImplementedError: ``intermediate_strategy=SupportedStrategies.ZERO``.
+      ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, NaN,
+        infinite or beyond float32; a key that is not one key; no key inside a trace. From update:
+        a state whose tree, shapes or dtypes are not those of this privatizer and these gradients;
+        a step beyond the rows of a dense matrix (NaN instead inside a trace); an implementation
+        asked for that cannot run.
+      NotImplementedError: ``intermediate_strategy=SupportedStrategies.ZERO``; gradients sharded
+        over explicit mesh axes.
     """
     if intermediate_strategy is not SupportedStrategies.DEFAULT:
         raise NotImplementedError(
@@ -203,15 +210,16 @@ def _fused(
 def _streaming(
     matrix: Any, stddev: Any, key: jax.Array, dtype: Any, implementation: str | None
 ) -> optax.GradientTransformation:
-    independent = _fused(streaming_matrix.identity().structure, stddev, key, dtype, implementation)
+    independent = _fused(streaming_matrix.identity().structure, 1.0, key, dtype, implementation)
 
-    def like_noise(path: Any, leaf: Any) -> Any:
-        noise_dtype = check_noise_dtype(path, leaf, dtype)
-        same = noise_dtype == leaf.dtype  # then keep the leaf, which may have a sharding
-        return leaf if same else jax.ShapeDtypeStruct(leaf.shape, noise_dtype)
+    def wide(path: Any, leaf: Any) -> Any:
+        # In 16 bits, small noise rounds to none.
+        z_dtype = jnp.promote_types(check_noise_dtype(path, leaf, dtype), jnp.float32)
+        same = z_dtype == leaf.dtype  # then keep the leaf, which may have a sharding
+        return leaf if same else jax.ShapeDtypeStruct(leaf.shape, z_dtype)
 
     def init(model: Any) -> _StreamingState:
-        z = jax.tree_util.tree_map_with_path(like_noise, model)
+        z = jax.tree_util.tree_map_with_path(wide, model)
         return _StreamingState(independent.init(model), matrix.init_multiply(z))
 
     def update(
@@ -225,7 +233,8 @@ def _streaming(
             lambda path, g: jnp.zeros_like(g, dtype=check_noise_dtype(path, g, dtype)),
             sum_of_clipped_grads,
         )
-        z, noise = independent.update(zeros, noise_state.noise)
+        unit, noise = independent.update(zeros, noise_state.noise)
+        z = jax.tree.map(lambda u: stddev * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
         x, state = matrix.multiply_next(z, noise_state.matrix)
         return jax.tree.map(_add, sum_of_clipped_grads, x), _StreamingState(noise, state)
 
@@ -248,9 +257,17 @@ def _dense(
         raise ValueError("expected noising_matrix to be finite, found NaN or infinite entries")
     n = rows.shape[0]
 
+    def empty(path: Any, leaf: Any) -> jax.Array:
+        noise_dtype = check_noise_dtype(path, leaf, dtype)
+        return jnp.zeros((0, *leaf.shape), noise_dtype)
+
     def init(model: Any) -> _DenseState:
-        jax.tree_util.tree_map_with_path(functools.partial(check_noise_dtype, dtype=dtype), model)
-        return _DenseState(jnp.zeros((), jnp.int32), jnp.copy(jax.random.key_data(key)))
+        return _DenseState(
+            jnp.zeros((), jnp.int32),
+            jnp.copy(jax.random.key_data(key)),
+            jnp.zeros(int(looks_ahead(jax.random.key_impl(key)))),
+            jax.tree_util.tree_map_with_path(empty, model),
+        )
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
@@ -258,12 +275,12 @@ def _dense(
         del params
         check_like("noise_state", noise_state, jax.eval_shape(init, sum_of_clipped_grads))
         step = noise_state.step
-        if is_concrete(step) and step >= n:
+        if is_concrete(step) and not 0 <= step < n:
             raise ValueError(
                 f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
             )
         # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
-        row = jnp.where(step < n, rows[step] * stddev, jnp.nan)
+        row = jnp.where((step >= 0) & (step < n), rows[step] * stddev, jnp.nan)
         tree: Any
         paths_and_grads, tree = jax.tree_util.tree_flatten_with_path(sum_of_clipped_grads)
         state_key = jax.random.wrap_key_data(noise_state.key, impl=jax.random.key_impl(key))
@@ -280,15 +297,20 @@ def _dense(
 def _combination(
     row: jax.Array, key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """sum_j row[j] z_j, z_j the normal array of key j; zeros at both ends are not sampled."""
+    """sum_j row[j] z_j, z_j the normal array of key j; zeros at both ends are not sampled.
+
+    z is sampled in dtype; the sum is formed in 32 bits at least.
+    """
+    row = row.astype(jnp.promote_types(dtype, jnp.float32))
     used = row != 0
     first, last = jnp.argmax(used), row.shape[0] - jnp.argmax(used[::-1])
 
     def add(j: jax.Array, total: jax.Array) -> jax.Array:
-        return total + row[j].astype(dtype) * normal(jax.random.fold_in(key, j), shape, dtype)
+        z = normal(jax.random.fold_in(key, j), shape, dtype)
+        return total + row[j] * z.astype(row.dtype)
 
     return jax.lax.fori_loop(
-        first, jnp.where(used.any(), last, first), add, jnp.zeros(shape, dtype)
+        first, jnp.where(used.any(), last, first), add, jnp.zeros(shape, row.dtype)
     )
 
 
@@ -299,6 +321,11 @@ def _add(value: jax.Array, noise: jax.Array) -> jax.Array:
 def _as_key(prng_key: Any) -> jax.Array:
     """A typed key of shape () from what users may give."""
     if prng_key is None:
+        if isinstance(jnp.zeros(()) + 0, jax.core.Tracer):
+            raise ValueError(
+                "expected a prng_key inside a trace, found None: a key drawn now would become a "
+                "constant of the compiled program, and every call would add the same noise"
+            )
         words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).size
         entropy = np.frombuffer(secrets.token_bytes(4 * words), np.uint32)
         return jax.random.wrap_key_data(jnp.asarray(entropy))
@@ -334,9 +361,10 @@ def _check_stddev(stddev: Any) -> Any:
     kinds = (jnp.floating, jnp.integer)
     if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
-    limits = np.finfo(np.float32)  # the least that noise is scaled in
-    if value != 0 and not limits.tiny <= value <= limits.max:
+    # Noise is scaled in float32, where less than 1e-38 is zero.
+    least, most = 1e-30, float(np.finfo(np.float32).max)
+    if value != 0 and not least <= value <= most:
         raise ValueError(
-            f"expected stddev to be 0 or between {limits.tiny} and {limits.max}, found {stddev}"
+            f"expected stddev to be 0 or between {least:g} and {most:g}, found {stddev}"
         )
     return float(value)

@@ -451,3 +451,10 @@ def test_traced_learning_rates_skip_value_checks():
 def test_concrete_learning_rates_are_checked_inside_jit():
     with pytest.raises(ValueError, match="positive and finite"):
         jax.jit(lambda: streaming_matrix.momentum_sgd_matrix(0, np.zeros(1)) @ jnp.ones(2))()
+
+
+def test_structure_goes_with_the_functions_it_describes():
+    matrix = streaming_matrix.identity()
+    assert matrix.structure is not None
+    changed = dataclasses.replace(matrix, multiply_next=lambda value, state: (3 * value, state))
+    assert changed.structure is None

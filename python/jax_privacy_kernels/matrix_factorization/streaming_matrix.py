@@ -62,7 +62,8 @@ class StreamingMatrix(Generic[State]):
 
     init_multiply: Callable[[Any], State]
     multiply_next: Callable[[Any, State], tuple[Any, State]]
-    structure: Any = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
+    # Not an argument: dataclasses.replace on one of the functions must drop it.
+    structure: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_array_implementation(
@@ -98,7 +99,7 @@ class StreamingMatrix(Generic[State]):
                 treedef.unflatten([new_state for _, new_state in results]),
             )
 
-        return cls(init_multiply, multiply_next, structure=structure)
+        return _with_structure(cls(init_multiply, multiply_next), structure)
 
     def materialize(self, n: int) -> jax.Array:
         """Returns the leading n x n block, in the default float dtype. Meant for tests: O(n^2).
@@ -166,9 +167,9 @@ class StreamingMatrix(Generic[State]):
         if not number or np.ndim(other) != 0 or jnp.iscomplexobj(other):
             raise TypeError(f"expected a real scalar to multiply by, found {other!r}")
         scale = jnp.array([other])
-        return dataclasses.replace(
+        return _with_structure(
             multiply_streaming_matrices(self, diagonal(scale)),
-            structure=_scale_structure(self.structure, scale),
+            _scale_structure(self.structure, scale),
         )
 
 
@@ -198,14 +199,20 @@ def scale_rows_and_columns(
     result = matrix
     if row_scale is not None:
         row_scale = check_vector("row_scale", row_scale)
-        result = dataclasses.replace(
+        result = _with_structure(
             multiply_streaming_matrices(diagonal(row_scale), result),
-            structure=_scale_structure(matrix.structure, row_scale),
+            _scale_structure(matrix.structure, row_scale),
         )
     if col_scale is not None:
         col_scale = check_vector("col_scale", col_scale)
         result = multiply_streaming_matrices(result, diagonal(col_scale))
     return result
+
+
+def _with_structure(matrix: StreamingMatrix, structure: Any) -> StreamingMatrix:
+    """Returns the matrix, new and not yet shared, with its structure set."""
+    object.__setattr__(matrix, "structure", structure)
+    return matrix
 
 
 def _scale_structure(structure: Any, scale: jax.Array) -> BandedRecurrence | None:
@@ -264,10 +271,9 @@ def multiply_streaming_matrices(A: StreamingMatrix, B: StreamingMatrix) -> Strea
 
 def identity() -> StreamingMatrix:
     """Returns the identity matrix. It has no state."""
-    return StreamingMatrix(
-        lambda abstract_value: (),
-        lambda value, state: (value, ()),
-        structure=BandedRecurrence(coef=jnp.ones(1, jnp.float32)),
+    return _with_structure(
+        StreamingMatrix(lambda abstract_value: (), lambda value, state: (value, ())),
+        BandedRecurrence(coef=jnp.ones(1, jnp.float32)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from jax_privacy_kernels.ops._counter_prng import normal
 from jax_privacy_kernels.ops._dispatch import implementation
+from jax_privacy_kernels.ops._lookahead import looks_ahead
 from jax_privacy_kernels.ops._recurrence import BandedRecurrence
 from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
@@ -17,5 +18,6 @@ __all__ = [
     "correlated_noise",
     "implementation",
     "init_correlated_noise",
+    "looks_ahead",
     "normal",
 ]

@@ -78,7 +78,10 @@ def requested(op: str, table: Table, name: str | None) -> str | None:
     Raises:
       ValueError: there is no such implementation, or it cannot run in this process.
     """
-    name = name or _block.get() or os.environ.get(ENVIRONMENT) or None
+    if name is None:
+        name = _block.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT) or None
     if name is None:
         return None
     reason = "there is none of that name" if name not in table else table[name].unavailable()
@@ -128,7 +131,37 @@ def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args
         avals = tuple(jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves)
         return jax.tree.unflatten(tree, _refuse_p.bind(message=refusal, avals=avals))
 
-    return jax.lax.platform_dependent(*args, default=absent, **branches)
+    axes = frozenset().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves(args)))
+    wrapped = {branch: _vary(branch, axes) for branch in (absent, *branches.values())}
+    return jax.lax.platform_dependent(
+        *args,
+        default=wrapped[absent],
+        **{platform: wrapped[branch] for platform, branch in branches.items()},
+    )
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+    """The manual mesh axes, inside shard_map, over which x may differ."""
+    aval: Any = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)  # jax >= 0.12
+    return frozenset(aval.vma if manual is None else manual.varying)
+
+
+def _vary(branch: Callable[..., Any], axes: frozenset[str]) -> Callable[..., Any]:
+    """The branch with outputs that vary over the axes: a custom call's are taken for replicated."""
+    if not axes:
+        return branch
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - _varying_axes(x))
+        if not missing:
+            return x
+        lax: Any = jax.lax
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, missing, to="varying")
+        return lax.pvary(x, missing)  # jax 0.8
+
+    return lambda *args: jax.tree.map(cast, branch(*args))
 
 
 def _refuse_lowering(ctx: Any, *, message: str, avals: Any) -> Any:

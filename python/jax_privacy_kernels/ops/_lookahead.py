@@ -66,6 +66,10 @@ class Clock(NamedTuple):
 class NoiseState(NamedTuple):
     """State of a correlated-noise privatizer before a step.
 
+    The buffers hold noise of steps to come, and the clock says which: they belong together, and to
+    one strategy. Save and restore them as one. Clocks and buffers of different steps, or of
+    strategies with the same number of bands, fit in shape and cannot be told apart.
+
     Attributes:
       clock: the `Clock`.
       buffers: mirrors the parameters; each leaf the ring, ``(S,) + shape``.

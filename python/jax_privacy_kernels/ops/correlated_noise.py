@@ -124,9 +124,10 @@ def correlated_noise(
       TypeError: as `init_correlated_noise`.
       ValueError: the state is not one of this tree and recurrence, or the implementation asked for
         cannot run here or cannot take a leaf.
+      NotImplementedError: a leaf is sharded over explicit mesh axes; or, when lowered, the
+        implementation asked for does not run on the platform.
     """
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
-    grads = jax.tree.map(jnp.asarray, grads)
     tree: Any
     paths_and_grads, tree = jax.tree_util.tree_flatten_with_path(grads)
     check_like("noise_state", state, _abstract_state(grads, recurrence, key_impl, dtype))
@@ -134,6 +135,8 @@ def correlated_noise(
         [grad.shape for _, grad in paths_and_grads],
         [check_noise_dtype(path, grad, dtype) for path, grad in paths_and_grads],
     )
+    for path, grad in paths_and_grads:
+        _check_sharding(path, grad)
     ahead = _lookahead.looks_ahead(key_impl)
 
     # For every platform, the implementation of every leaf.
@@ -189,6 +192,7 @@ def _step(
     # The rings hold noise of standard deviation 1, so that a stddev that changes over time takes
     # effect at once, also on the terms that are ahead.
     scale = stddev if row_scale is None else stddev * row_scale.at[step].get(mode="clip")
+    scale = jnp.where(step >= 0, scale, jnp.nan)  # the step has overflowed, or is not one
 
     def run(names: tuple[str, ...], *arrays: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         *common, grads, rings = arrays
@@ -225,6 +229,8 @@ def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
     Raises a TypeError, which names the leaf by its path, unless leaf and noise have dtypes of 16 to
     64 bits. As everywhere in JAX, 64 bits mean 32 outside x64 mode.
     """
+    if not hasattr(leaf, "dtype"):
+        raise TypeError(f"expected leaf {_path(path)} to be an array, found {leaf!r}")
     noise_dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if dtype is None else dtype)
     for what, found in (("gradients", jnp.dtype(leaf.dtype)), ("noise", noise_dtype)):
         if found.name not in _FLOATS:
@@ -242,11 +248,21 @@ def _abstract_state(
 
     def ring(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         noise_dtype = check_noise_dtype(path, leaf, dtype)
-        ring_dtype = jnp.promote_types(noise_dtype, recurrence.coef.dtype)
+        # Noise is correlated and scaled in 32 bits at least: in 16, small noise rounds to none.
+        ring_dtype = jnp.result_type(noise_dtype, recurrence.coef.dtype, jnp.float32)
         return jax.ShapeDtypeStruct((slots, *leaf.shape), ring_dtype)
 
     buffers = jax.tree_util.tree_map_with_path(ring, model)
     return NoiseState(_lookahead.abstract_clock(key_impl, slots), buffers)
+
+
+def _check_sharding(path: Any, leaf: Any) -> None:
+    sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
+    if any(axis is not None for axis in getattr(sharding, "spec", ())):
+        raise NotImplementedError(
+            f"leaf {_path(path)} is sharded over explicit mesh axes, {sharding.spec}, which this "
+            "version does not support yet; automatic axes work"
+        )
 
 
 def _path(path: Any) -> str:

@@ -169,8 +169,8 @@ def _refresh_tiles(
     of_noise, of_ring = (matrix.astype(ring.dtype) for matrix in matrices)
     new = _matmul(of_noise, z) + _matmul(of_ring, old)
     if size % TILE:
-        mine = start[:, None] + jnp.arange(width) >= tiles[:, None] * TILE
-        new = jnp.where(mine, new, old)
+        mine = start[:, None] + jnp.arange(width)[None, :] >= tiles[:, None] * TILE
+        new = jnp.where(mine[None], new, old)
     return _write(ring, start, new)
 
 
@@ -212,7 +212,7 @@ def _advance_matrices(coef: jax.Array, now: jax.Array) -> _Matrices:
     """T^-1 and -T^-1 H, both ``[S, S]``, rows and columns in slot order."""
     slots = coef.shape[0] - 1
     padded = jnp.concatenate([coef, jnp.zeros(slots, coef.dtype)])
-    row, column = jnp.arange(slots)[:, None], jnp.arange(slots)
+    row, column = jnp.arange(slots)[:, None], jnp.arange(slots)[None, :]
     # In time order x_{t+i} meets x_{t+j} with lag i - j, and x_{t-S+j} with lag S + i - j <= S.
     to_come = jnp.where(column <= row, padded[row - column], 0)
     in_ring = jnp.where(column >= row, padded[slots + row - column], 0)

@@ -1,0 +1,40 @@
+"""The capability report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jax_privacy_kernels._report import report
+from jax_privacy_kernels.ops import _dispatch
+
+
+def words(text, key):
+    """The words of the lines that begin with the key."""
+    return [line.split() for line in text.splitlines() if line.strip().startswith(key)]
+
+
+def test_what_it_says(monkeypatch):
+    monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
+    text = report()
+    assert ["jax", jax.__version__] in words(text, "jax")
+    assert words(text, "on cuda") == [["on", "cuda", "jax"]]
+
+
+@pytest.mark.parametrize("name", ["jax", "nonsense"])
+def test_it_heeds_the_environment(monkeypatch, name):
+    monkeypatch.setenv(_dispatch.ENVIRONMENT, name)
+    text = report()
+    if name == "jax":
+        assert words(text, "on cpu") == [["on", "cpu", "jax"]]
+    else:
+        assert "nothing: implementation 'nonsense' of correlated_noise was asked for" in text
+
+
+def test_python_m():
+    command = [sys.executable, "-m", "jax_privacy_kernels"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "correlated_noise takes" in result.stdout

@@ -51,8 +51,8 @@ struct Step {
   int64_t time;        // min(t, S): how many terms of the past there are
   int64_t now;         // t mod S: the slot of x_t
   const Key* subkeys;  // [max(S, 1)] by slot: the keys of steps t .. t + S - 1
-  std::vector<double>
-      past;  // [2 S + kRows]: past[S + m - s] is the weight of slot m in the new x of slot s
+  // [2 S + kRows]: past[S + m - s] is the weight of slot m in the new x of slot s
+  std::vector<double> past;
   double input_weight;  // of z_t in x_t
   double output_scale;  // of x_t in what is added to the gradients
   bool accurate;        // see Gaussian::any

@@ -12,9 +12,9 @@
 namespace jpk {
 
 // Asks for 2 MiB pages under a large buffer that is about to be written. XLA allocates the results
-// of every call afresh, and the first touch of each 4 KiB page costs more than the noise in it;
-// where the system leaves the choice to programs this is a third off a step. Only a hint: it
-// changes no contents.
+// of every call afresh, and the first touch of each 4 KiB page costs about as much as the noise in
+// it; where the system leaves the choice to programs this takes up to a fifth off a step. Only a
+// hint: it changes no contents.
 inline void prefer_huge_pages([[maybe_unused]] void* buffer, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

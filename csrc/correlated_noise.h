@@ -107,36 +107,24 @@ class Scratch {
   std::unique_ptr<void, Free> bytes_;
 };
 
-// x[i] += sum_m weight[m] * history[m * kBlock + i], 0 <= i < kBlock, rows a multiple of kRows.
+// x[i] += sum_m weight[m] * history[m * kBlock + i], 0 <= i < kBlock, over N rows.
+template <int64_t N, typename X>
+JPK_INLINE void accumulate_group(const X* weight, const X* history, X* __restrict x) {
+  for (int i = 0; i < kBlock; ++i) {
+    X sum = x[i];
+    for (int64_t m = 0; m < N; ++m) sum += weight[m] * history[m * kBlock + i];
+    x[i] = sum;
+  }
+}
+
+// The same over any number of rows that is a multiple of kRows.
 template <typename X>
 JPK_INLINE void accumulate(int64_t rows, const X* weight, const X* history, X* __restrict x) {
   int64_t m = 0;
   for (; m + 2 * kRows <= rows; m += 2 * kRows) {
-    const X *w = weight + m, *h = history + m * kBlock;
-    for (int i = 0; i < kBlock; ++i) {
-      X sum = x[i];
-      sum += w[0] * h[i];
-      sum += w[1] * h[i + kBlock];
-      sum += w[2] * h[i + 2 * kBlock];
-      sum += w[3] * h[i + 3 * kBlock];
-      sum += w[4] * h[i + 4 * kBlock];
-      sum += w[5] * h[i + 5 * kBlock];
-      sum += w[6] * h[i + 6 * kBlock];
-      sum += w[7] * h[i + 7 * kBlock];
-      x[i] = sum;
-    }
+    accumulate_group<2 * kRows>(weight + m, history + m * kBlock, x);
   }
-  for (; m < rows; m += kRows) {
-    const X *w = weight + m, *h = history + m * kBlock;
-    for (int i = 0; i < kBlock; ++i) {
-      X sum = x[i];
-      sum += w[0] * h[i];
-      sum += w[1] * h[i + kBlock];
-      sum += w[2] * h[i + 2 * kBlock];
-      sum += w[3] * h[i + 3 * kBlock];
-      x[i] = sum;
-    }
-  }
+  for (; m < rows; m += kRows) accumulate_group<kRows>(weight + m, history + m * kBlock, x);
 }
 
 // Copies elements [first, first + count) of the ring's first rows to history, and pads it with

@@ -22,6 +22,7 @@ __all__ = [
     "ENVIRONMENT",
     "PLATFORMS",
     "Implementation",
+    "Table",
     "candidates",
     "implementation",
     "per_platform",
@@ -59,8 +60,8 @@ _block: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementat
 def implementation(name: str | None) -> Iterator[None]:
     """Makes ops called in the block, without a name of their own, take the implementation ``name``.
 
-    Calls are traced ones: a function jitted and traced before the block keeps what it was traced
-    with.
+    What counts is when a call is traced: a function that was jitted and called before the block
+    keeps the implementation that it was traced with.
 
     Args:
       name: "jax", "cpp", "pallas" or "triton", or None for the fastest that takes the arguments.
@@ -94,8 +95,7 @@ def requested(op: str, table: Table, name: str | None) -> str | None:
 
 
 def candidates(table: Table, name: str | None, *arguments: Any) -> tuple[dict[str, str], list[str]]:
-    """Which implementation each platform takes for these arguments, and why others were passed
-    over.
+    """Which implementation each platform takes for these arguments, and why not the others.
 
     Args:
       table: the op's implementations.

@@ -1,13 +1,12 @@
 // XLA binding of correlated_noise.h. Python has checked its arguments already; everything is
 // checked again here, because what comes from XLA decides which memory is written.
-#include "correlated_noise_ffi.h"
-
 #include <cstdint>
 #include <exception>
 #include <string>
 #include <vector>
 
 #include "correlated_noise.h"
+#include "handlers.h"
 #include "huge_pages.h"
 
 namespace jpk {

@@ -1,7 +1,7 @@
 // The Python extension: a table of XLA FFI handlers, and what it was compiled for.
 #include <nanobind/nanobind.h>
 
-#include "correlated_noise_ffi.h"
+#include "handlers.h"
 #include "simd_target.h"
 
 namespace nb = nanobind;
@@ -11,7 +11,16 @@ NB_MODULE(_jpk, m) {
       "Compiled kernels of jax_privacy_kernels. Private: use jax_privacy_kernels.ops.";
   m.def("handlers", [] {
     nb::dict table;
-    table["jpk_correlated_noise"] = nb::capsule(reinterpret_cast<void*>(jpk_correlated_noise));
+    auto add = [&](const char* name, auto* handler) {
+      table[name] = nb::capsule(reinterpret_cast<void*>(handler));
+    };
+    add("jpk_correlated_noise", jpk_correlated_noise);
+    add("jpk_min_sep_norm", jpk_min_sep_norm);
+    add("jpk_participation_max", jpk_participation_max);
+    add("jpk_toeplitz_finish", jpk_toeplitz_finish);
+    add("jpk_toeplitz_multiply", jpk_toeplitz_multiply);
+    add("jpk_toeplitz_solve", jpk_toeplitz_solve);
+    add("jpk_toeplitz_spectra", jpk_toeplitz_spectra);
     return table;
   });
   m.def("simd_target", &jpk::simd_target);

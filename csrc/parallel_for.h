@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -14,7 +15,8 @@ namespace jpk {
 
 // Calls body(chunk, worker) once for every chunk in [0, chunks), in any order, from up to `workers`
 // threads at a time, each under a worker number of its own in [0, workers). Returns when all are
-// done. body must not throw.
+// done. If body throws, the other chunks are run all the same, and the first exception is thrown
+// on.
 //
 // Pool has Schedule(task), which runs task() on some thread sooner or later. The calling thread
 // works too and never waits for a task that has not started, so a pool all of whose threads are
@@ -32,6 +34,7 @@ void parallel_for(Pool& pool, int64_t chunks, int64_t workers, const Body& body)
     std::mutex mutex;
     std::condition_variable finished;
     int64_t done = 0;
+    std::exception_ptr error;
   };
   // Owned by the tasks as well: a late one outlives this call, and then touches nothing but the
   // counters.
@@ -41,7 +44,12 @@ void parallel_for(Pool& pool, int64_t chunks, int64_t workers, const Body& body)
     const int64_t worker = job->next_worker.fetch_add(1);
     int64_t mine = 0;
     for (int64_t chunk; (chunk = job->next_chunk.fetch_add(1)) < chunks; ++mine) {
-      body(chunk, worker);
+      try {
+        body(chunk, worker);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(job->mutex);
+        if (!job->error) job->error = std::current_exception();
+      }
     }
     if (mine == 0) return;
     std::lock_guard<std::mutex> lock(job->mutex);
@@ -59,6 +67,8 @@ void parallel_for(Pool& pool, int64_t chunks, int64_t workers, const Body& body)
   work();
   std::unique_lock<std::mutex> lock(job->mutex);
   job->finished.wait(lock, [&] { return job->done == chunks; });
+  // Taken out of the job, which a late task may be the last to hold.
+  if (std::exception_ptr error = std::move(job->error)) std::rethrow_exception(error);
 }
 
 }  // namespace jpk

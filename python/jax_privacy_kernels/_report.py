@@ -10,11 +10,29 @@ import jax
 
 from jax_privacy_kernels.ops import _cpp, _dispatch
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
+from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
+from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS as PARTICIPATION_MAX
+from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
+from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
 
 __all__ = ["report"]
 
-_OPS = {"correlated_noise": CORRELATED_NOISE}
-_PACKAGES = ("jax-privacy-kernels", "jax", "jaxlib", "optax", "numpy", "jax-privacy")
+_OPS = {
+    "correlated_noise": CORRELATED_NOISE,
+    "toeplitz_multiply": TOEPLITZ_MULTIPLY,
+    "toeplitz_solve": TOEPLITZ_SOLVE,
+    "min_sep_norm": MIN_SEP_NORM,
+    "participation_max": PARTICIPATION_MAX,
+}
+_PACKAGES = (
+    "jax-privacy-kernels",
+    "jax",
+    "jaxlib",
+    "optax",
+    "numpy",
+    "dp-accounting",
+    "jax-privacy",
+)
 
 
 def report() -> str:

@@ -46,7 +46,8 @@ def ran(monkeypatch):
 
     def entry(name):
         def run(*arguments):
-            names.append(name)
+            if names[-1:] != [name]:  # traced for its shapes, and for the platform
+                names.append(name)
             return IMPLEMENTATIONS["jax"].run(*arguments)
 
         return IMPLEMENTATIONS["jax"]._replace(run=run)
@@ -159,3 +160,50 @@ def test_without_the_extension(no_extension):
             noise(implementation="cpp")
         with implementation("cpp"), pytest.raises(ValueError, match="cannot be loaded"):
             noise()
+
+
+# -- Branches ---------------------------------------------------------------------------------
+
+
+def branches(**by_platform):
+    """A function that runs the branch of the platform, and the platforms that were traced."""
+    traced = []
+
+    def branch(platform, fun):
+        def run(x):
+            traced.append(platform)
+            return fun(x)
+
+        return run
+
+    named = {platform: branch(platform, fun) for platform, fun in by_platform.items()}
+    return (lambda x: _dispatch.per_platform(named, "not here", x)), traced
+
+
+def test_other_platforms_are_not_traced():
+    # The first gives the shapes.
+    double, traced = branches(cpu=lambda x: 2 * x, cuda=lambda x: x + x, tpu=lambda x: x + x)
+    assert jax.jit(double)(3.0) == 6
+    assert set(traced) == {"cpu"}
+
+
+def test_branches_map_and_scan():
+    double, _ = branches(cuda=lambda x: x, cpu=lambda x: 2 * x)
+    x = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(jax.vmap(double)(x), 2 * x)
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(double), 1, 1)(x), 2 * x)
+    np.testing.assert_array_equal(jax.lax.map(double, x), 2 * x)
+    outer = jax.vmap(lambda i: double(x[0]) * i)(jnp.arange(2.0))
+    np.testing.assert_array_equal(outer, [0 * x[0], 2 * x[0]])
+
+
+def test_branches_run_without_jit():
+    double, _ = branches(cuda=lambda x: x, cpu=lambda x: 2 * x)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(double(jnp.ones(2)), [2, 2])
+
+
+def test_platforms_without_a_branch_refuse():
+    on_cuda, _ = branches(cuda=lambda x: x)
+    with pytest.raises(NotImplementedError, match="not here"):
+        jax.jit(on_cuda)(1.0)

@@ -1,7 +1,7 @@
 """The hot paths: one public op each, and its implementations."""
 
 from jax_privacy_kernels.ops._counter_prng import normal
-from jax_privacy_kernels.ops._dispatch import implementation
+from jax_privacy_kernels.ops._dispatch import asked, implementation
 from jax_privacy_kernels.ops._lookahead import looks_ahead
 from jax_privacy_kernels.ops._recurrence import BandedRecurrence
 from jax_privacy_kernels.ops.correlated_noise import (
@@ -10,14 +10,23 @@ from jax_privacy_kernels.ops.correlated_noise import (
     correlated_noise,
     init_correlated_noise,
 )
+from jax_privacy_kernels.ops.min_sep_norm import min_sep_norm
+from jax_privacy_kernels.ops.participation_max import participation_max
+from jax_privacy_kernels.ops.toeplitz_multiply import toeplitz_multiply
+from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
 __all__ = [
     "BandedRecurrence",
     "NoiseState",
+    "asked",
     "check_noise_dtype",
     "correlated_noise",
     "implementation",
     "init_correlated_noise",
     "looks_ahead",
+    "min_sep_norm",
     "normal",
+    "participation_max",
+    "toeplitz_multiply",
+    "toeplitz_solve",
 ]

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 __all__ = [
     "ENVIRONMENT",
     "PLATFORMS",
     "Implementation",
     "Table",
+    "asked",
     "candidates",
     "implementation",
     "per_platform",
@@ -73,16 +74,19 @@ def implementation(name: str | None) -> Iterator[None]:
         _block.reset(token)
 
 
+def asked() -> str | None:
+    """The implementation that a call without a name asks for: by the block, or the environment."""
+    name = _block.get()
+    return (os.environ.get(ENVIRONMENT) or None) if name is None else name
+
+
 def requested(op: str, table: Table, name: str | None) -> str | None:
     """The implementation asked for: by the call, else by the block, else by the environment.
 
     Raises:
       ValueError: there is no such implementation, or it cannot run in this process.
     """
-    if name is None:
-        name = _block.get()
-    if name is None:
-        name = os.environ.get(ENVIRONMENT) or None
+    name = asked() if name is None else name
     if name is None:
         return None
     reason = "there is none of that name" if name not in table else table[name].unavailable()
@@ -115,29 +119,30 @@ def candidates(table: Table, name: str | None, *arguments: Any) -> tuple[dict[st
 
 
 def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args: Any) -> Any:
-    """Calls the branch of the platform that this is lowered for.
+    """Calls the branch of the platform that this is lowered for; only that one is traced further.
 
     Args:
-      branches: by platform; branches that are the same function are traced once.
+      branches: by platform; all give results of the same structure, shapes and dtypes. They are not
+        differentiated through.
       refusal: the message of the NotImplementedError on platforms without a branch.
       *args: arrays or trees of arrays.
     """
-    if set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
-        return branches[PLATFORMS[0]](*args)
+    tree: Any
+    leaves, tree = jax.tree.flatten(args)
+
+    def flat(branch: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+        return lambda *leaves: jax.tree.leaves(branch(*tree.unflatten(leaves)))
+
     out = jax.eval_shape(next(iter(branches.values())), *args)
-
-    def absent(*_: Any) -> Any:
-        leaves, tree = jax.tree.flatten(out)
-        avals = tuple(jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves)
-        return jax.tree.unflatten(tree, _refuse_p.bind(message=refusal, avals=avals))
-
-    axes = frozenset().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves(args)))
-    wrapped = {branch: _vary(branch, axes) for branch in (absent, *branches.values())}
-    return jax.lax.platform_dependent(
-        *args,
-        default=wrapped[absent],
-        **{platform: wrapped[branch] for platform, branch in branches.items()},
+    axes = frozenset().union(*(_varying_axes(leaf) for leaf in leaves))
+    flattened = {branch: flat(branch) for branch in set(branches.values())}
+    results = _select_p.bind(
+        *leaves,
+        branches=tuple((platform, flattened[branch]) for platform, branch in branches.items()),
+        shapes=tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out)),
+        refusal=refusal,
     )
+    return jax.tree.unflatten(jax.tree.structure(out), [_vary(x, axes) for x in results])
 
 
 def _varying_axes(x: Any) -> frozenset[str]:
@@ -147,30 +152,67 @@ def _varying_axes(x: Any) -> frozenset[str]:
     return frozenset(aval.vma if manual is None else manual.varying)
 
 
-def _vary(branch: Callable[..., Any], axes: frozenset[str]) -> Callable[..., Any]:
-    """The branch with outputs that vary over the axes: a custom call's are taken for replicated."""
-    if not axes:
-        return branch
-
-    def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - _varying_axes(x))
-        if not missing:
-            return x
-        lax: Any = jax.lax
-        if hasattr(lax, "pcast"):
-            return lax.pcast(x, missing, to="varying")
-        return lax.pvary(x, missing)  # jax 0.8
-
-    return lambda *args: jax.tree.map(cast, branch(*args))
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """x, taken to vary over the axes: results of the primitive are taken for replicated."""
+    missing = tuple(axes - _varying_axes(x))
+    if not missing:
+        return x
+    lax: Any = jax.lax
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return lax.pvary(x, missing)  # jax 0.8
 
 
-def _refuse_lowering(ctx: Any, *, message: str, avals: Any) -> Any:
-    del ctx, avals
-    raise NotImplementedError(message)
+# `jax.lax.platform_dependent` would trace the branches of all platforms, of which one is used.
+_select_p = jax.extend.core.Primitive("jax_privacy_kernels_select")
+_select_p.multiple_results = True
 
 
-# Fails when lowered, with a message of ours: what platform_dependent says itself names no op.
-_refuse_p = jax.extend.core.Primitive("jax_privacy_kernels_refusal")
-_refuse_p.multiple_results = True
-_refuse_p.def_abstract_eval(lambda *, message, avals: list(avals))
-mlir.register_lowering(_refuse_p, _refuse_lowering)
+def _branch(platform: str, branches: Any, refusal: str) -> Callable[..., list[jax.Array]]:
+    chosen = dict(branches).get(platform)
+    if chosen is None:
+        raise NotImplementedError(refusal)
+    return chosen
+
+
+@_select_p.def_abstract_eval
+def _select_shapes(*_: Any, branches: Any, shapes: Any, refusal: str) -> list[Any]:
+    del branches, refusal
+    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in shapes]
+
+
+@_select_p.def_impl
+def _select_now(*args: Any, branches: Any, shapes: Any, refusal: str) -> list[jax.Array]:
+    del shapes
+    return _branch(jax.default_backend(), branches, refusal)(*args)  # jit is disabled
+
+
+def _select_lowering(platform: str) -> Callable[..., Any]:
+    def rule(ctx: Any, *args: Any, branches: Any, shapes: Any, refusal: str) -> Any:
+        del shapes
+        branch = _branch(platform, branches, refusal)
+        return mlir.lower_fun(branch, multiple_results=True)(ctx, *args)
+
+    return rule
+
+
+for _platform in PLATFORMS:
+    mlir.register_lowering(_select_p, _select_lowering(_platform), platform=_platform)
+
+
+def _select_batch(
+    args: Any, dims: Any, *, branches: Any, shapes: Any, refusal: str
+) -> tuple[list[jax.Array], list[int]]:
+    axes = tuple(dim if isinstance(dim, int) else None for dim in dims)
+    size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
+    mapped = {branch: jax.vmap(branch, axes, 0, axis_size=size) for _, branch in branches}
+    results = _select_p.bind(
+        *args,
+        branches=tuple((platform, mapped[branch]) for platform, branch in branches),
+        shapes=tuple(((size, *shape), dtype) for shape, dtype in shapes),
+        refusal=refusal,
+    )
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[_select_p] = _select_batch

@@ -1,0 +1,15 @@
+// The XLA FFI handlers, one or more for every op.
+#ifndef JPK_HANDLERS_H_
+#define JPK_HANDLERS_H_
+
+#include "xla/ffi/api/ffi.h"
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_correlated_noise);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_min_sep_norm);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_participation_max);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_toeplitz_finish);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_toeplitz_multiply);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_toeplitz_solve);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_toeplitz_spectra);
+
+#endif  // JPK_HANDLERS_H_

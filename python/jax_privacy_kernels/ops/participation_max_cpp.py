@@ -1,0 +1,25 @@
+"""The participation maximum as an XLA custom call, in C++ (csrc/participation_max.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+__all__ = ["refuse", "run"]
+
+
+def refuse(x: jax.Array) -> str | None:
+    """Why this implementation cannot take the arguments, or None."""
+    del x
+    return None
+
+
+def run(
+    x: jax.Array, *, min_sep: int, max_participations: int, differentiate: bool
+) -> Sequence[jax.Array]:
+    """Value and gradient; the contract stands in participation_max.py, above its table."""
+    shapes = [x.shape[:-1], x.shape][: 1 + differentiate]
+    outs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes]
+    call = jax.ffi.ffi_call("jpk_participation_max", outs, vmap_method="broadcast_all")
+    return call(x, min_sep=min_sep, max_participations=max_participations)

@@ -1,0 +1,21 @@
+"""Toeplitz systems as an XLA custom call, in C++ (csrc/toeplitz.h)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["refuse", "run"]
+
+
+def refuse(coef: jax.Array, rhs: jax.Array) -> str | None:
+    """Why this implementation cannot take the arguments, or None."""
+    del coef, rhs
+    return None
+
+
+def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool) -> jax.Array:
+    """The solution; the contract stands in toeplitz_solve.py, above its table."""
+    out = jax.ShapeDtypeStruct(rhs.shape, jnp.result_type(coef, rhs))
+    call = jax.ffi.ffi_call("jpk_toeplitz_solve", out, vmap_method="broadcast_all")
+    return call(coef, rhs, transpose=transpose)

@@ -1,0 +1,163 @@
+"""Noise multipliers of banded strategies under block-cyclic Poisson sampling.
+
+With b bands, every part of the data is sampled from in ``ceil(n / b)`` steps, with probability
+``batch / (dataset // b)``, and the mechanism is as private as that many steps of DP-SGD on the part
+(Theorem 4 of https://arxiv.org/abs/2306.08153). dp-accounting is the accountant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax_privacy_kernels._checks import check_int
+
+__all__ = ["Target"]
+
+_TOLERANCE = 1e-6  # of a noise multiplier
+_LARGEST = 1e6  # noise multiplier that is tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A privacy target for n steps on a dataset; raises ValueError or TypeError if it is none."""
+
+    n: int
+    dataset_size: int
+    batch_size: int
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        check_int("dataset_size", self.dataset_size)
+        check_int("expected_batch_size", self.batch_size)
+        if self.batch_size > self.dataset_size:
+            raise ValueError(
+                f"expected expected_batch_size <= dataset_size={self.dataset_size}, "
+                f"found expected_batch_size={self.batch_size}"
+            )
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"expected 0 < epsilon < inf, found epsilon={self.epsilon}")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"expected 0 < delta < 1, found delta={self.delta}")
+
+    def candidates(self) -> list[int]:
+        """Numbers of equal parts, each of a batch at least."""
+        most = self.dataset_size // self.batch_size
+        return [b for b in range(1, most + 1) if self.dataset_size % b == 0]
+
+    def best(self, errors: Mapping[int, float]) -> tuple[int, float]:
+        """The b of the least error times noise multiplier, and that multiplier.
+
+        A candidate is calibrated only if it can win: if the noise with which it would draw with the
+        best so far is enough for the target.
+        """
+        # The likely winner first: then few of the others can.
+        order = sorted(errors, key=lambda b: errors[b] * self._estimate(b))
+        with _without_dropped_orders():
+            best, multiplier = order[0], self._calibrate(order[0])
+            for b in order[1:]:
+                draw = multiplier * errors[best] / errors[b]
+                if draw > _TOLERANCE and self._spent(b, draw) <= self.epsilon:
+                    best, multiplier = b, self._calibrate(b, draw)
+        return best, multiplier
+
+    def _sampling(self, b: int) -> tuple[float, int]:
+        return self.batch_size / (self.dataset_size // b), -(-self.n // b)
+
+    def _event(self, b: int, noise_multiplier: float) -> Any:
+        import dp_accounting  # Takes as long to import as everything else.
+
+        probability, steps = self._sampling(b)
+        gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
+        return dp_accounting.SelfComposedDpEvent(
+            dp_accounting.PoissonSampledDpEvent(probability, gaussian), steps
+        )
+
+    @functools.cached_property
+    def _orders(self) -> list[float]:
+        """The accountant's orders that can certify the target at all.
+
+        Order a with Renyi divergence r >= 0 certifies ``r + log(1 - 1/a) - log(a delta) / (a - 1)``
+        (https://arxiv.org/abs/2004.00010, Proposition 12). The others decide nothing, take most of
+        the time, and may not converge.
+        """
+        from dp_accounting.rdp import rdp_privacy_accountant as rdp
+
+        orders = [
+            a
+            for a in rdp.DEFAULT_RDP_ORDERS
+            if math.log1p(-1 / a) - math.log(a * self.delta) / (a - 1) <= self.epsilon
+        ]
+        if not orders:
+            raise ValueError(
+                f"expected an epsilon that the orders of Renyi accounting reach at delta="
+                f"{self.delta}, found epsilon={self.epsilon}"
+            )
+        return orders
+
+    def _accountant(self) -> Any:
+        from dp_accounting import rdp
+
+        return rdp.RdpAccountant(self._orders)
+
+    def _spent(self, b: int, noise_multiplier: float) -> float:
+        """Epsilon at the target's delta, or more than the target's."""
+        return self._accountant().compose(self._event(b, noise_multiplier)).get_epsilon(self.delta)
+
+    def _estimate(self, b: int) -> float:
+        """A noise multiplier near the right one, by the central limit theorem.
+
+        ``mu = q sqrt(T (exp(1 / sigma^2) - 1))`` of https://arxiv.org/abs/1911.11607, section 3.2,
+        with mu from ``epsilon = mu^2 / 2 + mu sqrt(2 log(1 / delta))``.
+        """
+        probability, steps = self._sampling(b)
+        tail = math.sqrt(-2 * math.log(self.delta))
+        mu = math.sqrt(tail**2 + 2 * self.epsilon) - tail
+        return 1 / math.sqrt(math.log1p((mu / probability) ** 2 / steps))
+
+    def _calibrate(self, b: int, enough: float | None = None) -> float:
+        """The least noise multiplier that meets the target, given one that is enough."""
+        import dp_accounting
+
+        high = enough or self._estimate(b)
+        while enough is None and self._spent(b, high) > self.epsilon:
+            if high > _LARGEST:
+                raise ValueError(
+                    f"expected epsilon={self.epsilon} to be within reach, found more spent with a "
+                    f"noise multiplier of {high:g}"
+                )
+            high *= 1.25
+        low = high / 1.25
+        while self._spent(b, low) <= self.epsilon:
+            if low < _TOLERANCE:
+                return low
+            low, high = low / 1.25, low
+        return dp_accounting.calibrate_dp_mechanism(
+            make_fresh_accountant=self._accountant,
+            make_event_from_param=lambda noise_multiplier: self._event(b, noise_multiplier),
+            target_epsilon=self.epsilon,
+            target_delta=self.delta,
+            bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
+            tol=_TOLERANCE,
+        )
+
+
+@contextlib.contextmanager
+def _without_dropped_orders() -> Iterator[None]:
+    """Keeps dp-accounting from logging the orders that it leaves out, which costs no privacy."""
+
+    def tells_more(record: logging.LogRecord) -> bool:
+        return "Excluding this order" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(tells_more)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells_more)

@@ -1,0 +1,165 @@
+"""Minimizes losses of strategies with optax, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_privacy_kernels import ops
+from jax_privacy_kernels._checks import check_int
+
+__all__ = ["DEFAULT_OPTIMIZER", "CallbackArgs", "ParamT", "jax_enable_x64", "optimize"]
+
+ParamT = TypeVar("ParamT")
+
+DEFAULT_OPTIMIZER = optax.lbfgs(
+    memory_size=1, linesearch=optax.scale_by_backtracking_linesearch(128)
+)
+
+# Steps in a row that change nothing, after which the default optimizer has converged: neither its
+# own direction nor, from an empty memory, the gradient lowers the loss any more.
+_STILL = 2
+
+
+@dataclasses.dataclass
+class CallbackArgs:
+    """What a callback of :func:`optimize` gets to see after a step.
+
+    Attributes:
+      step: index of the step, from 0.
+      loss: at the parameters before the step.
+      grad: gradient there, a tree like the parameters.
+      params: after the step, float64.
+      state: of the optimizer, after the step.
+    """
+
+    step: int
+    loss: jax.Array
+    grad: Any
+    params: Any
+    state: Any
+
+
+def jax_enable_x64(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function run in JAX's 64-bit mode; the caller's mode comes back with its result."""
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.enable_x64(True):
+            return fn(*args, **kwargs)
+
+    return wrapped
+
+
+def _no_callback(_: CallbackArgs) -> None:
+    return None
+
+
+@jax_enable_x64
+def optimize(
+    loss_fn: Callable[[ParamT], Any],
+    params: ParamT,
+    *,
+    max_optimizer_steps: int = 250,
+    grad: bool = False,
+    callback: Callable[[CallbackArgs], bool | None] | None = _no_callback,
+    optimizer: optax.GradientTransformationExtraArgs = DEFAULT_OPTIMIZER,
+) -> ParamT:
+    """Minimizes a differentiable function.
+
+    Everything runs in float64, whatever the mode of the caller. Without a callback all steps are
+    one compiled loop, which ends early once two steps of the default optimizer have not changed a
+    bit of the parameters. With one, each step is a call. Either is compiled once for every loss
+    function, shape of parameters and optimizer: pass the same function again, not a new one that
+    does the same. Like a function given to `jax.jit`, it should depend on its argument alone.
+
+    L-BFGS, the default, works well on the losses of factorizations: see
+    https://arxiv.org/abs/2106.12118, https://arxiv.org/abs/2306.08153,
+    https://arxiv.org/abs/2405.15913.
+
+    Args:
+      loss_fn: gives the loss at parameters, a scalar; or, with ``grad``, the loss and its gradient.
+      params: tree of arrays to start from.
+      max_optimizer_steps: the most steps that are taken, at least 0.
+      grad: whether ``loss_fn`` gives its gradient as well.
+      callback: called after every step with a `CallbackArgs`; a true result ends the optimization.
+        None is no callback.
+      optimizer: an optax transformation whose update takes ``value``, ``grad`` and ``value_fn``.
+
+    Returns:
+      The parameters after the last step, of the dtypes of ``params``.
+
+    Raises:
+      ValueError: if ``max_optimizer_steps`` is below 0.
+      TypeError: if it is not an integer.
+    """
+    steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
+    dtypes = jax.tree.map(jnp.result_type, params)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    if callback is None or callback is _no_callback:
+        params = _compiled(loss_fn, _loop, grad, optimizer)(params, steps)
+    else:
+        step = _compiled(loss_fn, _step, grad, optimizer)
+        state = optimizer.init(params)
+        for i in range(steps):
+            loss, gradient, params, state = step(params, state)
+            if callback(CallbackArgs(i, loss, gradient, params, state)):
+                break
+    return jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
+
+
+def _step(
+    loss_fn: Callable[..., Any], grad: bool, optimizer: Any, params: Any, state: Any
+) -> tuple[jax.Array, Any, Any, Any]:
+    """One step: the loss and gradient before it, parameters and state after."""
+    loss_and_grad = loss_fn if grad else jax.value_and_grad(loss_fn)
+    value_fn = (lambda params: loss_fn(params)[0]) if grad else loss_fn
+    loss, gradient = loss_and_grad(params)
+    updates, state = optimizer.update(
+        gradient, state, params, value=loss, grad=gradient, value_fn=value_fn
+    )
+    return loss, gradient, optax.apply_updates(params, updates), state
+
+
+def _loop(loss_fn: Callable[..., Any], grad: bool, optimizer: Any, params: Any, steps: Any) -> Any:
+    """Up to ``steps`` steps: the parameters after the last."""
+    converges = optimizer is DEFAULT_OPTIMIZER
+
+    def goes_on(carry: Any) -> Any:
+        i, still, _, _ = carry
+        return (i < steps) & (still < _STILL) if converges else i < steps
+
+    def body(carry: Any) -> Any:
+        i, still, params, state = carry
+        _, _, new, state = _step(loss_fn, grad, optimizer, params, state)
+        same = jax.tree.map(lambda a, b: jnp.all(a == b), params, new)
+        still = jnp.where(jnp.all(jnp.stack(jax.tree.leaves(same))), still + 1, 0)
+        return i + 1, still, new, state
+
+    return jax.lax.while_loop(goes_on, body, (0, 0, params, optimizer.init(params)))[2]
+
+
+# Compiled loops and steps by loss function, as long as that lives.
+_cache: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(loss_fn: Any, body: Callable[..., Any], grad: bool, optimizer: Any) -> Any:
+    """``body(loss_fn, grad, optimizer, ...)``, jitted; the same one for the same arguments."""
+    try:
+        by_options = _cache.setdefault(loss_fn, {})
+        reference = weakref.ref(loss_fn)
+    except TypeError:  # not hashable, or not to be referenced weakly
+        return jax.jit(functools.partial(body, loss_fn, grad, optimizer))
+    # Which implementations its ops take is settled when the loss is traced.
+    options = body, grad, optimizer, ops.asked()
+    if options not in by_options:
+        # Through the weak reference: a value of the dictionary must not keep its key alive.
+        by_options[options] = jax.jit(lambda *args: body(reference(), grad, optimizer, *args))
+    return by_options[options]

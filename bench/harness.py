@@ -41,40 +41,55 @@ def clock(call: Callable[[], Any]) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], *, warmup: int, repeats: int
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    warmup: int,
+    repeats: int | Mapping[str, int],
+    fresh: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Times callables in turn; each holds its own state and must not share buffers with another.
 
     Args:
       calls: by name, none called before: the first call is taken to be the one that compiles.
       warmup: rounds that are not timed, the first calls among them.
-      repeats: rounds that are timed, each call once in every round.
+      repeats: rounds that are timed, each call once in every round; or their number by name, where
+        0 is for a call so slow that the first has to do.
+      fresh: whether JAX forgets what it has compiled before each first call, so that none finds
+        there what another has paid for. The second call then compiles too: take a warmup of 2.
 
     Returns:
       By name, in seconds: median, p90, min and max of a call, and the first, which compiles; and
       the number of rounds.
     """
     names = list(calls)
-    first = {name: clock(calls[name]) for name in names}
+    rounds = {name: repeats if isinstance(repeats, int) else repeats[name] for name in names}
+    first = {}
+    for name in names:
+        if fresh:
+            jax.clear_caches()
+        first[name] = clock(calls[name])
     for _ in range(warmup - 1):
         for name in names:
-            clock(calls[name])
+            if rounds[name]:
+                clock(calls[name])
     gc.collect()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(repeats):
+    for i in range(max(rounds.values())):
         # Nobody always runs on the caches and the clock rate that the same other left.
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name].append(clock(calls[name]))
+            if i < rounds[name]:
+                seconds[name].append(clock(calls[name]))
+    return {name: _summary(first[name], seconds[name] or [first[name]]) for name in names}
+
+
+def _summary(first: float, times: Sequence[float]) -> dict[str, float]:
     return {
-        name: {
-            "median_s": float(np.median(times)),
-            "p90_s": float(np.percentile(times, 90)),
-            "min_s": min(times),
-            "max_s": max(times),
-            "first_call_s": first[name],
-            "rounds": len(times),
-        }
-        for name, times in seconds.items()
+        "median_s": float(np.median(times)),
+        "p90_s": float(np.percentile(times, 90)),
+        "min_s": min(times),
+        "max_s": max(times),
+        "first_call_s": first,
+        "rounds": len(times),
     }
 
 
@@ -179,6 +194,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
         for row in cells
     )
+
+
+def floor(what: str, value: float, sign: str, bound: float) -> dict[str, Any]:
+    """An entry of the list of floors that a release must hold; the sign is ">=" or "<="."""
+    return {
+        "floor": what,
+        "value": value,
+        "required": f"{sign} {bound:g}",
+        "pass": {">=": value >= bound, "<=": value <= bound}[sign],
+    }
+
+
+def verdicts(floors: Sequence[Mapping[str, Any]]) -> str:
+    """The list of floors as text, with what was measured."""
+    lines = [
+        (
+            check["floor"],
+            f"{check['value']:.3g}",
+            check["required"],
+            "PASS" if check["pass"] else "FAIL",
+        )
+        for check in floors
+    ]
+    return table(("floor", "measured", "required", ""), lines)
 
 
 def write(report: Mapping[str, Any], name: str, folder: pathlib.Path) -> pathlib.Path:

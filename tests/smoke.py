@@ -1,7 +1,8 @@
 """Does an installed package work here? Needs nothing but the package itself.
 
 CI runs it on the oldest and the newest supported JAX: the extension loads, takes part in a jitted
-and a scanned step, updates its ring in place, and agrees with the plain JAX implementation.
+and a scanned step, updates its ring in place, and agrees with the plain JAX implementation; so do
+the ops on coefficients, their gradients and their maps; and a strategy is optimized.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels import noise_addition, ops
 from jax_privacy_kernels._report import report
 from jax_privacy_kernels.matrix_factorization import toeplitz
 
@@ -46,6 +47,31 @@ def run(implementation: str, bands: int, steps: int) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(both)])
 
 
+def coefficients(implementation: str, n: int) -> list[np.ndarray]:
+    """Values and gradients of the ops on coefficients, one by one and mapped."""
+    coef = toeplitz.optimal_max_error_strategy_coefs(7)
+    x = jnp.sin(jnp.arange(2.0 * n)).reshape(n, 2)
+    named = {"implementation": implementation}
+
+    def product(c):
+        return ops.toeplitz_multiply(c, x, **named)
+
+    def solution(c):
+        return ops.toeplitz_solve(c, x, transpose=True, **named)
+
+    def norm(c):
+        return ops.min_sep_norm(c, n=n, min_sep=3, max_participations=5, **named)
+
+    def most(c):
+        return ops.participation_max(c, min_sep=2, max_participations=2, **named)
+
+    results = []
+    for f in (product, solution, norm, most):
+        gradient = jax.grad(lambda c, f=f: jnp.sum(f(c) ** 2))
+        results += [f(coef), gradient(coef), jax.vmap(gradient)(jnp.stack([coef, -2 * coef]))]
+    return [np.asarray(result) for result in results]
+
+
 def main() -> None:
     print(report())
     for bands in (1, 2, 5, 9):
@@ -54,6 +80,16 @@ def main() -> None:
         np.testing.assert_allclose(cpp, plain, rtol=2**-7, atol=1e-5)
         assert 0.5 < np.std(cpp) < 2
         print(f"{bands} bands: cpp and jax agree on {cpp.size} samples")
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            for n in (5, 300):
+                for cpp, plain in zip(*(coefficients(i, n) for i in ("cpp", "jax")), strict=True):
+                    np.testing.assert_allclose(cpp, plain, rtol=1e-9 if x64 else 1e-4, atol=1e-5)
+    print("cpp and jax agree on coefficients")
+    coef = toeplitz.optimize_banded_toeplitz(100, 4)
+    assert toeplitz.loss(coef, 100) < toeplitz.loss(toeplitz.pad_coefs_to_n([1.0], 4), 100) / 2
+    assert not jax.config.jax_enable_x64
+    print("a strategy was optimized")
 
 
 if __name__ == "__main__":

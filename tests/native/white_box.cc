@@ -1,13 +1,19 @@
 // A Python module that opens the kernels up to white_box_test.py. Built once per instruction set,
 // under the name JPK_WHITE_BOX_NAME; element-wise functions take and return NumPy arrays.
+#include <pybind11/complex.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <complex>
 #include <tuple>
 #include <vector>
 
 #include "correlated_noise.h"
+#include "min_sep_norm.h"
+#include "participation_max.h"
+#include "toeplitz.h"
+#include "toeplitz_fft.h"
 
 namespace py = pybind11;
 
@@ -78,7 +84,54 @@ void step(
                    list);
 }
 
+using Vector = py::array_t<double, py::array::c_style>;
+
+Reals reals(const Vector& x) { return {const_cast<double*>(x.data()), true}; }
+
+// T x, or the solution of T y = x, of float64 vectors.
+Vector toeplitz_product(const Vector& coef, const Vector& x, bool solve) {
+  Vector y(x.size());
+  const toeplitz::Batch batch{1, coef.size(), x.size(), 1, x.size(), false};
+  DeafPool pool;
+  if (solve) {
+    toeplitz::solve(pool, 2, batch, reals(coef), reals(x), reals(y));
+  } else {
+    toeplitz::multiply(pool, 2, batch, reals(coef), reals(x), reals(y));
+  }
+  return y;
+}
+
+auto complex_product(const py::array_t<std::complex<double>>& a,
+                     const py::array_t<std::complex<double>>& b) {
+  py::array_t<std::complex<double>> c(a.size());
+  auto* to = reinterpret_cast<double*>(c.mutable_data());
+  std::fill(to, to + 2 * a.size(), 0.0);
+  toeplitz::add_complex_products(reinterpret_cast<const double*>(a.data()),
+                                 reinterpret_cast<const double*>(b.data()), a.size(), to);
+  return c;
+}
+
+// A function of a row and the pointer that its gradient goes to: value and gradient.
+template <typename Function>
+auto with_gradient(const Vector& row, const Function& function) {
+  Vector gradient(row.size());
+  const double value = function(row.data(), gradient.mutable_data());
+  return std::make_tuple(value, gradient);
+}
+
 PYBIND11_MODULE(JPK_WHITE_BOX_NAME, m) {
+  m.def("toeplitz", toeplitz_product);
+  m.def("complex_product", complex_product);
+  m.def("min_sep_norm", [](const Vector& coef, int64_t n, int64_t sep, int64_t k) {
+    return with_gradient(coef, [&](const double* c, double* gradient) {
+      return min_sep_norm(c, coef.size(), n, sep, k, gradient);
+    });
+  });
+  m.def("participation_max", [](const Vector& x, int64_t sep, int64_t k) {
+    return with_gradient(x, [&](const double* row, double* gradient) {
+      return participation_max(row, x.size(), sep, k, gradient);
+    });
+  });
   m.def("threefry", py::vectorize([](uint32_t k0, uint32_t k1, uint32_t x0, uint32_t x1) {
           threefry2x32({k0, k1}, x0, x1);
           return static_cast<uint64_t>(x0) << 32 | x1;

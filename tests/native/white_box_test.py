@@ -327,3 +327,50 @@ def test_variants_agree(kernels, baseline):
     for (got, tolerance), (want, _) in zip(run(kernels, *parameters), wanted, strict=True):
         got, want = got.astype(np.float64), want.astype(np.float64)
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+# -- Coefficients -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 3), (100, 9), (1000, 70), (9000, 9000)])
+def test_toeplitz(kernels, n, m):
+    rng = np.random.default_rng(n)
+    coef, x = rng.normal(size=m) / m, rng.normal(size=n)
+    coef[0] = 1
+    product = kernels.toeplitz(coef, x, False)
+    np.testing.assert_allclose(product, np.convolve(coef, x)[:n], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(kernels.toeplitz(coef, product, True), x, rtol=1e-9, atol=1e-9)
+
+
+def test_complex_product(kernels):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 37, 2)).view(complex)[..., 0]
+    np.testing.assert_allclose(kernels.complex_product(a, b), a * b, rtol=1e-14)
+
+
+@pytest.mark.parametrize(("sep", "k"), [(1, 300), (1, 2), (7, 3), (50, 100), (300, 1)])
+def test_min_sep_norm(kernels, sep, k):
+    n = 300
+    coef = np.sort(np.random.default_rng(sep).uniform(0.1, 1, size=250))[::-1].copy()
+    padded = np.pad(coef, (0, n - coef.size))
+    shifted = [np.pad(padded, (j * sep, 0))[:n] for j in range(min(k, -(-n // sep)))]
+    column = sum(shifted)
+    value, gradient = kernels.min_sep_norm(coef, n, sep, k)
+    np.testing.assert_allclose(value, column @ column, rtol=1e-13)
+    transposed = sum(np.pad(column[j * sep :], (0, j * sep)) for j in range(len(shifted)))
+    np.testing.assert_allclose(gradient, 2 * transposed[: coef.size], rtol=1e-13)
+
+
+@pytest.mark.parametrize("sep", [1, 3, 40])
+@pytest.mark.parametrize("k", [1, 2, 9, 100])
+def test_participation_max(kernels, sep, k):
+    x = np.random.default_rng(k).normal(size=41)
+    best = np.zeros((len(x) + sep, k + 1))
+    for i in reversed(range(len(x))):
+        best[i, 1:] = np.maximum(x[i] + best[i + sep, :-1], best[i + 1, 1:])
+    value, gradient = kernels.participation_max(x, sep, k)
+    np.testing.assert_allclose(value, best[0, k], rtol=1e-14)
+    np.testing.assert_allclose(gradient @ x, value, rtol=1e-14)
+    assert set(gradient) <= {0, 1}
+    assert gradient.sum() <= k
+    assert np.all(np.diff(np.flatnonzero(gradient)) >= sep)

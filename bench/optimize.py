@@ -1,0 +1,372 @@
+"""Time to plan a mechanism: jax_privacy, plain JAX, C++.
+
+    python bench/optimize.py            # the full run: some minutes
+    python bench/optimize.py --quick    # a check that it works
+
+A plan is made once, so that the first call counts, compilation included: it is made in a process of
+its own, several times, of which the median is taken. Further calls take turns in one process. What
+is found is compared in float64, by the loss: mean squared error times squared sensitivity. Cases:
+
+  banded          optimize_banded_toeplitz, 10,000 steps, 32 bands
+  banded_large    the same for a million steps, C++ alone
+  inverse         optimize_banded_inverse_toeplitz, which jax_privacy 2.0.0 does not have
+  amplified       optimize_coefs_for_amplifications; jax_privacy, slow there, is called just once
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jax_privacy.matrix_factorization import toeplitz as peer_toeplitz
+
+import jax_privacy_kernels
+from jax_privacy_kernels.matrix_factorization import toeplitz
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = ("peer", "jax", "cpp")
+AS_LOW = 1e-9  # A loss is as low as another if it is above by less, relatively.
+# BandInvMF's loss has kinks, at which L-BFGS stops sooner or later, depending on the last bits.
+ABOUT_AS_LOW = 1e-3
+OFTEN = 1_000_000  # times: as often as the options say
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is the same for all contestants in a row of the table."""
+
+    function: str  # of the module toeplitz
+    arguments: Mapping[str, Any]
+    quick: Mapping[str, Any]  # arguments that --quick puts in their place
+    first: Mapping[str, int]  # Who takes part, and the most processes for first calls.
+    again: Mapping[str, int]  # And the most calls thereafter.
+    floor: float | None = None  # what cpp has to reach, times the peer
+    first_floor: float | None = None  # and on first calls
+    at_most: float | None = None  # seconds that a first call of cpp may take
+
+    def smaller(self) -> Case:
+        """The same at a size for a quick look."""
+        return dataclasses.replace(self, arguments={**self.arguments, **self.quick})
+
+    @property
+    def steps(self) -> int:
+        return self.arguments["n"]
+
+
+EVERYONE = dict.fromkeys(NAMES, OFTEN)
+OURS = dict.fromkeys(NAMES[1:], OFTEN)
+CASES = {
+    "banded": Case(
+        "optimize_banded_toeplitz",
+        {"n": 10_000, "bands": 32, "max_optimizer_steps": 250},
+        {"n": 200, "bands": 4, "max_optimizer_steps": 20},
+        first=EVERYONE,
+        again=EVERYONE | {"peer": 3},
+        floor=20,
+        first_floor=3,
+    ),
+    "banded_large": Case(
+        "optimize_banded_toeplitz",
+        {"n": 1_000_000, "bands": 32, "max_optimizer_steps": 250},
+        {"n": 2_000, "bands": 4, "max_optimizer_steps": 20},
+        first={"cpp": OFTEN},
+        again={"cpp": 1},
+        at_most=60,
+    ),
+    "inverse": Case(
+        "optimize_banded_inverse_toeplitz",
+        {"n": 10_000, "min_sep": 100, "num_bands": 32, "max_participations": 5},
+        {"n": 200, "min_sep": 20, "num_bands": 4, "max_optimizer_steps": 20},
+        first=OURS,
+        again=OURS | {"jax": 3},
+    ),
+    "amplified": Case(
+        "optimize_coefs_for_amplifications",
+        {
+            "n": 1024,
+            "dataset_size": 60_000,
+            "expected_batch_size": 500,
+            "epsilon": 2.0,
+            "delta": 1e-6,
+        },
+        {
+            "n": 16,
+            "dataset_size": 1_000,
+            "expected_batch_size": 500,
+            "max_optimizer_steps": 5,
+        },
+        first=EVERYONE | {"peer": 1},
+        again=OURS,
+        first_floor=15,
+    ),
+}
+
+
+def contestant(name: str, case: Case) -> Callable[[], Any]:
+    """The call of one contestant."""
+    library: ModuleType = peer_toeplitz if name == "peer" else toeplitz
+    call = functools.partial(getattr(library, case.function), **case.arguments)
+    if name == "peer":
+        return call
+
+    def chosen() -> Any:
+        with jax_privacy_kernels.implementation(name):
+            return call()
+
+    return chosen
+
+
+def find(name: str, case: Case) -> dict[str, Any]:
+    """Makes the first call of this process; gives its time and what it has found."""
+    jax.block_until_ready(jnp.zeros(1))  # JAX looks for devices once.
+    call, found = contestant(name, case), []
+    seconds = harness.clock(lambda: found.append(call()) or found)
+    coef, stddev = found[0] if isinstance(found[0], tuple) else (found[0], None)
+    return {
+        "seconds": seconds,
+        "coef": np.asarray(coef, np.float64).tolist(),
+        "stddev": None if stddev is None else float(stddev),
+    }
+
+
+def find_in_new_process(name: str, case_name: str, quick: bool) -> dict[str, Any]:
+    """The same as ``find``, in a process of its own."""
+    command = [sys.executable, __file__, "--find", case_name, name, *(["--quick"] * quick)]
+    # jax_privacy warns some hundred times of orders that its accountant leaves out.
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{case_name}, {name} failed:\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def loss(case: Case, coef: Sequence[float]) -> float:
+    """Mean squared error times squared sensitivity of what was found, in float64."""
+    with jax.enable_x64(True):
+        c = jnp.asarray(coef, jnp.float64)
+        if "min_sep" not in case.arguments:
+            return float(peer_toeplitz.loss(c, case.steps))
+        error = peer_toeplitz.per_query_error(noising_coef=jnp.pad(c, (0, case.steps - c.size)))
+        limits = {key: case.arguments[key] for key in ("min_sep", "max_participations")}
+        sensitivity_squared = toeplitz.compute_banded_inverse_sensitivity_squared(
+            case.steps, c, **limits
+        )
+        return float(error.mean() * sensitivity_squared)
+
+
+def measure(name: str, case: Case, processes: int, repeats: int, quick: bool) -> dict[str, Any]:
+    """Times those that take part in a case."""
+    found: dict[str, list[dict[str, Any]]] = {n: [] for n in case.first}
+    for i in range(processes):
+        for n, most in case.first.items():
+            if i < most:
+                found[n].append(find_in_new_process(n, name, quick))
+    rounds = {n: min(repeats, most) for n, most in case.again.items()}
+    calls = {n: contestant(n, case) for n in rounds}
+    times: dict[str, dict[str, Any]] = {n: {} for n in found}
+    for n, t in harness.interleave(calls, warmup=1, repeats=rounds).items():
+        del t["first_call_s"]  # Another process has measured it.
+        times[n].update(t)
+    for n, finds in found.items():
+        seconds = [f["seconds"] for f in finds]
+        times[n] |= {
+            "first_call_s": float(np.median(seconds)),
+            "first_calls_s": seconds,
+            "loss": loss(case, finds[-1]["coef"]),
+            "coefficients": len(finds[-1]["coef"]),
+        }
+        if finds[-1]["stddev"] is not None:
+            times[n]["stddev"] = finds[-1]["stddev"]
+
+    def speedup(key: str) -> dict[str, float]:
+        peer = times.get("peer", {})
+        ours = {n: t for n, t in times.items() if n != "peer"}
+        return {n: peer[key] / t[key] for n, t in ours.items()} if key in peer else {}
+
+    return {
+        "case": name,
+        "function": case.function,
+        "arguments": dict(case.arguments),
+        "speedup": speedup("median_s"),
+        "first_call_speedup": speedup("first_call_s"),
+        "implementations": times,
+    }
+
+
+def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The floors that a release must hold; of rows at another size only those of what is found."""
+    checks = []
+    for row in rows:
+        name, case, found = row["case"], CASES[row["case"]], row["implementations"]
+        if row["arguments"] == case.arguments:
+            for floor, key, what in (
+                (case.floor, "speedup", "cpp"),
+                (case.first_floor, "first_call_speedup", "first call of cpp"),
+            ):
+                if floor is not None:
+                    checks.append(
+                        harness.floor(f"{name}: {what}, times peer", row[key]["cpp"], ">=", floor)
+                    )
+            if case.at_most is not None:
+                seconds = found["cpp"]["first_call_s"]
+                what = f"{name}: first call of cpp, seconds"
+                checks.append(harness.floor(what, seconds, "<=", case.at_most))
+        cpp, other = found["cpp"], "peer" if "peer" in found else "jax"
+        if other not in found:
+            continue
+        if "stddev" in cpp:
+            bands = abs(cpp["coefficients"] - found[other]["coefficients"])
+            checks.append(harness.floor(f"{name}: bands, cpp off {other}", bands, "<=", 0))
+            off = abs(cpp["stddev"] / found[other]["stddev"] - 1)
+            checks.append(harness.floor(f"{name}: stddev, cpp off {other}", off, "<=", 1e-3))
+        else:
+            excess = cpp["loss"] / found[other]["loss"] - 1
+            most = AS_LOW if other == "peer" else ABOUT_AS_LOW
+            checks.append(harness.floor(f"{name}: loss, cpp above {other}", excess, "<=", most))
+    return checks
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as text."""
+    parts = ["\n".join(f"{key}: {value}" for key, value in report["environment"].items())]
+    header = ["case", "n", "", "first call s", "(range)", "x", "again s", "x", "rounds"]
+    header += ["coefs", "loss", "stddev"]
+    lines = []
+    for row in report["rows"]:
+        for name, times in row["implementations"].items():
+            firsts = times["first_calls_s"]
+            again = f"{times['median_s']:.3f}" if "median_s" in times else "-"
+            ratios = {
+                key: f"{row[key][name]:.1f}" if name in row[key] else "-"
+                for key in ("first_call_speedup", "speedup")
+            }
+            lines.append(
+                [
+                    row["case"],
+                    row["arguments"]["n"],
+                    name,
+                    f"{times['first_call_s']:.2f}",
+                    f"{min(firsts):.2f}-{max(firsts):.2f}",
+                    ratios["first_call_speedup"],
+                    again,
+                    ratios["speedup"],
+                    f"{len(firsts)}+{times.get('rounds', 0)}",
+                    times["coefficients"],
+                    f"{times['loss']:.12g}",
+                    f"{times['stddev']:.8g}" if "stddev" in times else "-",
+                ]
+            )
+    parts.append(harness.table(header, lines))
+    if report["acceptance"]:
+        parts.append(harness.verdicts(report["acceptance"]))
+    return "\n\n".join(parts)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Time of the first call, and of those after it, case by case."""
+    labels = {"peer": "jax_privacy", "jax": "this library, jax", "cpp": "this library, cpp"}
+    # Okabe-Ito colours: told apart by colour-blind readers too.
+    colors = {"peer": "#D55E00", "jax": "#0072B2", "cpp": "#009E73"}
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.9 * len(rows)), layout="constrained")
+    for offset, (name, text) in zip((-0.25, 0, 0.25), labels.items(), strict=True):
+        color = colors[name]
+        for i, row in enumerate(rows):
+            times = row["implementations"].get(name)
+            if times is None:
+                continue
+            first, firsts, y = times["first_call_s"], times["first_calls_s"], i + offset
+            axes.plot([min(firsts), max(firsts)], [y, y], color=color, linewidth=1)
+            if "median_s" in times:
+                axes.plot(times["median_s"], y, "o", color=color)
+            axes.plot(first, y, "o", color=color, markerfacecolor="white", zorder=3)
+            beside = {"xytext": (8, 0), "textcoords": "offset points"}
+            where = (max(firsts), y)
+            axes.annotate(f"{first:.3g} s", where, **beside, va="center", fontsize=8)
+        axes.plot([], [], "s", color=color, label=text)
+    first = {"color": "black", "linewidth": 1, "markerfacecolor": "white"}
+    axes.plot([], [], "o-", **first, label="first call, compiling;\nmedian and range")
+    axes.plot([], [], "o", color="black", label="calls after it")
+    for i in range(1, len(rows)):
+        axes.axhline(i - 0.5, color="black", linewidth=0.5)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * 3)  # room for the numbers
+    titles = [f"{row['function']}\n{settings(row)}" for row in rows]
+    axes.set_yticks(range(len(rows)), titles, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(True, axis="x", which="both", linewidth=0.3)
+    axes.set_xlabel("seconds per call; the numbers are of first calls")
+    axes.set_title("Time to plan a mechanism, CPU")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))  # beside the marks, not over them
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def settings(row: dict[str, Any]) -> str:
+    """The main arguments of a row in words."""
+    arguments, found = row["arguments"], row["implementations"]["cpp"]
+    parts = [f"n = {arguments['n']:,}"]
+    if "min_sep" in arguments:
+        parts.append(f"min_sep = {arguments['min_sep']}")
+    chosen = " chosen" if "epsilon" in arguments else ""
+    plural = "s" if found["coefficients"] > 1 else ""
+    parts.append(f"{found['coefficients']} band{plural}{chosen}")
+    return ", ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: a check, not a measurement"
+    )
+    parser.add_argument("--processes", type=int, help="for first calls, at most (3)")
+    parser.add_argument("--repeats", type=int, help="timed calls after the first, at most (10)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output-dir", type=pathlib.Path, default=harness.RESULTS)
+    # What the processes for first calls are asked.
+    parser.add_argument("--find", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    processes = args.processes or (1 if args.quick else 3)
+    repeats = args.repeats or (2 if args.quick else 10)
+    cases = {name: case.smaller() if args.quick else case for name, case in CASES.items()}
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        if args.find:
+            case_name, name = args.find
+            print(json.dumps(find(name, cases[case_name])))
+            return None
+        environment, rows = harness.environment(), []
+        for name in args.cases:
+            rows.append(measure(name, cases[name], processes, repeats, args.quick))
+            print(f"{name}: done", flush=True)
+            gc.collect()
+    report = {
+        "benchmark": "optimize",
+        "environment": environment,
+        "rows": rows,
+        "acceptance": acceptance(rows),
+    }
+    print("\n" + describe(report))
+    path = harness.write(report, "optimize", args.output_dir)
+    plot(rows, path.with_suffix(".png"))
+    return report
+
+
+if __name__ == "__main__":
+    main()

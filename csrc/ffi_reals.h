@@ -4,8 +4,8 @@
 
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "parallel_for.h"
 #include "reals.h"
@@ -67,11 +67,13 @@ std::string map_rows(xla::ffi::ThreadPool& pool, const xla::ffi::AnyBuffer& rows
   }
   const Reals from = reals(rows), to = reals(**values);
   parallel_for(pool, count, pool.num_threads(), [&](int64_t i, int64_t) {
-    std::vector<double> row(static_cast<size_t>(m)), gradient(differentiate ? row.size() : 0);
-    read(from, i * m, 1, m, row.data());
-    const double result = value(row.data(), differentiate ? gradient.data() : nullptr);
+    const std::unique_ptr<double[]> row(new double[static_cast<size_t>(m)]);  // not zeroed first
+    const std::unique_ptr<double[]> gradient(differentiate ? new double[static_cast<size_t>(m)]
+                                                           : nullptr);
+    read(from, i * m, 1, m, row.get());
+    const double result = value(row.get(), gradient.get());
     write(&result, i, 1, 1, to);
-    if (differentiate) write(gradient.data(), i * m, 1, m, gradients);
+    if (differentiate) write(gradient.get(), i * m, 1, m, gradients);
   });
   return "";
 }

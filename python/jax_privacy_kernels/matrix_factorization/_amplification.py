@@ -45,6 +45,11 @@ class Target:
             raise ValueError(f"expected 0 < epsilon < inf, found epsilon={self.epsilon}")
         if not 0 < self.delta < 1:
             raise ValueError(f"expected 0 < delta < 1, found delta={self.delta}")
+        if not self._orders:
+            raise ValueError(
+                f"expected an epsilon that Renyi accounting can certify at delta={self.delta}, "
+                f"found epsilon={self.epsilon}"
+            )
 
     def candidates(self) -> list[int]:
         """Numbers of equal parts, each of a batch at least."""
@@ -89,17 +94,11 @@ class Target:
         """
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-        orders = [
+        return [
             a
             for a in rdp.DEFAULT_RDP_ORDERS
             if math.log1p(-1 / a) - math.log(a * self.delta) / (a - 1) <= self.epsilon
         ]
-        if not orders:
-            raise ValueError(
-                f"expected an epsilon that the orders of Renyi accounting reach at delta="
-                f"{self.delta}, found epsilon={self.epsilon}"
-            )
-        return orders
 
     def _accountant(self) -> Any:
         from dp_accounting import rdp
@@ -118,8 +117,9 @@ class Target:
         """
         probability, steps = self._sampling(b)
         tail = math.sqrt(-2 * math.log(self.delta))
-        mu = math.sqrt(tail**2 + 2 * self.epsilon) - tail
-        return 1 / math.sqrt(math.log1p((mu / probability) ** 2 / steps))
+        mu = 2 * self.epsilon / (math.sqrt(tail**2 + 2 * self.epsilon) + tail)
+        squared = math.log1p((mu / probability) ** 2 / steps)
+        return min(1 / math.sqrt(squared), _LARGEST) if squared else _LARGEST
 
     def _calibrate(self, b: int, enough: float | None = None) -> float:
         """The least noise multiplier that meets the target, given one that is enough."""

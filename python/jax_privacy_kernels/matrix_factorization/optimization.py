@@ -103,8 +103,10 @@ def optimize(
     steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
     dtypes = jax.tree.map(jnp.result_type, params)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-    if callback is None or callback is _no_callback:
-        params = _compiled(loss_fn, _loop, grad, optimizer)(params, steps)
+    # A callback may say what it ends on as a function of the gradient alone, which compiles.
+    done = getattr(callback, "done", None)
+    if callback is None or callback is _no_callback or done is not None:
+        params = _compiled(loss_fn, _loop, grad, optimizer, done)(params, steps)
     else:
         step = _compiled(loss_fn, _step, grad, optimizer)
         state = optimizer.init(params)
@@ -128,19 +130,24 @@ def _step(
     return loss, gradient, optax.apply_updates(params, updates), state
 
 
-def _loop(loss_fn: Callable[..., Any], grad: bool, optimizer: Any, params: Any, steps: Any) -> Any:
+def _loop(
+    loss_fn: Callable[..., Any], grad: bool, optimizer: Any, done: Any, params: Any, steps: Any
+) -> Any:
     """Up to ``steps`` steps: the parameters after the last."""
     converges = optimizer is DEFAULT_OPTIMIZER
 
     def goes_on(carry: Any) -> Any:
         i, still, _, _ = carry
-        return (i < steps) & (still < _STILL) if converges else i < steps
+        return (i < steps) & (still < _STILL)
 
     def body(carry: Any) -> Any:
         i, still, params, state = carry
-        _, _, new, state = _step(loss_fn, grad, optimizer, params, state)
-        same = jax.tree.map(lambda a, b: jnp.all(a == b), params, new)
-        still = jnp.where(jnp.all(jnp.stack(jax.tree.leaves(same))), still + 1, 0)
+        _, gradient, new, state = _step(loss_fn, grad, optimizer, params, state)
+        if converges:
+            same = jax.tree.map(lambda a, b: jnp.all(a == b), params, new)
+            still = jnp.where(jnp.all(jnp.stack(jax.tree.leaves(same))), still + 1, 0)
+        if done is not None:
+            still = jnp.where(done(gradient), _STILL, still)
         return i + 1, still, new, state
 
     return jax.lax.while_loop(goes_on, body, (0, 0, params, optimizer.init(params)))[2]
@@ -150,16 +157,16 @@ def _loop(loss_fn: Callable[..., Any], grad: bool, optimizer: Any, params: Any, 
 _cache: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def _compiled(loss_fn: Any, body: Callable[..., Any], grad: bool, optimizer: Any) -> Any:
-    """``body(loss_fn, grad, optimizer, ...)``, jitted; the same one for the same arguments."""
+def _compiled(loss_fn: Any, body: Callable[..., Any], *options: Any) -> Any:
+    """``body(loss_fn, *options, ...)``, jitted; the same one for the same arguments."""
     try:
         by_options = _cache.setdefault(loss_fn, {})
         reference = weakref.ref(loss_fn)
     except TypeError:  # not hashable, or not to be referenced weakly
-        return jax.jit(functools.partial(body, loss_fn, grad, optimizer))
+        return jax.jit(functools.partial(body, loss_fn, *options))
     # Which implementations its ops take is settled when the loss is traced.
-    options = body, grad, optimizer, ops.asked()
-    if options not in by_options:
+    key = body, *options, ops.asked()
+    if key not in by_options:
         # Through the weak reference: a value of the dictionary must not keep its key alive.
-        by_options[options] = jax.jit(lambda *args: body(reference(), grad, optimizer, *args))
-    return by_options[options]
+        by_options[key] = jax.jit(lambda *args: body(reference(), *options, *args))
+    return by_options[key]

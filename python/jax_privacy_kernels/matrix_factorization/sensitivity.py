@@ -10,6 +10,7 @@ Matrices are JAX or NumPy arrays of real numbers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -178,7 +179,7 @@ def get_min_sep_sensitivity_upper_bound_for_X(
     k = _participations(len(X), min_sep, max_participations)
     rows = ops.participation_max(jnp.abs(X), min_sep=min_sep, max_participations=k)
     largest = ops.participation_max(rows, min_sep=min_sep, max_participations=k)
-    return float(jnp.sqrt(largest))
+    return math.sqrt(float(largest))
 
 
 def get_min_sep_sensitivity_upper_bound(
@@ -240,7 +241,7 @@ def get_sensitivity_banded_for_X(
                 f"found X[{i}, {j}] = {X[i, j]}"
             )
     largest = ops.participation_max(jnp.diag(X), min_sep=min_sep, max_participations=k)
-    return float(jnp.sqrt(largest))
+    return math.sqrt(float(largest))
 
 
 def get_sensitivity_banded(
@@ -293,7 +294,7 @@ def fixed_epoch_sensitivity_for_X(X: jax.Array, epochs: int) -> float:
     if n % epochs:
         raise ValueError(f"expected epochs to divide n={n}, found epochs={epochs}")
     by_epoch = jnp.abs(X).reshape(epochs, n // epochs, epochs, n // epochs)
-    return float(jnp.sqrt(jnp.einsum("siti->i", by_epoch).max()))
+    return math.sqrt(float(jnp.einsum("siti->i", by_epoch).max()))
 
 
 def fixed_epoch_sensitivity(C: jax.Array, epochs: int) -> float:
@@ -319,6 +320,8 @@ def _matrix(M: Any) -> jax.Array:
     M = jnp.asarray(M)
     if jnp.issubdtype(M.dtype, jnp.complexfloating) or M.dtype == bool:
         raise TypeError(f"expected a matrix of real numbers, found dtype {M.dtype}")
+    if M.size == 0:
+        raise ValueError(f"expected a matrix with entries, found shape {M.shape}")
     return M.astype(jnp.promote_types(M.dtype, jnp.float32))
 
 

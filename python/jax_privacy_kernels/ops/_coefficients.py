@@ -27,6 +27,8 @@ def call(
 ) -> Any:
     """Runs the implementation of the platform, which is called as ``run(*arrays, **static)``."""
     chosen, refusals = _dispatch.candidates(table, name, *arrays)
+    if not chosen:
+        raise ValueError(f"no implementation of {op} takes these arguments: {refusals}")
     refusal = f"{op}: implementation {name!r} runs on {sorted(chosen)} only; {refusals}"
     runs = {n: functools.partial(table[n].run, **static) for n in set(chosen.values())}
     return _dispatch.per_platform({on: runs[n] for on, n in chosen.items()}, refusal, *arrays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -87,7 +88,7 @@ def _multiply_once(
         IMPLEMENTATIONS,
         name,
         coef[:n],
-        rhs.reshape(n, -1),
+        rhs.reshape(n, math.prod(rhs.shape[1:])),
         transpose=transpose,
         rows=rows,
     )
@@ -120,7 +121,8 @@ def coefficients_bar(left: jax.Array, right: jax.Array, m: int, name: str | None
     if right.ndim == 1:
         bar = column(left, right)
     else:
-        flat = (left.reshape(left.shape[0], -1), right.reshape(n, -1))
+        columns = math.prod(right.shape[1:])
+        flat = (left.reshape(left.shape[0], columns), right.reshape(n, columns))
         bar = jax.vmap(column, in_axes=1, out_axes=1)(*flat).sum(axis=1)
     return jnp.concatenate([bar, jnp.zeros(max(m - n, 0), bar.dtype)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -81,7 +82,7 @@ def _solve_once(coef: jax.Array, rhs: jax.Array, transpose: bool, name: str | No
         IMPLEMENTATIONS,
         name,
         coef[:n],
-        rhs.reshape(n, -1),
+        rhs.reshape(n, math.prod(rhs.shape[1:])),
         transpose=transpose,
     )
     return x.reshape(rhs.shape)

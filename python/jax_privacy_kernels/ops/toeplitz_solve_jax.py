@@ -51,5 +51,5 @@ def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool) -> jax.Array:
 
     history = jnp.zeros((*batch, past, columns), rhs.dtype)
     _, x = jax.lax.scan(block, history, u)
-    x = jnp.moveaxis(x, 0, -3).reshape(*batch, -1, columns)[..., :n, :]
+    x = jnp.moveaxis(x, 0, -3).reshape(*batch, blocks * size, columns)[..., :n, :]
     return x[..., ::-1, :] if transpose else x

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import logging
 import warnings
 from fractions import Fraction
 
@@ -47,6 +49,21 @@ def numeric_gradient(f, x, step=1e-6):
 @pytest.fixture(scope="module")
 def reference():
     return pytest.importorskip("jax_privacy.matrix_factorization.toeplitz")
+
+
+class CountsCalls:
+    """A reduction that counts how often JAX traces it."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, errors):
+        self.calls += 1
+        return errors.mean()
+
+
+def last(errors):
+    return errors[-1]
 
 
 coefs = st.lists(st.floats(-0.5, 0.5, width=32), max_size=4).map(lambda tail: [1.0, *tail])
@@ -279,6 +296,69 @@ def test_inverse_maps_over_coefficients():
         np.testing.assert_allclose(row, np.linalg.inv(dense(c, 3)), rtol=1e-6)
 
 
+# -- Algebra ----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(coef=coefs, n=st.sampled_from([1, 4, 9]))
+def test_inverse_times_itself_is_one(coef, n):
+    with jax.enable_x64(True):
+        inverse = toeplitz.inverse_coef(coef, n)
+        product = np.asarray(toeplitz.multiply(inverse, coef, n))
+    allowed = 1e-14 * dense(np.abs(coef), n) @ np.abs(np.asarray(inverse))
+    assert np.all(np.abs(product - np.eye(n)[0]) <= allowed)
+
+
+@pytest.mark.parametrize("bands", [1, 3, 9])
+@pytest.mark.parametrize("shape", [(6,), (6, 2, 3), (1,), (6, 0)])
+def test_solve_banded_is_the_dense_solution(bands, shape):
+    rng = np.random.default_rng(0)
+    coef = np.array([2.0, *rng.uniform(-0.5, 0.5, bands - 1)])
+    rhs = rng.normal(size=shape)
+    with jax.enable_x64(True):
+        actual = toeplitz.solve_banded(coef, rhs)
+    expected = np.linalg.solve(dense(coef, shape[0]), rhs.reshape(shape[0], -1))
+    np.testing.assert_allclose(actual, expected.reshape(shape), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (2, 5), (5, 2), (4, 4)])
+@pytest.mark.parametrize("n", [1, 3, 5, 12])
+def test_multiply_is_the_dense_product(lengths, n):
+    lhs, rhs = (np.random.default_rng(length).normal(size=length) for length in lengths)
+    with jax.enable_x64(True):
+        actual = toeplitz.multiply(lhs, rhs, n)
+    expected = (dense(lhs, n) @ dense(rhs, n))[:, 0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_multiply_without_n_keeps_the_length():
+    np.testing.assert_array_equal(toeplitz.multiply([1, 2, 3], [4, 5, 6]), [4, 13, 28])
+    with pytest.raises(ValueError, match=r"expected n, or as many .* found 2 and 3"):
+        toeplitz.multiply([1, 2], [4, 5, 6])
+
+
+@pytest.mark.parametrize("n", [None, 2, 4, 9])
+def test_inverse_coef_is_the_dense_inverse(n):
+    coef = np.array([2.0, -0.5, 0.25, 0.75])
+    with jax.enable_x64(True):
+        actual = toeplitz.inverse_coef(coef, n)
+    expected = np.linalg.inv(dense(coef, n or 4))[:, 0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_algebra_at_large_n():
+    n = 20_000
+    t = np.arange(n, dtype=np.longdouble)
+    c = np.cumprod(np.concatenate([[1], (2 * t[1:] - 1) / (2 * t[1:])]))
+    exact = -c / (2 * t - 1)
+    with jax.enable_x64(True):
+        coef = toeplitz.optimal_max_error_strategy_coefs(n)
+        square = np.asarray(toeplitz.multiply(coef, coef))
+        inverse = np.asarray(toeplitz.inverse_coef(coef))
+    np.testing.assert_allclose(square, 1, rtol=1e-12)
+    assert np.all(np.abs(inverse - exact) <= 1e-15 * (t + 10) * np.abs(exact))
+
+
 # -- Sensitivity ------------------------------------------------------------------------------
 
 
@@ -387,9 +467,744 @@ def test_minsep_sensitivity_jit_and_vmap():
     np.testing.assert_allclose(jax.vmap(f)(coef), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("coef", [[1.0, 0.7, 0.5, 0.2], [1.0, -0.2, 0.7, 0.3, 0.0, 0.5]])
+def test_minsep_sensitivity_is_monotone(coef):
+    values = np.array(
+        [
+            [
+                toeplitz.minsep_sensitivity_squared(coef, min_sep, n=9, max_participations=k)
+                for k in (1, 2, 3, 5, 9)
+            ]
+            for min_sep in (1, 2, 3, 5, 9, 20)
+        ]
+    )
+    assert np.all(np.diff(values, axis=1) >= 0)
+    assert np.all(np.diff(values, axis=0) <= 0)
+    assert values[0, 0] == values[-1, -1] < values[0, -1]
+
+
+BOUNDS = pytest.mark.parametrize("use_matrix_upper_bound", [False, True])
+
+
+def worst_contribution_squared(C, min_sep, max_participations):
+    """The largest ||C u||^2 over u of entries -1, 0 and 1 that a user may contribute."""
+    n = len(C)
+    rows = np.array(list(itertools.product([-1, 0, 1], repeat=n)))
+    rows = rows[np.abs(rows).sum(axis=1) <= (max_participations or n)]
+    for lag in range(1, min(min_sep, n)):
+        rows = rows[~np.any(rows[:, lag:] * rows[:, :-lag], axis=1)]
+    return np.max(np.sum((rows @ C.T) ** 2, axis=1))
+
+
+@BOUNDS
+@settings(deadline=None, max_examples=20)
+@given(
+    coef=coefs,
+    min_sep=st.sampled_from([1, 2, 3, 10]),
+    k=st.sampled_from([None, 1, 2]),
+)
+def test_banded_inverse_sensitivity_bounds_all_contributions(
+    use_matrix_upper_bound, coef, min_sep, k
+):
+    n = 8
+    with jax.enable_x64(True):
+        actual = toeplitz.compute_banded_inverse_sensitivity_squared(
+            n, coef, min_sep, k, use_matrix_upper_bound
+        )
+    C = np.linalg.inv(dense(coef, n))
+    assert float(actual) >= worst_contribution_squared(C, min_sep, k) * (1 - 1e-12)
+
+
+@BOUNDS
+@pytest.mark.parametrize("noising_coef", [[1.0], [1.0, -0.5], [1.25, -0.5, -0.125, -0.1, -0.08]])
+def test_banded_inverse_sensitivity_is_exact_for_decreasing_strategies(
+    use_matrix_upper_bound, noising_coef
+):
+    for n, min_sep, k in [(1, 1, None), (8, 1, None), (8, 3, 2), (8, 2, 3), (8, 20, None)]:
+        C = np.linalg.inv(dense(noising_coef, n))
+        assert np.all(np.diff(C[:, 0]) <= 0)
+        assert np.all(C >= -1e-15)
+        with jax.enable_x64(True):
+            actual = toeplitz.compute_banded_inverse_sensitivity_squared(
+                n, noising_coef, min_sep, k, use_matrix_upper_bound
+            )
+        expected = worst_contribution_squared(C, min_sep, k)
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@BOUNDS
+@pytest.mark.parametrize("coef", [[1.0, -0.4, -0.2], [1.0, 0.5, -0.7]])
+def test_banded_inverse_sensitivity_is_monotone(use_matrix_upper_bound, coef):
+    def value(min_sep, k):
+        return toeplitz.compute_banded_inverse_sensitivity_squared(
+            9, coef, min_sep, k, use_matrix_upper_bound
+        )
+
+    with jax.enable_x64(True):
+        values = np.array([[value(b, k) for k in (1, 2, 3, None)] for b in (1, 2, 4, 9, 20)])
+    assert np.all(np.diff(values, axis=1) >= -1e-9)
+    assert np.all(np.diff(values, axis=0) <= 1e-9)
+    assert values[0, 0] < values[0, -1]
+
+
+def test_banded_inverse_sensitivity_is_that_of_the_inverse():
+    noising_coef = [1.0, -0.5, 0.3]
+    actual = toeplitz.compute_banded_inverse_sensitivity_squared(12, noising_coef, 3, 2)
+    C = toeplitz.inverse_coef(noising_coef, 12)
+    expected = toeplitz.minsep_sensitivity_squared(C, 3, n=12, max_participations=2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    dropped = toeplitz.compute_banded_inverse_sensitivity_squared(2, noising_coef, 1)
+    np.testing.assert_allclose(dropped, 1 + 1.5**2, rtol=1e-6)
+
+
+# -- Error ------------------------------------------------------------------------------------
+
+MOMENTUM = 10 - 9 * 0.9 ** np.arange(12)  # 1, 1.9, 2.71, ...
+
+
+def dense_error(C, workload_coef=None):
+    n = len(C)
+    A = dense(np.ones(n) if workload_coef is None else workload_coef, n)
+    return np.sum((A @ np.linalg.inv(C)) ** 2, axis=1)
+
+
+@pytest.mark.parametrize("n", [None, 1, 2, 9])
+@pytest.mark.parametrize("workload_coef", [None, MOMENTUM, MOMENTUM[:2], [0.5, 0.0, -1.0]])
+def test_per_query_error_by_definition(n, workload_coef):
+    coef = np.array([2.0, -0.5, 0.75, 0.3])
+    options = {"n": n, "workload_coef": workload_coef}
+    C = dense(coef, n or 4)
+    with jax.enable_x64(True):
+        actual = toeplitz.per_query_error(strategy_coef=coef, **options)
+        inverse = toeplitz.per_query_error(noising_coef=coef, **options)
+    assert actual.shape == inverse.shape == (n or 4,)
+    np.testing.assert_allclose(actual, dense_error(C, workload_coef), rtol=1e-12)
+    expected = dense_error(np.linalg.inv(C), workload_coef)
+    np.testing.assert_allclose(inverse, expected, rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=25)
+@given(coef=coefs, workload_coef=st.none() | coefs, form=st.sampled_from(["strategy", "noising"]))
+def test_errors_never_decrease(coef, workload_coef, form):
+    errors = toeplitz.per_query_error(**{f"{form}_coef": coef}, n=20, workload_coef=workload_coef)
+    assert np.all(np.diff(errors) >= 0)
+
+
+def test_error_of_the_optimal_factorization():
+    """B = C, so the errors add up the squares of C; and a streaming C^-1 has the same."""
+    with jax.enable_x64(True):
+        coef = toeplitz.optimal_max_error_strategy_coefs(40)
+        actual = toeplitz.per_query_error(strategy_coef=coef)
+        np.testing.assert_allclose(actual, np.cumsum(coef**2), rtol=1e-13)
+        noising_coef = toeplitz.optimal_max_error_noising_coefs(40)
+        actual = toeplitz.per_query_error(noising_coef=noising_coef)
+        np.testing.assert_allclose(actual, np.cumsum(coef**2), rtol=1e-13)
+
+
+def test_per_query_error_takes_one_form():
+    with pytest.raises(ValueError, match="one of strategy_coef and noising_coef, found neither"):
+        toeplitz.per_query_error(n=3)
+    with pytest.raises(ValueError, match="one of strategy_coef and noising_coef, found both"):
+        toeplitz.per_query_error(strategy_coef=[1.0], noising_coef=[1.0])
+
+
+REDUCTIONS = {
+    "mean": jnp.mean,
+    "max": jnp.max,
+    "last": last,
+    "custom": lambda errors: jnp.sqrt(errors[0] * errors[-1]),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("n", [None, 2, 9])
+def test_loss_by_definition(reduction, n):
+    coef = np.array([2.0, -0.5, 0.75, 0.3])
+    C = dense(coef, n or 4)
+    with jax.enable_x64(True):
+        actual = toeplitz.loss(coef, n, REDUCTIONS[reduction])
+        expected = REDUCTIONS[reduction](dense_error(C)) * np.max(np.sum(C**2, axis=0))
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+        np.testing.assert_allclose(toeplitz.loss(-3 * coef, n, REDUCTIONS[reduction]), expected)
+
+
+def test_loss_reduces_by_the_mean_unless_told():
+    coef = [1.0, 0.5]
+    assert toeplitz.loss(coef, 5) == toeplitz.loss(coef, 5, jnp.mean)
+
+
+def test_gradient_of_the_largest_error_is_that_of_the_last():
+    """Where all errors are the same, that of jnp.max would be shared out."""
+    coef = jnp.ones(4)
+    np.testing.assert_array_equal(toeplitz.per_query_error(strategy_coef=coef), np.ones(4))
+    actual, expected = (jax.grad(toeplitz.loss)(coef, 4, f) for f in (jnp.max, last))
+    np.testing.assert_array_equal(actual, expected)
+
+
+# -- All functions: reference, types, transformations -----------------------------------------
+
+
+def call(module, name, *args, **kwargs):
+    """Leaves out checks of the reference that would refuse what is valid here."""
+    function = getattr(module, name)
+    if "skip_checks" in inspect.signature(function).parameters:
+        kwargs["skip_checks"] = True
+    return function(*args, **kwargs)
+
+
+def workload():
+    return jnp.asarray(MOMENTUM[:5])
+
+
+CALLS = {
+    "pad_coefs_to_n": lambda run, c: run("pad_coefs_to_n", c, 6),
+    "materialize": lambda run, c: run("materialize_lower_triangular", c, 6),
+    "solve_banded": lambda run, c: run("solve_banded", c, jnp.arange(9.0)),
+    "solve_banded of matrices": lambda run, c: run("solve_banded", c, jnp.ones((9, 2), c.dtype)),
+    "multiply": lambda run, c: run("multiply", c, c),
+    "multiply with n": lambda run, c: run("multiply", c, jnp.arange(1.0, 7.0), 5),
+    "multiply less": lambda run, c: run("multiply", c[:2], c, 3),
+    "inverse_coef": lambda run, c: run("inverse_coef", c, 9),
+    "inverse_coef of few rows": lambda run, c: run("inverse_coef", c, 2),
+    "sensitivity_squared": lambda run, c: run("sensitivity_squared", c, 3),
+    "minsep_sensitivity_squared": lambda run, c: run(
+        "minsep_sensitivity_squared", c, 2, n=9, max_participations=3
+    ),
+    "error of C": lambda run, c: run("per_query_error", strategy_coef=c, n=9),
+    "error of C, workload": lambda run, c: run(
+        "per_query_error", strategy_coef=c, n=9, workload_coef=workload()
+    ),
+    "error of C^-1": lambda run, c: run("per_query_error", noising_coef=c),
+    "error of C^-1, workload": lambda run, c: run(
+        "per_query_error", noising_coef=c, n=4, workload_coef=workload()
+    ),
+    "loss": lambda run, c: run("loss", c, 9),
+}
+OURS = functools.partial(call, toeplitz)
+# Here of the default dtype at least, also where the reference keeps that of coefficients.
+AT_LEAST_DEFAULT = {"error of C^-1"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_agrees_with_reference(reference, name):
+    coef = [1.0, 0.5, 0.375, 0.25]
+    for x64, dtype in ((False, "float32"), (True, "float64"), (True, "float32")):
+        with jax.enable_x64(x64):
+            coef = jnp.asarray(coef, dtype)
+            actual = CALLS[name](OURS, coef)
+            expected = CALLS[name](functools.partial(call, reference), coef)
+            wanted = expected.dtype
+            if name in AT_LEAST_DEFAULT:
+                wanted = jnp.promote_types(wanted, jnp.result_type(float))
+            assert actual.dtype == wanted
+            assert actual.shape == expected.shape
+            rtol = 1e-12 if expected.dtype == jnp.float64 else 1e-5
+            np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol / 100)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_narrow_coefficients_are_widened(name):
+    exact = [8.0, 4.0, 2.0, 1.0]
+    expected = CALLS[name](OURS, jnp.asarray(exact))
+    for dtype in ("bfloat16", "float16", "int32", "int8"):
+        actual = CALLS[name](OURS, jnp.asarray(exact, dtype))
+        assert actual.dtype == jnp.float32
+        np.testing.assert_array_equal(actual, expected)
+    with jax.enable_x64(True):
+        assert CALLS[name](OURS, jnp.asarray(exact, "int32")).dtype == jnp.float64
+
+
+OTHER = np.array([2.0, 0.5, -0.25])
+FUNCTIONS_OF_COEF = {
+    "solve_banded": lambda c: toeplitz.solve_banded(c, np.arange(7.0)),
+    "solve_banded of rhs": lambda x: toeplitz.solve_banded(OTHER, x),
+    "multiply": lambda c: toeplitz.multiply(c, OTHER, 5),
+    "multiply from the left": lambda c: toeplitz.multiply(OTHER, c, 9),
+    "inverse_coef": lambda c: toeplitz.inverse_coef(c, 7),
+    "minsep_sensitivity_squared": lambda c: toeplitz.minsep_sensitivity_squared(
+        c, 2, n=9, max_participations=3
+    ),
+    "banded_inverse_sensitivity": lambda c: toeplitz.compute_banded_inverse_sensitivity_squared(
+        9, c, 2, 3
+    ),
+    "error of C": lambda c: toeplitz.per_query_error(strategy_coef=c, n=7),
+    "error of C, workload": lambda c: toeplitz.per_query_error(
+        strategy_coef=c, n=7, workload_coef=MOMENTUM
+    ),
+    "error of C^-1": lambda c: toeplitz.per_query_error(noising_coef=c, n=7),
+    "error of C^-1, workload": lambda c: toeplitz.per_query_error(
+        noising_coef=c, n=7, workload_coef=MOMENTUM
+    ),
+    "error of a workload": lambda c: toeplitz.per_query_error(
+        strategy_coef=OTHER, n=7, workload_coef=c
+    ),
+    "loss": lambda c: toeplitz.loss(c, 7),
+    "loss of the last": lambda c: toeplitz.loss(c, 7, jnp.max),
+    "square root": lambda c: toeplitz.banded_inverse_square_root_noising_coefs(7, c),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_OF_COEF)
+@pytest.mark.parametrize("coef", [[1.1, -0.4, -0.2, -0.05], [1.1, -0.2, 0.4, 0.1]])
+def test_gradients(name, coef):
+    weights = np.random.default_rng(0).normal(size=9)
+
+    @jax.jit
+    def f(c):
+        values = jnp.ravel(FUNCTIONS_OF_COEF[name](c))
+        return values @ weights[: values.size]
+
+    with jax.enable_x64(True):
+        actual = jax.jit(jax.grad(f))(np.array(coef))
+        numeric = numeric_gradient(f, coef)
+    np.testing.assert_allclose(actual, numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_OF_COEF)
+def test_jit_and_vmap(name):
+    f = FUNCTIONS_OF_COEF[name]
+    coef = jnp.array([[1.0, -0.4, -0.2, -0.05], [2.0, -0.2, 0.4, 0.1]])
+    expected = np.stack([f(c) for c in coef])
+    np.testing.assert_allclose(jax.vmap(f)(coef), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(f)(coef[1]), expected[1], rtol=1e-6, atol=1e-6)
+
+
+# -- Optimization -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "bands", "reduction"),
+    [
+        (20, 4, "max"),
+        (20, 4, "custom"),
+        (24, 24, "mean"),
+        (6, 9, "last"),
+    ],
+)
+def test_optimized_bands_are_as_good_as_the_reference(reference, n, bands, reduction):
+    reduction_fn = REDUCTIONS[reduction]
+    with jax.enable_x64(True):
+        actual = toeplitz.optimize_banded_toeplitz(n, bands, reduction_fn=reduction_fn)
+        expected = reference.optimize_banded_toeplitz(n, bands, reduction_fn=reduction_fn)
+        assert actual.shape == (bands,)
+        assert actual.dtype == jnp.float64
+        np.testing.assert_allclose(np.linalg.norm(actual), 1, rtol=1e-14)
+        loss, bound = (toeplitz.loss(c, n, reduction_fn) for c in (actual, expected))
+        assert float(loss) <= float(bound) * (1 + 1e-9)
+
+
+def test_optimized_bands_by_hand():
+    """C = A for the last error, n = 2, b = 2: (1 + (1 - c)^2) (1 + c^2) is least at c = 1/2."""
+    with jax.enable_x64(True):
+        actual = toeplitz.optimize_banded_toeplitz(2, 2, reduction_fn=last)
+    np.testing.assert_allclose(actual, np.array([1, 0.5]) / np.sqrt(1.25), rtol=1e-7)
+    np.testing.assert_array_equal(toeplitz.optimize_banded_toeplitz(7, 1), [1])
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_optimized_bands_from_a_start(x64):
+    with jax.enable_x64(x64):
+        default = toeplitz.optimize_banded_toeplitz(20, 4)
+        assert default.dtype == (jnp.float64 if x64 else jnp.float32)
+        for start in ([3.0, 1.0, 0.5, 0.25], [2, 1, 1, 1], jnp.array([1.0, 0, 0, 0], jnp.float32)):
+            actual = toeplitz.optimize_banded_toeplitz(20, 4, start)
+            np.testing.assert_allclose(actual, default, atol=1e-5)
+            is_single = getattr(start, "dtype", None) == jnp.float32
+            assert actual.dtype == (jnp.float32 if is_single else default.dtype)
+        start = np.array([3.0, 1.0, 0.5, 0.25], np.float32)
+        for steps, better in ((0, False), (3, True)):
+            actual = toeplitz.optimize_banded_toeplitz(20, 4, start, steps)
+            np.testing.assert_allclose(np.linalg.norm(actual), 1, rtol=1e-6)
+            assert bool(toeplitz.loss(actual, 20) < toeplitz.loss(start, 20) * 0.999) == better
+        assert jax.config.jax_enable_x64 == x64
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_optimization_restores_the_mode_after_an_error(x64):
+    def fails(errors):
+        raise RuntimeError("no reduction today")
+
+    privacy = {"dataset_size": 8, "expected_batch_size": 4, "epsilon": 1.0, "delta": 1e-3}
+    with jax.enable_x64(x64):
+        for optimize in (
+            lambda: toeplitz.optimize_banded_toeplitz(4, 2, reduction_fn=fails),
+            lambda: toeplitz.optimize_banded_inverse_toeplitz(4, 2, 2, reduction_fn=fails),
+            lambda: toeplitz.optimize_coefs_for_amplifications(4, reduction_fn=fails, **privacy),
+        ):
+            with pytest.raises(RuntimeError, match="no reduction today"):
+                optimize()
+            assert jax.config.jax_enable_x64 == x64
+
+
+def test_optimizations_compile_once():
+    workload_coef = np.arange(1.0, 13.0)
+    for optimize, other in (
+        (functools.partial(toeplitz.optimize_banded_toeplitz, 12, 3), {"max_optimizer_steps": 2}),
+        (
+            functools.partial(toeplitz.optimize_banded_inverse_toeplitz, 12, 3, 3),
+            {"noising_coef": np.array([1.0, -0.5, -0.1], np.float32)},
+        ),
+        (
+            lambda **options: toeplitz.optimize_banded_inverse_toeplitz(
+                12, 3, 3, workload_coef=workload_coef.copy(), **options
+            ),
+            {"strategy_coef": [1.0, 0.5]},
+        ),
+    ):
+        reduction_fn = CountsCalls()
+        optimize(reduction_fn=reduction_fn)
+        calls = reduction_fn.calls
+        assert calls > 0
+        optimize(reduction_fn=reduction_fn)
+        optimize(reduction_fn=reduction_fn, **other)
+        with jax.enable_x64(True):
+            optimize(reduction_fn=reduction_fn)
+        assert reduction_fn.calls == calls
+
+
+# -- Noising matrices -------------------------------------------------------------------------
+
+
+def exact_inverse_square_root(workload_coef, p):
+    """Of a power series of fractions that starts with the square of one."""
+    w = [*workload_coef, *[Fraction(0)] * p][:p]
+    root = [Fraction(round(w[0] ** 0.5))]
+    assert root[0] ** 2 == w[0]
+    inverse = [1 / root[0]]
+    for k in range(1, p):
+        rest = w[k] - sum(root[i] * root[k - i] for i in range(1, k))
+        root.append(rest / (2 * root[0]))
+        inverse.append(-sum(root[i] * inverse[k - i] for i in range(1, k + 1)) / root[0])
+    return inverse
+
+
+@pytest.mark.parametrize(
+    "workload_coef",
+    [
+        [Fraction(1)] * 30,
+        [10 - 9 * Fraction(9, 10) ** k for k in range(40)],  # momentum 0.9
+        [Fraction(4), Fraction(1), Fraction(0), Fraction(3, 8)],
+        [Fraction(9)],
+    ],
+)
+@pytest.mark.parametrize("p", [1, 2, 3, 24])
+def test_inverse_square_root_is_exact(workload_coef, p):
+    for x64, dtype, rtol in ((False, np.float32, 2e-7), (True, np.float64, 1e-11)):
+        rounded = np.array([float(f) for f in workload_coef], dtype)
+        with jax.enable_x64(x64):
+            actual = toeplitz.banded_inverse_square_root_noising_coefs(p, rounded)
+        exact = exact_inverse_square_root([Fraction(w) for w in rounded.tolist()], p)
+        assert actual.shape == (p,)
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(actual, [float(f) for f in exact], rtol=rtol, atol=1e-14)
+
+
+def test_inverse_square_root_at_large_p():
+    """Momentum is the product of two series whose roots are known."""
+    p = 3000
+    k = np.arange(p)
+    with jax.enable_x64(True):
+        root = np.asarray(toeplitz.optimal_max_error_noising_coefs(p))
+        actual = toeplitz.banded_inverse_square_root_noising_coefs(p, 10 - 9 * 0.9**k)
+    expected = np.convolve(root, root * 0.9**k)[:p]
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_inverse_square_root_of_prefix_sums():
+    default = toeplitz.banded_inverse_square_root_noising_coefs(50)
+    np.testing.assert_array_equal(default, toeplitz.optimal_max_error_noising_coefs(50))
+    given = toeplitz.banded_inverse_square_root_noising_coefs(50, np.ones(50))
+    np.testing.assert_allclose(given, default, rtol=1e-5)
+
+
+def test_inverse_square_root_needs_a_positive_start():
+    for bad in (0.0, -1.0):
+        message = rf"workload_coef\[0\] > 0, found workload_coef\[0\] = {bad}"
+        with pytest.raises(ValueError, match=message):
+            toeplitz.banded_inverse_square_root_noising_coefs(3, [bad, 1.0])
+    for p in (0, -1):
+        with pytest.raises(ValueError, match=f"num_bands >= 1, found num_bands={p}"):
+            toeplitz.banded_inverse_square_root_noising_coefs(p)
+    with pytest.raises(TypeError, match=r"num_bands to be an integer, found 2\.0"):
+        toeplitz.banded_inverse_square_root_noising_coefs(2.0)
+
+
+def plain_banded_inverse_loss(n, min_sep, k, workload_coef, reduction_fn):
+    """The loss that is minimized, of dense matrices."""
+    k = min(k or n, -(-n // min_sep))
+    lag = np.arange(n)[:, None] - np.arange(n)
+    A = jnp.asarray(dense(np.ones(n) if workload_coef is None else workload_coef, n))
+
+    def loss_fn(noising_coef):
+        padded = jnp.pad(noising_coef, (0, n))[:n]
+        Cinv = jnp.where(lag >= 0, padded[lag], 0)
+        errors = jnp.sum((A @ Cinv) ** 2, axis=1)
+        c = jax.scipy.linalg.solve_triangular(Cinv, jnp.eye(n)[0], lower=True)
+        c = jax.lax.cummax(jnp.abs(c), reverse=True)
+        worst = sum(jnp.pad(c, (i * min_sep, 0))[:n] for i in range(k))
+        return reduction_fn(errors) * jnp.sum(worst**2)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize(
+    ("n", "min_sep", "p", "k", "workload_coef", "reduction"),
+    [
+        (20, 5, 4, None, None, "mean"),
+        (12, 3, 5, 2, MOMENTUM, "max"),
+    ],
+)
+def test_optimized_noising_coefs(n, min_sep, p, k, workload_coef, reduction):
+    reference = pytest.importorskip("jax_privacy.matrix_factorization.optimization")
+    reduction_fn = REDUCTIONS[reduction]
+    loss_fn = plain_banded_inverse_loss(n, min_sep, k, workload_coef, reduction_fn)
+    with jax.enable_x64(True):
+        actual = toeplitz.optimize_banded_inverse_toeplitz(
+            n,
+            min_sep,
+            p,
+            workload_coef=workload_coef,
+            max_participations=k,
+            reduction_fn=reduction_fn,
+        )
+        start = toeplitz.banded_inverse_square_root_noising_coefs(p, workload_coef)
+        found = loss_fn(actual)
+        assert actual.shape == (p,)
+        assert found < loss_fn(start) * 0.999
+        assert found <= loss_fn(reference.optimize(loss_fn, start)) * (1 + 1e-6)
+
+
+def test_optimized_noising_coefs_from_any_start():
+    n, min_sep, p = 20, 5, 4
+    optimize = functools.partial(toeplitz.optimize_banded_inverse_toeplitz, n, min_sep, p)
+    with jax.enable_x64(True):
+        loss_fn = jax.jit(plain_banded_inverse_loss(n, min_sep, None, None, jnp.mean))
+
+        def started(**start):
+            result = optimize(max_optimizer_steps=0, **start)
+            assert loss_fn(optimize(**start)) < loss_fn(result)
+            return result
+
+        default = started()
+        expected = toeplitz.banded_inverse_square_root_noising_coefs(p)
+        np.testing.assert_allclose(default, expected, rtol=1e-13)
+        np.testing.assert_array_equal(started(noising_coef=[2.0, -1.0]), [1, -0.5, 0, 0])
+        long = [1.0, -0.5, -0.25, -0.125, 7.0, 7.0]
+        np.testing.assert_array_equal(started(noising_coef=long), long[:p])
+        np.testing.assert_allclose(
+            started(strategy_coef=[2.0, 1.0]), [1, -0.5, 0.25, -0.125], rtol=1e-14
+        )
+        np.testing.assert_array_equal(
+            started(noising_coef=[1.0, -0.5], strategy_coef=[1.0, 0.1]), [1, -0.5, 0, 0]
+        )
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_optimized_noising_coefs_start_with_one(x64):
+    optimize = toeplitz.optimize_banded_inverse_toeplitz
+    with jax.enable_x64(x64):
+        np.testing.assert_array_equal(optimize(5, 2, 1), [1])
+        for actual in (
+            optimize(20, 5, 4),
+            optimize(20, 5, 4, noising_coef=[-3.0, 1.0]),
+            optimize(3, 20, 5, strategy_coef=[4.0, 2.0], max_optimizer_steps=0),
+        ):
+            assert actual.dtype == (jnp.float64 if x64 else jnp.float32)
+            assert float(actual[0]) == 1
+
+
+# -- Amplification ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def accounting():
+    return pytest.importorskip("dp_accounting")
+
+
+@pytest.fixture(scope="module")
+def rdp_accountant(accounting):
+    return pytest.importorskip("dp_accounting.rdp").RdpAccountant
+
+
+def amplified_event(accounting, n, dataset_size, batch_size, bands, noise_multiplier):
+    """What one part of the data goes through; see Theorem 4 of https://arxiv.org/abs/2306.08153."""
+    probability = batch_size / (dataset_size // bands)
+    step = accounting.PoissonSampledDpEvent(
+        probability, accounting.GaussianDpEvent(float(noise_multiplier))
+    )
+    return accounting.SelfComposedDpEvent(step, -(-n // bands))
+
+
+def amplified(n, dataset_size, batch_size, epsilon, delta, **options):
+    coef, stddev = toeplitz.optimize_coefs_for_amplifications(
+        n,
+        dataset_size=dataset_size,
+        expected_batch_size=batch_size,
+        epsilon=epsilon,
+        delta=delta,
+        **options,
+    )
+    np.testing.assert_allclose(np.linalg.norm(coef), 1, rtol=1e-6)
+    assert type(stddev) is float
+    return coef, stddev
+
+
+def noise_multiplier(coef, stddev):
+    return stddev / np.linalg.norm(np.asarray(coef, np.float64))
+
+
+def test_amplification_of_a_training_run(accounting, rdp_accountant):
+    pld = pytest.importorskip("dp_accounting.pld")
+    size = 1024, 60_000, 500
+    coef, stddev = amplified(*size, 2.0, 1e-6)
+    assert coef.shape == (8,)
+    assert coef.dtype == jnp.float32
+    np.testing.assert_allclose(stddev, 2.0972, rtol=1e-3)
+    event = amplified_event(accounting, *size, 8, noise_multiplier(coef, stddev))
+    spent = rdp_accountant().compose(event).get_epsilon(1e-6)
+    np.testing.assert_allclose(spent, 2, rtol=1e-5)
+    assert spent <= 2
+    assert pld.PLDAccountant().compose(event).get_epsilon(1e-6) <= 2
+
+
+@pytest.mark.parametrize(
+    ("size", "epsilon", "delta"),
+    [
+        ((8, 24, 4), 100.0, 1e-6),
+        ((8, 24, 4), 0.01, 1e-6),
+        ((5, 12, 12), 3.0, 1e-3),
+        ((64, 4096, 64), 0.05, 1e-9),
+    ],
+)
+def test_amplification_spends_no_more_than_epsilon(
+    accounting, rdp_accountant, size, epsilon, delta
+):
+    coef, stddev = amplified(*size, epsilon, delta, max_optimizer_steps=5)
+    event = amplified_event(accounting, *size, coef.size, noise_multiplier(coef, stddev))
+    spent = rdp_accountant().compose(event).get_epsilon(delta)
+    assert spent <= epsilon
+    np.testing.assert_allclose(spent, epsilon, rtol=1e-4)
+
+
+def test_amplification_by_brute_force(accounting, rdp_accountant):
+    size, epsilon, delta = (8, 12, 2), 8.0, 1e-3
+    candidates = {}
+    with jax.enable_x64(True):
+        for b in (1, 2, 3, 4, 6):
+            multiplier = accounting.calibrate_dp_mechanism(
+                rdp_accountant,
+                lambda multiplier, b=b: amplified_event(accounting, *size, b, multiplier),
+                epsilon,
+                delta,
+                accounting.ExplicitBracketInterval(0.4, 4),
+                tol=1e-3,
+            )
+            expected = toeplitz.optimize_banded_toeplitz(8, b)
+            error = float(toeplitz.loss(expected, 8)) ** 0.5
+            candidates[b] = error * multiplier, multiplier, expected
+        best = min(candidates, key=lambda b: candidates[b][0])
+        coef, stddev = amplified(*size, epsilon, delta)
+    assert best == 4
+    _, multiplier, expected = candidates[best]
+    assert coef.dtype == jnp.float64
+    np.testing.assert_allclose(coef, expected, atol=1e-6)
+    np.testing.assert_allclose(stddev, multiplier, atol=2e-3)
+
+
+def test_amplification_agrees_with_reference(reference):
+    target = {"dataset_size": 8, "expected_batch_size": 4, "epsilon": 8.0, "delta": 1e-3}
+    coef, stddev = toeplitz.optimize_coefs_for_amplifications(8, **target)
+    expected_coef, expected_stddev = reference.optimize_coefs_for_amplifications(8, **target)
+    assert coef.dtype == expected_coef.dtype
+    np.testing.assert_allclose(coef, expected_coef, rtol=1e-5)
+    np.testing.assert_allclose(stddev, expected_stddev, rtol=1e-4)
+    assert type(stddev) is type(expected_stddev)
+
+
+def test_amplification_with_more_bands_than_steps():
+    coef, stddev = amplified(3, 8, 1, 8.0, 1e-2, reduction_fn=jnp.max)
+    assert coef.shape == (4,)
+    np.testing.assert_array_equal(coef[3:], 0)
+    expected = toeplitz.optimize_banded_toeplitz(3, 3, reduction_fn=jnp.max)
+    np.testing.assert_allclose(coef[:3], expected, rtol=1e-5)
+    assert stddev > 0
+
+
+SMALL = {"dataset_size": 24, "expected_batch_size": 4, "epsilon": 2.0, "delta": 1e-3}
+
+
+@pytest.mark.parametrize("options", [{}, {"progress": None}])
+def test_amplification_is_quiet(accounting, rdp_accountant, caplog, capsys, options):
+    caplog.set_level(logging.DEBUG, logger="absl")
+    toeplitz.optimize_coefs_for_amplifications(8, **SMALL, **options)
+    assert [record for record in caplog.records if record.name == "absl"] == []
+    assert capsys.readouterr() == ("", "")
+    # The accountant tells as before afterwards.
+    rdp_accountant().compose(amplified_event(accounting, 8, 24, 4, 1, 0.3))
+    assert any("Excluding" in record.getMessage() for record in caplog.records)
+
+
+def test_amplification_shows_its_progress():
+    seen = []
+
+    def progress(candidates):
+        for bands in candidates:
+            seen.append(bands)
+            yield bands
+
+    shown = toeplitz.optimize_coefs_for_amplifications(8, progress=progress, **SMALL)
+    assert seen == [1, 2, 3, 4, 6]
+    hidden = toeplitz.optimize_coefs_for_amplifications(8, progress=None, **SMALL)
+    np.testing.assert_array_equal(shown[0], hidden[0])
+    assert shown[1] == hidden[1]
+
+
+def test_amplification_takes_numpy_numbers():
+    sizes = {"dataset_size": np.int32(24), "expected_batch_size": np.int64(4)}
+    target = {"epsilon": np.float32(2), "delta": np.float64(1e-3)}
+    actual = toeplitz.optimize_coefs_for_amplifications(np.int8(8), **sizes, **target)
+    expected = toeplitz.optimize_coefs_for_amplifications(8, **SMALL)
+    np.testing.assert_array_equal(actual[0], expected[0])
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n": 0}, "n >= 1, found n=0"),
+        ({"dataset_size": 0}, "dataset_size >= 1, found dataset_size=0"),
+        ({"expected_batch_size": 0}, "expected_batch_size >= 1, found expected_batch_size=0"),
+        (
+            {"expected_batch_size": 25},
+            "expected_batch_size <= dataset_size=24, found expected_batch_size=25",
+        ),
+        *(
+            ({"epsilon": epsilon}, f"0 < epsilon < inf, found epsilon={epsilon}$")
+            for epsilon in (0.0, -1.0, np.inf, np.nan)
+        ),
+        *(
+            ({"delta": delta}, f"0 < delta < 1, found delta={delta}$")
+            for delta in (0, 1, -0.5, 1.5, np.nan)
+        ),
+        ({"epsilon": 1e-4, "delta": 1e-6}, r"delta=1e-06.* found epsilon=0\.0001"),
+        ({"max_optimizer_steps": -1}, "max_optimizer_steps >= 0"),
+    ],
+)
+def test_amplification_out_of_range(changed, message):
+    with pytest.raises(ValueError, match=message):
+        toeplitz.optimize_coefs_for_amplifications(**({"n": 8} | SMALL | changed))
+
+
+@pytest.mark.parametrize("name", ["n", "dataset_size", "expected_batch_size"])
+def test_amplification_of_non_integers(name):
+    with pytest.raises(TypeError, match=rf"{name} to be an integer, found 8\.0"):
+        toeplitz.optimize_coefs_for_amplifications(**({"n": 8} | SMALL | {name: 8.0}))
+
+
 # -- Arguments --------------------------------------------------------------------------------
 
-FUNCTIONS = {
+# Functions of coefficients and a size.
+SIZED = {
     "pad_coefs_to_n": toeplitz.pad_coefs_to_n,
     "materialize_lower_triangular": toeplitz.materialize_lower_triangular,
     "inverse_as_streaming_matrix": lambda c, n=None: (
@@ -397,7 +1212,51 @@ FUNCTIONS = {
     ),
     "sensitivity_squared": toeplitz.sensitivity_squared,
     "minsep_sensitivity_squared": lambda c, n=4: toeplitz.minsep_sensitivity_squared(c, 2, n=n),
+    "multiply": lambda c, n=4: toeplitz.multiply(c, [1.0, 2.0], n),
+    "multiply from the left": lambda c, n=4: toeplitz.multiply([1.0, 2.0], c, n),
+    "inverse_coef": toeplitz.inverse_coef,
+    "banded_inverse_sensitivity": lambda c, n=4: (
+        toeplitz.compute_banded_inverse_sensitivity_squared(n, c, 2)
+    ),
+    "error of C": lambda c, n=None: toeplitz.per_query_error(strategy_coef=c, n=n),
+    "error of C^-1": lambda c, n=None: toeplitz.per_query_error(noising_coef=c, n=n),
+    "error of a workload": lambda c, n=2: toeplitz.per_query_error(
+        strategy_coef=[1.0], n=n, workload_coef=c
+    ),
+    "loss": toeplitz.loss,
 }
+TRACEABLE = SIZED | {
+    "solve_banded": lambda c: toeplitz.solve_banded(c, np.arange(1.0, 4.0)),
+    "square root": lambda c: toeplitz.banded_inverse_square_root_noising_coefs(3, c),
+}
+FUNCTIONS = TRACEABLE | {
+    "matrix upper bound": lambda c: toeplitz.compute_banded_inverse_sensitivity_squared(
+        4, c, 2, use_matrix_upper_bound=True
+    ),
+    "optimize_banded_toeplitz": lambda c: toeplitz.optimize_banded_toeplitz(4, 2, c),
+    "optimize from C": lambda c: toeplitz.optimize_banded_inverse_toeplitz(
+        4, 2, 2, strategy_coef=c
+    ),
+    "optimize from C^-1": lambda c: toeplitz.optimize_banded_inverse_toeplitz(
+        4, 2, 2, noising_coef=c
+    ),
+    "optimize for a workload": lambda c: toeplitz.optimize_banded_inverse_toeplitz(
+        2, 1, 2, workload_coef=c
+    ),
+}
+# Functions that divide by the first coefficient.
+DIVIDING = [
+    "inverse_as_streaming_matrix",
+    "inverse_coef",
+    "banded_inverse_sensitivity",
+    "error of C",
+    "loss",
+    "solve_banded",
+    "matrix upper bound",
+    "optimize_banded_toeplitz",
+    "optimize from C",
+    "optimize from C^-1",
+]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -419,16 +1278,17 @@ def test_values_are_checked(name, kind, bad):
         FUNCTIONS[name](kind([1.0, bad]))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+# A workload is taken in float64, like everything that the optimization computes from it.
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - {"optimize for a workload"}))
 def test_values_that_overflow_are_checked(name):
     """In float32 this is infinity."""
     with pytest.raises(ValueError, match="finite"):
         FUNCTIONS[name](np.array([1.0, 1e300]))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", TRACEABLE)
 def test_traced_values_are_not_checked(name):
-    assert not np.isfinite(np.asarray(jax.jit(FUNCTIONS[name])(jnp.array([1.0, np.nan])))).all()
+    assert not np.isfinite(np.asarray(jax.jit(TRACEABLE[name])(jnp.array([1.0, np.nan])))).all()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -444,22 +1304,31 @@ def test_types_are_checked(name, coef):
         FUNCTIONS[name](coef)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SIZED)
 def test_sizes_are_checked(name):
     for n in (0, -3):
         with pytest.raises(ValueError, match=rf"n >= 1, found \w*n={n}"):
-            FUNCTIONS[name]([1.0], n)
+            SIZED[name]([1.0], n)
     for n in (2.0, "2"):
         with pytest.raises(TypeError, match="n to be an integer, found"):
-            FUNCTIONS[name]([1.0], n)
+            SIZED[name]([1.0], n)
     with pytest.raises(TypeError, match="n to be an integer, found"):
-        jax.jit(FUNCTIONS[name])(jnp.ones(1), 2)
+        jax.jit(SIZED[name])(jnp.ones(1), 2)
 
 
-@pytest.mark.parametrize("coef", [[0.0, 1.0], np.zeros(1), [1e-60, 1.0]])
-def test_inverse_needs_a_leading_coefficient(coef):
-    with pytest.raises(ValueError, match=r"coef\[0\] to be nonzero, found coef\[0\] = 0"):
-        toeplitz.inverse_as_streaming_matrix(coef)
+@pytest.mark.parametrize("name", DIVIDING)
+@pytest.mark.parametrize("coef", [[0.0, 1.0], np.zeros(2), [-0.0, 1.0]])
+def test_leading_coefficient_must_not_be_zero(name, coef):
+    message = r"coef\[0\] to be nonzero, found \w*coef\[0\] = -?0"
+    with pytest.raises(ValueError, match=message):
+        FUNCTIONS[name](coef)
+
+
+@pytest.mark.parametrize("name", [name for name in DIVIDING if "optimize from" not in name])
+def test_leading_coefficient_must_not_underflow(name):
+    """In float32 this is zero."""
+    with pytest.raises(ValueError, match="to be nonzero"):
+        FUNCTIONS[name]([1e-60, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -473,13 +1342,73 @@ def test_optimal_coefs_check_n(function):
         function(1.5)
 
 
-def test_minsep_sensitivity_checks_its_limits():
+LIMITED = {
+    "minsep_sensitivity_squared": lambda min_sep, k: toeplitz.minsep_sensitivity_squared(
+        [1.0], min_sep, n=3, max_participations=k
+    ),
+    "banded_inverse_sensitivity": lambda min_sep, k: (
+        toeplitz.compute_banded_inverse_sensitivity_squared(3, [1.0], min_sep, k)
+    ),
+    "matrix upper bound": lambda min_sep, k: toeplitz.compute_banded_inverse_sensitivity_squared(
+        3, [1.0], min_sep, k, use_matrix_upper_bound=True
+    ),
+    "optimize_banded_inverse_toeplitz": lambda min_sep, k: (
+        toeplitz.optimize_banded_inverse_toeplitz(3, min_sep, 1, max_participations=k)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_limits_are_checked(name):
     for bad in (0, -1):
         with pytest.raises(ValueError, match=f"min_sep >= 1, found min_sep={bad}"):
-            toeplitz.minsep_sensitivity_squared([1.0], bad, n=3)
+            LIMITED[name](bad, None)
         with pytest.raises(ValueError, match=f"max_participations >= 1, found .*={bad}"):
-            toeplitz.minsep_sensitivity_squared([1.0], 1, n=3, max_participations=bad)
+            LIMITED[name](1, bad)
     with pytest.raises(TypeError, match=r"min_sep to be an integer, found 1\.5"):
-        toeplitz.minsep_sensitivity_squared([1.0], 1.5, n=3)
+        LIMITED[name](1.5, None)
     with pytest.raises(TypeError, match=r"max_participations to be an integer, found 2\.0"):
-        toeplitz.minsep_sensitivity_squared([1.0], 1, n=3, max_participations=2.0)
+        LIMITED[name](1, 2.0)
+
+
+@pytest.mark.parametrize("rhs", [1.0, [], np.ones((0, 2))])
+def test_solve_banded_checks_the_shape_of_rhs(rhs):
+    with pytest.raises(ValueError, match=r"rhs of shape \[n, \.\.\.\].* found shape") as error:
+        toeplitz.solve_banded([1.0], rhs)
+    assert str(np.shape(rhs)) in str(error.value)
+
+
+@pytest.mark.parametrize("rhs", [[True, False], [1.0, 1j]])
+def test_solve_banded_checks_the_type_of_rhs(rhs):
+    with pytest.raises(TypeError, match="rhs to hold real numbers, found dtype"):
+        toeplitz.solve_banded([1.0], rhs)
+
+
+OPTIMIZED = {
+    "optimize_banded_toeplitz": {"n": 4, "bands": 2},
+    "optimize_banded_inverse_toeplitz": {"n": 4, "min_sep": 2, "num_bands": 2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZED)
+def test_sizes_of_optimizations_are_checked(name):
+    optimize, valid = getattr(toeplitz, name), OPTIMIZED[name]
+    for argument in valid:
+        for bad in (0, -1):
+            with pytest.raises(ValueError, match=f"{argument} >= 1, found {argument}={bad}"):
+                optimize(**(valid | {argument: bad}))
+        with pytest.raises(TypeError, match=rf"{argument} to be an integer, found 2\.0"):
+            optimize(**(valid | {argument: 2.0}))
+    with pytest.raises(ValueError, match="max_optimizer_steps >= 0, found"):
+        optimize(**valid, max_optimizer_steps=-1)
+    with pytest.raises(TypeError, match="max_optimizer_steps to be an integer"):
+        optimize(**valid, max_optimizer_steps=1.0)
+
+
+def test_numbers_of_coefficients_must_fit():
+    with pytest.raises(ValueError, match=r"strategy_coef of shape \(3,\), found \(2,\)"):
+        toeplitz.optimize_banded_toeplitz(4, 3, [1.0, 0.5])
+    for length in (3, 5):
+        message = rf"workload_coef of shape \(4,\), found \({length},\)"
+        with pytest.raises(ValueError, match=message):
+            toeplitz.optimize_banded_inverse_toeplitz(4, 2, 2, workload_coef=np.ones(length))

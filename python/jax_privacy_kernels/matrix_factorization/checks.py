@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels._checks import is_concrete
@@ -29,7 +30,8 @@ def check_is_matrix(M: Any, name: str = "") -> None:
 
 def check_square(M: Any, name: str = "") -> None:
     """Raises a ValueError unless M is a square matrix."""
-    if jnp.ndim(M) != 2 or M.shape[0] != M.shape[1]:
+    shape = jnp.shape(M)
+    if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"expected {_matrix(name)} to be square, found {_shape(M)}")
 
 
@@ -39,20 +41,22 @@ def check_finite(M: Any, name: str = "") -> None:
 
 
 def check_lower_triangular(M: Any, name: str = "", **allclose_kwargs: Any) -> None:
-    """Raises a ValueError if an entry above the diagonal of M is not close to 0.
+    """Raises a ValueError unless M is a matrix whose entries above the diagonal are close to 0.
 
     ``allclose_kwargs`` are those of `jax.numpy.allclose`.
     """
+    check_is_matrix(M, name)
     _check_entries(
         M, lambda M: jnp.isclose(M, jnp.tril(M), **allclose_kwargs), name, "to be lower-triangular"
     )
 
 
 def check_symmetric(M: Any, name: str = "", **allclose_kwargs: Any) -> None:
-    """Raises a ValueError if an entry of M is not close to the one across the diagonal.
+    """Raises a ValueError unless M is square, each entry close to the one across the diagonal.
 
     ``allclose_kwargs`` are those of `jax.numpy.allclose`.
     """
+    check_square(M, name)
     _check_entries(M, lambda M: jnp.isclose(M, M.T, **allclose_kwargs), name, "to be symmetric")
 
 
@@ -72,6 +76,7 @@ def check(
       ValueError: one is not so, or not finite, or their shapes do not fit together.
     """
     given = {name: M for name, M in (("A", A), ("B", B), ("C", C), ("X", X)) if M is not None}
+    shapes = {name: tuple(jnp.shape(M)) for name, M in given.items()}
     for name, M in given.items():
         if name in "AX":
             check_square(M, name)
@@ -80,10 +85,9 @@ def check(
         check_finite(M, name)
         if name == "X":
             check_symmetric(M, name, **allclose_kwargs)
-        elif M.shape[0] == M.shape[1]:
+        elif shapes[name][0] == shapes[name][1]:
             check_lower_triangular(M, name, **allclose_kwargs)
 
-    shapes = {name: tuple(M.shape) for name, M in given.items()}
     sizes = {shape[1] if name == "C" else shape[0] for name, shape in shapes.items()}
     if len(sizes) > 1 or ("B" in shapes and "C" in shapes and shapes["B"][1] != shapes["C"][0]):
         raise ValueError(f"expected shapes A [n, n], B [n, k], C [k, n], X [n, n], found {shapes}")
@@ -92,11 +96,12 @@ def check(
 def _check_entries(M: Any, are_valid: Any, name: str, expected: str) -> None:
     if not is_concrete(M):
         return
-    M = jnp.asarray(M)
-    valid = are_valid(M)
-    if not valid.all():
-        at = tuple(int(i) for i in jnp.argwhere(~valid, size=1)[0])
-        raise ValueError(f"expected {_matrix(name)} {expected}, found entry {at} = {M[at]}")
+    with jax.ensure_compile_time_eval():  # values are known, also inside of a trace
+        M = jnp.asarray(M)
+        valid = are_valid(M)
+        if not valid.all():
+            at = tuple(int(i) for i in jnp.argwhere(~valid, size=1)[0])
+            raise ValueError(f"expected {_matrix(name)} {expected}, found entry {at} = {M[at]}")
 
 
 def _matrix(name: str) -> str:

@@ -101,7 +101,7 @@ def optimize(
       TypeError: if it is not an integer.
     """
     steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
-    dtypes = jax.tree.map(jnp.result_type, params)
+    dtypes = jax.tree.map(lambda x: x.dtype if hasattr(x, "dtype") else jnp.result_type(x), params)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
     # A callback may say what it ends on as a function of the gradient alone, which compiles.
     done = getattr(callback, "done", None)
@@ -153,20 +153,23 @@ def _loop(
     return jax.lax.while_loop(goes_on, body, (0, 0, params, optimizer.init(params)))[2]
 
 
-# Compiled loops and steps by loss function, as long as that lives.
-_cache: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+# By the id of a loss function, as long as that lives: a reference to it, and its compiled loops and
+# steps.
+_cache: dict[int, tuple[weakref.ref[Any], dict[Any, Any]]] = {}
 
 
 def _compiled(loss_fn: Any, body: Callable[..., Any], *options: Any) -> Any:
     """``body(loss_fn, *options, ...)``, jitted; the same one for the same arguments."""
-    try:
-        by_options = _cache.setdefault(loss_fn, {})
-        reference = weakref.ref(loss_fn)
-    except TypeError:  # not hashable, or not to be referenced weakly
-        return jax.jit(functools.partial(body, loss_fn, *options))
+    key = id(loss_fn)
+    if key not in _cache:
+        try:
+            _cache[key] = weakref.ref(loss_fn, lambda _: _cache.pop(key, None)), {}
+        except TypeError:  # cannot be referenced weakly
+            return jax.jit(functools.partial(body, loss_fn, *options))
+    # Not loss_fn itself: what is cached must not keep it alive.
+    reference, by_options = _cache[key]
     # Which implementations its ops take is settled when the loss is traced.
-    key = body, *options, ops.asked()
-    if key not in by_options:
-        # Through the weak reference: a value of the dictionary must not keep its key alive.
-        by_options[key] = jax.jit(lambda *args: body(reference(), *options, *args))
-    return by_options[key]
+    choice = body, *options, ops.asked()
+    if choice not in by_options:
+        by_options[choice] = jax.jit(lambda *args: body(reference(), *options, *args))
+    return by_options[choice]

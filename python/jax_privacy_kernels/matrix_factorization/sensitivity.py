@@ -96,11 +96,12 @@ def max_participation_for_linear_fn(
 
     Raises:
       ValueError: if x is not 1-D, or empty, or holds NaN, or a limit is below 1.
-      TypeError: if a limit is not an integer.
+      TypeError: if x is not real, or a limit is not an integer.
     """
     x = check_vector("x", x, lambda values: values == values, "x not to hold NaN")
+    _check_real("a vector x", x)
     k = _participations(x.size, min_sep, max_participations)
-    return ops.participation_max(x, min_sep=min_sep, max_participations=k)
+    return ops.participation_max(x, min_sep=min(min_sep, x.size), max_participations=k)
 
 
 # -- Masks ------------------------------------------------------------------------------------
@@ -113,7 +114,8 @@ def banded_lower_triangular_mask(n: int, num_bands: int) -> jax.Array:
       ValueError: if ``n < 0`` or ``num_bands < 1``.
       TypeError: if one is not an integer.
     """
-    n, num_bands = check_int("n", n, minimum=0), check_int("num_bands", num_bands)
+    n = check_int("n", n, minimum=0)
+    num_bands = min(check_int("num_bands", num_bands), n + 1)
     return jnp.tri(n, dtype=jnp.int32) - jnp.tri(n, k=-num_bands, dtype=jnp.int32)
 
 
@@ -124,7 +126,8 @@ def banded_symmetric_mask(n: int, num_bands: int) -> jax.Array:
       ValueError: if ``n < 0`` or ``num_bands < 1``.
       TypeError: if one is not an integer.
     """
-    n, num_bands = check_int("n", n, minimum=0), check_int("num_bands", num_bands)
+    n = check_int("n", n, minimum=0)
+    num_bands = min(check_int("num_bands", num_bands), n + 1)
     below = jnp.tri(n, k=-num_bands, dtype=jnp.int32)
     return jnp.tri(n, k=num_bands - 1, dtype=jnp.int32) - below
 
@@ -159,8 +162,10 @@ def get_min_sep_sensitivity_upper_bound_for_X(
 
     The squared sensitivity is at most the largest sum of ``|X[i, j]|`` over i and j in one pattern.
     The bound lets every row i choose its own pattern of columns, and then a pattern of rows:
-    Algorithm 4 of https://arxiv.org/abs/2306.08153. It is exact if X is min-sep-banded. O(n^2 k),
-    or O(n^2) if only ``min_sep`` limits the participations; rows run in parallel.
+    Algorithm 4 of https://arxiv.org/abs/2306.08153. If X is min-sep-banded, it is exact as long as
+    no entry of a row is larger than the one on the diagonal; `get_sensitivity_banded_for_X` is
+    exact for all of those. O(n^2 k), or O(n^2) if only ``min_sep`` limits the participations; rows
+    run in parallel.
 
     Args:
       X: ``[n, n]`` Gram matrix, symmetric.
@@ -177,6 +182,7 @@ def get_min_sep_sensitivity_upper_bound_for_X(
     X = _matrix(X)
     checks.check(X=X)
     k = _participations(len(X), min_sep, max_participations)
+    min_sep = min(min_sep, len(X))
     rows = ops.participation_max(jnp.abs(X), min_sep=min_sep, max_participations=k)
     largest = ops.participation_max(rows, min_sep=min_sep, max_participations=k)
     return math.sqrt(float(largest))
@@ -318,8 +324,7 @@ def fixed_epoch_sensitivity(C: jax.Array, epochs: int) -> float:
 def _matrix(M: Any) -> jax.Array:
     """M as an array of floats, at least float32: sums of less lose digits."""
     M = jnp.asarray(M)
-    if jnp.issubdtype(M.dtype, jnp.complexfloating) or M.dtype == bool:
-        raise TypeError(f"expected a matrix of real numbers, found dtype {M.dtype}")
+    _check_real("a matrix", M)
     if M.size == 0:
         raise ValueError(f"expected a matrix with entries, found shape {M.shape}")
     return M.astype(jnp.promote_types(M.dtype, jnp.float32))
@@ -329,3 +334,8 @@ def _gram(C: Any) -> jax.Array:
     C = _matrix(C)
     checks.check(C=C)
     return jnp.matmul(C.T, C, precision="highest")
+
+
+def _check_real(name: str, x: jax.Array) -> None:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) or x.dtype == bool:
+        raise TypeError(f"expected {name} of real numbers, found dtype {x.dtype}")

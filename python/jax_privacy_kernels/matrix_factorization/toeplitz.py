@@ -389,19 +389,20 @@ def compute_banded_inverse_sensitivity_squared(
     """Returns the squared sensitivity of C, given the coefficients of its inverse.
 
     The coefficients of C follow by :func:`inverse_coef`. If they are non-negative and
-    non-increasing, the result is exact. Otherwise it is an upper bound, one of two:
+    non-increasing, the result is exact. Otherwise it is an upper bound:
 
     * that of :func:`minsep_sensitivity_squared`, for the least non-increasing sequence above their
       absolute values: O(n), differentiable;
-    * with ``use_matrix_upper_bound``, that of `sensitivity.get_min_sep_sensitivity_upper_bound` for
-      the matrix of absolute values: O(n^2) memory, not differentiable, and often tighter.
+    * with ``use_matrix_upper_bound``, also that of
+      `sensitivity.get_min_sep_sensitivity_upper_bound`, for the matrix of absolute values, if it is
+      smaller: O(n^2) memory, not to be traced or differentiated.
 
     Args:
       n: The size of C, that is, the number of rounds.
       noising_coef: ``[p]`` coefficients of ``C^-1``, ``noising_coef[0] != 0``.
       min_sep: Minimum separation of a user's participations; 1 allows every round.
       max_participations: The most rounds a user takes part in, or None for no limit.
-      use_matrix_upper_bound: Which bound to take.
+      use_matrix_upper_bound: Whether to take the second bound too.
 
     Returns:
       A scalar, with the dtype of :func:`pad_coefs_to_n`.
@@ -414,13 +415,14 @@ def compute_banded_inverse_sensitivity_squared(
     """
     coef, n = _reconcile(noising_coef, n, name="noising_coef", invertible=True)
     strategy_coef = inverse_coef(coef, n)
+    bound = minsep_sensitivity_squared(
+        strategy_coef, min_sep, n=n, max_participations=max_participations
+    )
     if not use_matrix_upper_bound:
-        return minsep_sensitivity_squared(
-            strategy_coef, min_sep, n=n, max_participations=max_participations
-        )
+        return bound
     C = materialize_lower_triangular(jnp.abs(strategy_coef), n)
-    bound = sensitivity.get_min_sep_sensitivity_upper_bound(C, min_sep, max_participations)
-    return jnp.asarray(bound**2, C.dtype)
+    of_matrix = sensitivity.get_min_sep_sensitivity_upper_bound(C, min_sep, max_participations)
+    return jnp.minimum(bound, of_matrix**2)
 
 
 # -- Error ------------------------------------------------------------------------------------
@@ -561,14 +563,23 @@ def optimize_banded_toeplitz(
         if coef.size != bands:
             raise ValueError(f"expected strategy_coef of shape ({bands},), found {coef.shape}")
         dtype = coef.dtype
-        init = np.asarray(coef, np.float64)
+        init = np.array(coef, np.float64)
+    init[n:] = 0  # outside of C: they change no loss, and should not count in the norm
     with jax.enable_x64(True):
         coef = optimization.optimize(
-            _banded_loss(n, _reduction(reduction_fn)),
+            _hold(_banded_loss, n, _reduction(reduction_fn)),
             jnp.asarray(init),
             max_optimizer_steps=max_optimizer_steps,
         )
         return (coef / jnp.linalg.norm(coef)).astype(dtype)
+
+
+def _hold(make_loss: Any, *arguments: Any) -> Callable[..., jax.Array]:
+    """A loss, the same one for the same arguments if they can be told to be the same."""
+    try:
+        return make_loss(*arguments)
+    except TypeError:  # not hashable
+        return make_loss.__wrapped__(*arguments)
 
 
 @functools.lru_cache(maxsize=64)
@@ -672,21 +683,27 @@ def optimize_banded_inverse_toeplitz(
     min_sep = check_int("min_sep", min_sep)
     if max_participations is not None:
         max_participations = check_int("max_participations", max_participations)
-    workload = None
-    if workload_coef is not None:
-        workload = np.asarray(_reconcile(workload_coef, name="workload_coef")[0], np.float64)
-        if workload.shape != (n,):
-            raise ValueError(f"expected workload_coef of shape ({n},), found {workload.shape}")
+    strategy, init, dtype = None, None, jnp.dtype(jnp.result_type(float))
+    if noising_coef is not None:
+        init, _ = _reconcile(noising_coef, p, name="noising_coef", invertible=True)
+        dtype = init.dtype
+    elif strategy_coef is not None:
+        strategy, _ = _reconcile(strategy_coef, name="strategy_coef", invertible=True)
+        dtype = strategy.dtype
     with jax.enable_x64(True):
-        if noising_coef is not None:
-            init, _ = _reconcile(noising_coef, p, name="noising_coef", invertible=True)
-        elif strategy_coef is not None:
-            strategy, _ = _reconcile(strategy_coef, name="strategy_coef", invertible=True)
-            init = inverse_coef(strategy, p)
-        else:
+        workload = None
+        if workload_coef is not None:
+            A, _ = _reconcile(workload_coef, name="workload_coef")
+            if A.size != n:
+                raise ValueError(f"expected workload_coef of shape ({n},), found ({A.size},)")
+            workload = np.asarray(A, np.float64)
+        if strategy is not None:
+            init = inverse_coef(strategy.astype(jnp.float64), p)
+        elif init is None:
             init = banded_inverse_square_root_noising_coefs(p, workload)
         coef = optimization.optimize(
-            _banded_inverse_loss(
+            _hold(
+                _banded_inverse_loss,
                 n,
                 min_sep,
                 max_participations,
@@ -696,12 +713,8 @@ def optimize_banded_inverse_toeplitz(
             pad_coefs_to_n(init, p),
             max_optimizer_steps=max_optimizer_steps,
         )
-        coef = coef / coef[0]
-    given = noising_coef if noising_coef is not None else strategy_coef
-    default = jnp.result_type(float)
-    if given is None:
-        return coef.astype(default)
-    return coef.astype(jnp.promote_types(check_coef("coef", given).dtype, default))
+    values = np.asarray(coef)
+    return jnp.asarray(values / values[0], dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -799,7 +812,7 @@ def _optimize_few_bands(
     while size < free:
         size *= 4
     size = min(size, n)
-    loss_fn = _masked_loss(n, reduction_fn)
+    loss_fn = _hold(_masked_loss, n, reduction_fn)
     coef = np.zeros(size)
     coef[:free] = _sqrt_prefix_sum(free)
     params = {"coef": jnp.asarray(coef), "mask": jnp.asarray(coef != 0)}

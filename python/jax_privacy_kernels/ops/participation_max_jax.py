@@ -24,10 +24,12 @@ def run(
 ) -> list[jax.Array]:
     """Value and gradient; the contract stands in participation_max.py, above its table."""
     value = functools.partial(_value, min_sep=min_sep, max_participations=max_participations)
+    nan = jnp.isnan(x).any(axis=-1)
     if not differentiate:
-        return [value(x)]
+        return [jnp.where(nan, jnp.nan, value(x))]
     result, pullback = jax.vjp(value, x)
-    return [result, *pullback(jnp.ones_like(result))]
+    (gradient,) = pullback(jnp.ones_like(result))
+    return [jnp.where(nan, jnp.nan, result), jnp.where(nan[..., None], jnp.nan, gradient)]
 
 
 def _value(x: jax.Array, *, min_sep: int, max_participations: int) -> jax.Array:

@@ -1,0 +1,511 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import typing
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_privacy_kernels
+from jax_privacy_kernels.matrix_factorization import optimization, toeplitz
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return pytest.importorskip("jax_privacy.matrix_factorization.optimization")
+
+
+@pytest.fixture(params=[False, True], ids=["float32 mode", "x64 mode"])
+def x64(request):
+    """The mode of the caller."""
+    with jax.enable_x64(request.param):
+        yield request.param
+
+
+def never(_):
+    """A callback, so that every step is a call."""
+
+
+CALLBACKS = [None, never]
+
+# One step finds the minimum of a sum of squares. It compiles faster than the default optimizer.
+SGD = optax.with_extra_args_support(optax.sgd(0.5))
+
+
+def square(params):
+    return sum(jnp.sum((leaf - 3) ** 2) for leaf in jax.tree.leaves(params))
+
+
+def rosenbrock(params):
+    x, y = params["x"], params["y"]
+    return jnp.sum(100 * (y - x**2) ** 2 + (1 - x) ** 2)
+
+
+ROSENBROCK_START = {"x": np.array([-1.2]), "y": np.array([1.0])}
+
+
+def log_sum_exp(x):
+    """Smooth and convex; its only minimum has A x = 0, that is, x = 0."""
+    A = np.array([[1.0, 2.0], [-3.0, 1.0], [2.0, -3.0]])
+    return jax.nn.logsumexp(A @ x)
+
+
+class CountsCalls:
+    """A loss that counts how often JAX traces it."""
+
+    def __init__(self, loss_fn=square):
+        self.loss_fn, self.calls = loss_fn, 0
+
+    def __call__(self, params):
+        self.calls += 1
+        return self.loss_fn(params)
+
+
+class Pair(typing.NamedTuple):
+    first: object
+    rest: list
+
+
+# -- Minima -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        np.array(7.0),
+        {"a": np.ones((2, 2)), "b": [np.zeros(1), np.array(-1.0)]},
+        Pair(np.ones(2), [np.zeros((1, 3))]),
+    ],
+)
+def test_minimum_of_a_quadratic(params):
+    actual = optimization.optimize(square, params)
+    assert jax.tree.structure(actual) == jax.tree.structure(params)
+    for leaf, start in zip(jax.tree.leaves(actual), jax.tree.leaves(params), strict=True):
+        assert leaf.shape == start.shape
+        np.testing.assert_allclose(leaf, 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_minimum_of_rosenbrock(grad, callback):
+    loss_fn = jax.value_and_grad(rosenbrock) if grad else rosenbrock
+    actual = optimization.optimize(loss_fn, ROSENBROCK_START, grad=grad, callback=callback)
+    assert set(actual) == {"x", "y"}
+    np.testing.assert_allclose(actual["x"], [1], rtol=1e-7)
+    np.testing.assert_allclose(actual["y"], [1], rtol=1e-7)
+
+
+def test_a_gradient_given_is_the_one_used():
+    def loss_and_grad(x):
+        return jnp.sum((x - 3) ** 2), (2 * (x - 3)).at[1].set(0)
+
+    actual = optimization.optimize(loss_and_grad, np.zeros(3), grad=True)
+    np.testing.assert_allclose(actual, [3, 0, 3], rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss_fn", [log_sum_exp, lambda c: toeplitz.loss(c, 30)])
+def test_with_and_without_callback_the_result_is_the_same(loss_fn):
+    def both(steps):
+        return [
+            optimization.optimize(
+                loss_fn, np.array([1.0, 0.25]), max_optimizer_steps=steps, callback=callback
+            )
+            for callback in CALLBACKS
+        ]
+
+    np.testing.assert_allclose(*both(4), rtol=1e-12)
+    with jax.enable_x64(True):  # where the minimum is flat, its value says more
+        np.testing.assert_allclose(*(loss_fn(x) for x in both(100)), rtol=1e-13)
+
+
+def test_default_is_no_callback():
+    start = ROSENBROCK_START
+    default = optimization.optimize(rosenbrock, start, max_optimizer_steps=30)
+    without = optimization.optimize(rosenbrock, start, max_optimizer_steps=30, callback=None)
+    assert default == without
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_number_of_steps(callback):
+    def descend(steps):
+        return optimization.optimize(
+            square,
+            np.zeros(1),
+            max_optimizer_steps=steps,
+            callback=callback,
+            optimizer=slow,
+        )
+
+    slow = optax.with_extra_args_support(optax.sgd(0.25))
+    for steps in (0, 1, 2, np.int64(7)):  # each step halves the distance to 3
+        np.testing.assert_allclose(descend(steps), [3 - 3 * 0.5**steps], rtol=1e-14)
+    with pytest.raises(ValueError, match="max_optimizer_steps >= 0, found max_optimizer_steps=-1"):
+        descend(-1)
+    with pytest.raises(TypeError, match=r"max_optimizer_steps to be an integer, found 2\.0"):
+        descend(2.0)
+
+
+def test_no_steps_change_nothing():
+    start = {"a": np.array([1.0, -2.0], np.float32), "b": jnp.array([[0.1]], jnp.bfloat16)}
+    for callback in CALLBACKS:
+        actual = optimization.optimize(square, start, max_optimizer_steps=0, callback=callback)
+        for key, value in start.items():
+            np.testing.assert_array_equal(actual[key], value)
+            assert actual[key].dtype == value.dtype
+
+
+def test_the_loop_ends_when_it_has_converged():
+    evaluations = []
+
+    def loss_fn(x):
+        jax.debug.callback(lambda: evaluations.append(1))
+        return jnp.sum((x - 3) ** 2)
+
+    actual = optimization.optimize(loss_fn, np.zeros(2), max_optimizer_steps=2000)
+    jax.effects_barrier()
+    np.testing.assert_allclose(actual, 3, rtol=1e-12)
+    assert 0 < len(evaluations) < 1000
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "start"),
+    [
+        (rosenbrock, ROSENBROCK_START),
+        (log_sum_exp, np.array([1.0, 0.5])),
+        (lambda c: toeplitz.loss(c, 50), np.array([1.0, 0.5, 0.375, 0.3])),
+    ],
+)
+def test_as_low_as_the_reference(reference, loss_fn, start):
+    actual = optimization.optimize(loss_fn, start)
+    expected = reference.optimize(loss_fn, jax.tree.map(np.asarray, start))
+    with jax.enable_x64(True):
+        assert float(loss_fn(actual)) <= float(loss_fn(expected)) * (1 + 1e-12) + 1e-15
+
+
+# -- Callback ---------------------------------------------------------------------------------
+
+
+def test_callback_arguments(x64, reference):
+    fields = [field.name for field in dataclasses.fields(optimization.CallbackArgs)]
+    assert fields == [field.name for field in dataclasses.fields(reference.CallbackArgs)]
+
+    seen = []
+    start = {"x": np.array([1.0], np.float32), "y": np.array([2.0], np.float32)}
+    optimization.optimize(rosenbrock, start, max_optimizer_steps=4, callback=seen.append)
+    assert [args.step for args in seen] == [0, 1, 2, 3]
+    before = start
+    with jax.enable_x64(True):
+        for args in seen:
+            assert isinstance(args, optimization.CallbackArgs)
+            assert args.loss.dtype == jnp.float64
+            assert args.loss.shape == ()
+            loss, grad = jax.value_and_grad(rosenbrock)(
+                jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), before)
+            )
+            np.testing.assert_allclose(args.loss, loss, rtol=1e-14)
+            for key in start:
+                assert args.grad[key].dtype == args.params[key].dtype == jnp.float64
+                np.testing.assert_allclose(args.grad[key], grad[key], rtol=1e-12)
+            before = args.params
+        assert seen[-1].loss < seen[0].loss
+
+
+def test_callback_sees_the_state_after_the_step():
+    states = []
+    optimization.optimize(
+        square,
+        np.zeros(2),
+        max_optimizer_steps=3,
+        optimizer=optax.with_extra_args_support(optax.sgd(lambda count: 0.1)),
+        callback=lambda args: states.append(args.state),
+    )
+    assert [int(optax.tree.get(state, "count")) for state in states] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("truth", [True, 1, np.True_, "stop"])
+def test_a_true_result_ends_the_optimization(truth):
+    seen = []
+
+    def callback(args):
+        seen.append(args)
+        return truth if args.step == 2 else None
+
+    slow = optax.with_extra_args_support(optax.sgd(0.25))
+    actual = optimization.optimize(square, np.array(0.0), callback=callback, optimizer=slow)
+    assert len(seen) == 3
+    assert float(actual) == float(seen[-1].params) == 3 - 3 / 8
+
+
+@pytest.mark.parametrize("untruth", [None, False, 0])
+def test_other_results_do_not(untruth):
+    steps = []
+
+    def callback(args):
+        steps.append(args.step)
+        return untruth
+
+    optimization.optimize(
+        square, np.zeros(2), max_optimizer_steps=20, callback=callback, optimizer=SGD
+    )
+    assert steps == list(range(20))
+
+
+# -- Types and modes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_dtypes_are_kept(x64, callback):
+    start = {
+        "numpy": np.zeros(1, np.float32),
+        "wide": np.zeros(2),
+        "single": jnp.zeros(3, jnp.float32),
+        "half": jnp.zeros(1, jnp.bfloat16),
+        "scalar": np.float32(1),
+    }
+    actual = optimization.optimize(
+        square, start, max_optimizer_steps=2, callback=callback, optimizer=SGD
+    )
+    for key, value in start.items():
+        assert isinstance(actual[key], jax.Array)
+        assert actual[key].dtype == value.dtype, key
+        np.testing.assert_allclose(np.asarray(actual[key], np.float64), 3, rtol=1e-7)
+
+
+def test_dtypes_of_weakly_typed_arrays_are_kept(x64):
+    for start in (jnp.asarray(1.0), jnp.full(2, 1.0)):
+        assert start.weak_type
+        actual = optimization.optimize(square, start, max_optimizer_steps=2, optimizer=SGD)
+        assert actual.dtype == start.dtype
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_everything_runs_in_float64(x64, callback):
+    def loss_fn(x):
+        assert x.dtype == jnp.float64
+        assert jnp.ones(1).dtype == jnp.float64
+        return jnp.sum((x - 1 / 3) ** 2)
+
+    actual = optimization.optimize(
+        loss_fn, np.zeros(1), max_optimizer_steps=2, callback=callback, optimizer=SGD
+    )
+    np.testing.assert_allclose(actual, 1 / 3, rtol=1e-14)
+    assert jax.config.jax_enable_x64 == x64
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_mode_is_restored_after_an_error(x64, callback):
+    def fails(x):
+        raise RuntimeError("no loss today")
+
+    with pytest.raises(RuntimeError, match="no loss today"):
+        optimization.optimize(fails, np.zeros(1), callback=callback)
+    assert jax.config.jax_enable_x64 == x64
+    assert jnp.ones(1).dtype == (jnp.float64 if x64 else jnp.float32)
+
+
+def test_mode_is_restored_after_an_error_of_the_callback(x64):
+    def fails(args):
+        raise RuntimeError("no callback today")
+
+    with pytest.raises(RuntimeError, match="no callback today"):
+        optimization.optimize(square, np.zeros(1), callback=fails, optimizer=SGD)
+    assert jax.config.jax_enable_x64 == x64
+
+
+def test_decorator_enables_x64(x64):
+    @optimization.jax_enable_x64
+    def double(x, *, by=2):
+        """Doubles."""
+        return jnp.asarray(x) * by
+
+    assert double(np.array([0.1])).dtype == jnp.float64
+    np.testing.assert_array_equal(double(np.array([0.1]), by=3), [np.float64(0.1) * 3])
+    assert double.__name__ == "double"
+    assert double.__doc__ == "Doubles."
+    assert double.__wrapped__(np.array([0.1])).dtype == (jnp.float64 if x64 else jnp.float32)
+    with pytest.raises(TypeError):
+        double()
+    assert jax.config.jax_enable_x64 == x64
+
+
+# -- Compilation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_compiled_once_for_the_same_loss(callback):
+    loss_fn = CountsCalls()
+
+    def calls_of(start, steps=2, optimizer=SGD):
+        before = loss_fn.calls
+        optimization.optimize(
+            loss_fn, start, max_optimizer_steps=steps, callback=callback, optimizer=optimizer
+        )
+        return loss_fn.calls - before
+
+    assert calls_of(np.zeros(2)) > 0
+    assert calls_of(np.ones(2)) == 0
+    assert calls_of(np.ones(2, np.float32), steps=3) == 0
+    with jax.enable_x64(True):
+        assert calls_of(np.ones(2)) == 0
+    assert calls_of(np.zeros(3)) > 0
+    assert calls_of(np.zeros(2)) == 0
+    assert calls_of(np.zeros(2), optimizer=optimization.DEFAULT_OPTIMIZER) > 0
+    assert calls_of(np.zeros(2), optimizer=optimization.DEFAULT_OPTIMIZER) == 0
+
+
+def test_losses_of_equal_code_are_not_mixed_up():
+    def toward(target):
+        return lambda x: jnp.sum((x - target) ** 2)
+
+    for target in (1.0, 2.0):
+        actual = optimization.optimize(
+            toward(target), np.zeros(1), max_optimizer_steps=2, optimizer=SGD
+        )
+        np.testing.assert_allclose(actual, target, rtol=1e-12)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_losses_can_be_garbage_collected(callback, grad):
+    class Loss:
+        def __call__(self, x):
+            return toeplitz.loss(x, 20)
+
+    loss_fn = jax.value_and_grad(Loss()) if grad else Loss()
+    alive = weakref.ref(loss_fn)
+    optimization.optimize(
+        loss_fn, np.array([1.0, 0.5]), max_optimizer_steps=5, callback=callback, grad=grad
+    )
+    assert alive() is not None
+    del loss_fn
+    gc.collect()
+    assert alive() is None
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x):
+        return jnp.sum((x - 2) ** 2)
+
+
+class WithoutWeakReferences:
+    __slots__ = ()
+
+    def __call__(self, x):
+        return jnp.sum((x - 2) ** 2)
+
+
+class Bound:
+    def loss(self, x):
+        return jnp.sum((x - 2) ** 2)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        Unhashable(),
+        WithoutWeakReferences(),
+        Bound().loss,
+        functools.partial(lambda target, x: jnp.sum((x - target) ** 2), 2.0),
+        jax.jit(lambda x: jnp.sum((x - 2) ** 2)),
+    ],
+    ids=["unhashable", "slots", "bound method", "partial", "jitted"],
+)
+def test_any_callable_is_a_loss(loss_fn, callback):
+    for start in (np.zeros(1), np.zeros(2), np.ones(1)):
+        actual = optimization.optimize(
+            loss_fn, start, max_optimizer_steps=2, callback=callback, optimizer=SGD
+        )
+        np.testing.assert_allclose(actual, 2, rtol=1e-12)
+
+
+def test_equal_losses_live_independently():
+    """Every access to a bound method makes a new object, equal to the others."""
+    bound = Bound()
+    kept = bound.loss
+    options = {"max_optimizer_steps": 2, "optimizer": SGD}
+    optimization.optimize(kept, np.zeros(1), **options)
+    optimization.optimize(bound.loss, np.zeros(1), callback=never, **options)
+    gc.collect()
+    actual = optimization.optimize(kept, np.zeros(2), callback=never, **options)
+    np.testing.assert_allclose(actual, 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_implementation_of_a_block_is_honoured(callback):
+    loss_fn = CountsCalls(lambda c: toeplitz.loss(c, 20))
+
+    def run():
+        before = loss_fn.calls
+        actual = optimization.optimize(
+            loss_fn,
+            np.array([1.0, 0.5]),
+            max_optimizer_steps=2,
+            callback=callback,
+            optimizer=slow,
+        )
+        return actual, loss_fn.calls - before
+
+    slow = optax.with_extra_args_support(optax.sgd(1e-3))
+    default, calls = run()
+    assert calls > 0
+    with jax_privacy_kernels.implementation("jax"):
+        inside, calls = run()
+        assert calls > 0
+        assert run()[1] == 0
+    np.testing.assert_allclose(inside, default, rtol=1e-12)
+    with (
+        jax_privacy_kernels.implementation("fortran"),
+        pytest.raises(ValueError, match="'fortran' of toeplitz_solve"),
+    ):
+        run()
+    assert run()[1] == 0
+
+
+# -- Other optimizers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_other_optimizers_run_all_their_steps(callback):
+    # Moves at the last step only: before it nothing changes.
+    steps = 10
+    late = optax.with_extra_args_support(
+        optax.chain(
+            optax.clip_by_global_norm(100.0),
+            optax.sgd(lambda count: jnp.where(count == steps - 1, 0.5, 0.0)),
+        )
+    )
+    actual = optimization.optimize(
+        square, np.zeros(2), max_optimizer_steps=steps, optimizer=late, callback=callback
+    )
+    np.testing.assert_allclose(actual, 3, rtol=1e-12)
+
+
+def test_adam():
+    adam = optax.with_extra_args_support(optax.adam(0.1))
+    with jax.enable_x64(True):
+        expected = jnp.zeros(2)
+        state = adam.init(expected)
+        for _ in range(15):
+            updates, state = adam.update(jax.grad(square)(expected), state, expected)
+            expected = optax.apply_updates(expected, updates)
+    actual = optimization.optimize(square, np.zeros(2), max_optimizer_steps=15, optimizer=adam)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_the_default_optimizer_is_that_of_the_reference(reference):
+    start = ROSENBROCK_START
+    actual, expected = (
+        module.optimize(rosenbrock, start, max_optimizer_steps=10, callback=never)
+        for module in (optimization, reference)
+    )
+    for key in start:
+        np.testing.assert_allclose(actual[key], expected[key], rtol=1e-10)

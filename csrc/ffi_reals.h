@@ -13,6 +13,9 @@
 
 namespace jpk {
 
+// Attributes that sizes are computed from are bounded by this, so that none overflows.
+constexpr int64_t kMost = int64_t{1} << 60;
+
 inline bool is_real(const xla::ffi::AnyBuffer& buffer) {
   return buffer.element_type() == xla::ffi::DataType::F32 ||
          buffer.element_type() == xla::ffi::DataType::F64;
@@ -56,7 +59,8 @@ std::string map_rows(xla::ffi::ThreadPool& pool, const xla::ffi::AnyBuffer& rows
   if (values.has_error() || !is_real(**values) || elements(**values) != count) {
     return "needs one result for every row";
   }
-  const bool differentiate = results.size() > 1;
+  if (results.size() > 2) return "gives values and gradients only";
+  const bool differentiate = results.size() == 2;
   Reals gradients{};
   if (differentiate) {
     auto buffer = results.get<xla::ffi::AnyBuffer>(1);

@@ -14,7 +14,7 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::RemainingRets res
                int64_t min_sep, int64_t max_participations) {
   return guarded("min_sep_norm", [&]() -> std::string {
     const int64_t m = dimension(coef, 1);
-    if (m > n || min_sep < 1 || min_sep > n || max_participations < 1) {
+    if (m > n || n > kMost || min_sep < 1 || min_sep > n || max_participations < 1) {
       return "needs coefficients [..., m], m <= n, 1 <= min_sep <= n and max_participations >= 1";
     }
     return map_rows(pool, coef, results, [=](const double* row, double* gradient) {

@@ -15,8 +15,8 @@ namespace jpk {
 
 // Calls body(chunk, worker) once for every chunk in [0, chunks), in any order, from up to `workers`
 // threads at a time, each under a worker number of its own in [0, workers). Returns when all are
-// done. If body throws, the other chunks are run all the same, and the first exception is thrown
-// on.
+// done. What body throws is thrown on, the first if there are several; whether chunks after it are
+// run is not said.
 //
 // Pool has Schedule(task), which runs task() on some thread sooner or later. The calling thread
 // works too and never waits for a task that has not started, so a pool all of whose threads are

@@ -22,8 +22,6 @@ constexpr int64_t kSolve = 64;    // outputs solved for before the next ones are
 constexpr int64_t kBlock = 4096;  // outputs solved for by one thread
 constexpr int64_t kPad = kTile + kLags;
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // A vector between zeros: kPad before its start and kPad behind its end. Its elements are not set.
 class Padded {
  public:
@@ -61,12 +59,13 @@ JPK_TARGET_CLONES static void add_products(const double* coef, int64_t lags, con
   }
 }
 
-// Solves x_i = u_i + sum_{l = 1..i} coef[l - 1] x_{i-l} in place of u, i < kSolve. Reads kSolve
-// coefficients, of which those from `lags` on are zero.
-JPK_TARGET_CLONES static void solve_tile(const double* coef, int64_t lags, double* u) {
+// Solves x_i = u_i + sum_{l = 1..lags} coef[l - 1] x_{i-l} in place of u, i < n: a group at a time,
+// which is then added to the `lags` elements behind it. Reads kLags coefficients behind the last,
+// which must be zero, and reads and writes u up to the next multiple of kLags.
+JPK_TARGET_CLONES static void solve_ahead(const double* coef, int64_t lags, int64_t n, double* u) {
   const double c1 = coef[0], c2 = coef[1], c3 = coef[2], c4 = coef[3];
   const double c5 = coef[4], c6 = coef[5], c7 = coef[6];
-  for (int64_t g = 0; g < kSolve; g += kLags) {
+  for (int64_t g = 0; g < n; g += kLags) {
     double* v = u + g;
     const double v0 = v[0];
     const double v1 = v[1] + c1 * v0;
@@ -78,7 +77,7 @@ JPK_TARGET_CLONES static void solve_tile(const double* coef, int64_t lags, doubl
     const double v7 =
         ((((((v[7] + c7 * v0) + c6 * v1) + c5 * v2) + c4 * v3) + c3 * v4) + c2 * v5) + c1 * v6;
     v[1] = v1, v[2] = v2, v[3] = v3, v[4] = v4, v[5] = v5, v[6] = v6, v[7] = v7;
-    const int64_t rest = std::min(kSolve - g - kLags, lags);
+    const int64_t rest = std::min(n - g - kLags, lags);
     double* w = v + kLags;
     for (int64_t i = 0; i < rest; ++i) {
       double s = coef[i + 7] * v0;
@@ -108,13 +107,14 @@ void multiply(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const 
 
 // Solves x_i = u_i + sum_{l = 1..lags} coef[l - 1] x_{i-l} in place of u, with one thread.
 inline void solve_block(const double* coef, int64_t lags, int64_t n, double* u) {
+  if (lags < kTile) return solve_ahead(coef, lags, n, u);
   for (int64_t t = 0; t < n; t += kSolve) {
     const int64_t count = std::min(kSolve, n - t);
     double tile[kSolve] = {};
     std::copy(u + t, u + t + count, tile);
     std::fill(u + t, u + t + count, 0.0);  // what is not solved for adds nothing below
     add_products(coef, std::min(lags, t + count - 1), u + t - 1, std::min(count, lags), tile);
-    solve_tile(coef, lags, tile);
+    solve_ahead(coef, lags, kSolve, tile);
     std::copy(tile, tile + count, u + t);
   }
 }

@@ -91,7 +91,9 @@ ffi::Error finish(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs,
       if (buffer.element_type() != ffi::DataType::F64) return "needs float64 buffers";
     }
     const int64_t m = dimension(coef, 1), n = dimension(rhs, 1);
-    if (m < 1 || n < m || block < 1) return "needs 1 <= m <= n and blocks of at least 1";
+    if (m < 1 || n < m || block < 1 || block > kMost || block % toeplitz::kLags) {
+      return "needs 1 <= m <= n, and blocks of a multiple of 8";
+    }
     const int64_t problems = elements(rhs) / n;
     if (elements(coef) != problems * m || elements(rhs) != problems * n ||
         elements(far) != 2 * problems * n || elements(*out) != problems * n) {

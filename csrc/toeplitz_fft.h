@@ -57,9 +57,9 @@ void multiply_spectra(Pool& pool, int64_t workers, int64_t problems, int64_t ban
   });
 }
 
-// One product of length n. far[t] holds what the FFT made of the products of all blocks but the
-// first ones, and sizes[t] what it made of them for absolute values. Adds the first blocks, and
-// replaces what is not accurate enough.
+// One product of length n; block is a multiple of kLags. far[t] holds what the FFT made of the
+// products of all blocks but the first ones, and sizes[t] what it made of them for absolute values.
+// Adds the first blocks, and replaces what is not accurate enough.
 template <typename Pool>
 void finish(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const Padded& x, int64_t n,
             int64_t block, const double* far, const double* sizes, Padded& out) {

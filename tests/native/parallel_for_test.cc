@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -137,6 +138,123 @@ void test_degenerate_pool() {
   }
 }
 
+// A body that throws, on the thread that calls, on others or on all.
+struct Failure {
+  int64_t chunk;
+};
+
+enum class Thrower { kCaller, kHelper, kAny };
+
+void test_exceptions_by_thread() {
+  const std::thread::id caller = std::this_thread::get_id();
+  for (int threads : {1, 2, 3}) {
+    ThreadPool pool(threads);
+    for (Thrower thrower : {Thrower::kCaller, Thrower::kHelper, Thrower::kAny}) {
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        std::mutex mutex;
+        std::condition_variable changed;
+        bool thrown = false;
+        int64_t visits[2] = {0, 0};
+        int64_t caught = -1;
+        try {
+          jpk::parallel_for(pool, 2, 2, [&](int64_t chunk, int64_t) {
+            ++visits[chunk];
+            const bool is_caller = std::this_thread::get_id() == caller;
+            std::unique_lock<std::mutex> lock(mutex);
+            if (thrower == Thrower::kAny || is_caller == (thrower == Thrower::kCaller)) {
+              thrown = true;
+              changed.notify_all();
+              throw Failure{chunk};
+            }
+            changed.wait(lock, [&] { return thrown; });  // for the other, which has a chunk left
+          });
+          CHECK(false, "%d threads: nothing is thrown", threads);
+        } catch (const Failure& failure) {
+          caught = failure.chunk;
+        }
+        CHECK(caught == 0 || caught == 1, "chunk %ld", static_cast<long>(caught));
+        CHECK(visits[0] == 1 && visits[1] == 1, "%ld and %ld visits", long(visits[0]),
+              long(visits[1]));
+        check_loop(pool, 5, 1 + threads);
+      }
+    }
+  }
+}
+
+template <typename Pool>
+void check_exceptions(Pool& pool) {
+  for (int64_t chunks : {1, 2, 3, 50}) {
+    for (int64_t workers : {1, 2, 4}) {
+      for (int64_t every : {int64_t{1}, int64_t{2}, chunks}) {  // the last chunk is one of them
+        std::vector<int> visits(chunks, 0);
+        int64_t caught = -1;
+        try {
+          jpk::parallel_for(pool, chunks, workers, [&](int64_t chunk, int64_t) {
+            ++visits[chunk];
+            if ((chunks - 1 - chunk) % every == 0) throw Failure{chunk};
+          });
+        } catch (const Failure& failure) {
+          caught = failure.chunk;
+        }
+        CHECK(caught >= 0 && (chunks - 1 - caught) % every == 0, "chunk %ld",
+              static_cast<long>(caught));
+        if (workers == 1) continue;  // the caller has seen it before the next chunk
+        for (int count : visits) CHECK(count == 1, "%d visits", count);
+      }
+    }
+  }
+  check_loop(pool, 100, 3);
+}
+
+void test_exceptions() {
+  test_exceptions_by_thread();
+  for (int threads : {1, 3}) {
+    ThreadPool pool(threads);
+    check_exceptions(pool);
+  }
+  DeafPool deaf;
+  check_exceptions(deaf);
+  LatePool late;  // its tasks find that all is over, also the exception
+  check_exceptions(late);
+  for (auto& task : late.tasks) task();
+}
+
+// In nested loops, through both.
+void test_nested_exceptions() {
+  ThreadPool pool(2);
+  std::atomic<int> inner{0}, caught{0};
+  try {
+    jpk::parallel_for(pool, 10, 3, [&](int64_t, int64_t) {
+      jpk::parallel_for(pool, 10, 3, [&](int64_t chunk, int64_t) {
+        ++inner;
+        if (chunk == 7) throw Failure{chunk};
+      });
+    });
+  } catch (const Failure& failure) {
+    caught = static_cast<int>(failure.chunk);
+  }
+  CHECK(inner == 100, "%d inner chunks", inner.load());
+  CHECK(caught == 7, "chunk %d", caught.load());
+}
+
+// A pool that has no memory for another task.
+struct FullPool {
+  explicit FullPool(int64_t room) : room(room) {}
+  ThreadPool pool{2};
+  int64_t room;
+  void Schedule(std::function<void()> task) {
+    if (room-- <= 0) throw std::bad_alloc();
+    pool.Schedule(std::move(task));
+  }
+};
+
+void test_full_pool() {
+  for (int64_t room : {0, 1, 2}) {
+    FullPool pool(room);
+    check_loop(pool, 40, 5);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -146,5 +264,8 @@ int main() {
   test_late_tasks();
   test_degenerate_pool<InlinePool>();
   test_degenerate_pool<DeafPool>();
+  test_exceptions();
+  test_nested_exceptions();
+  test_full_pool();
   return report();
 }

@@ -65,7 +65,8 @@ def toeplitz_multiply(
       implementation: "jax", "cpp", ..., or None for the fastest.
 
     Returns:
-      ``[rows]`` or ``[rows, ...]``, of the dtype that the arguments promote to, at least float32.
+      ``[rows]`` or ``[rows, ...]``, of the dtype that the arguments promote to, integers being
+      default floats, at least float32.
 
     Raises:
       ValueError: the implementation asked for cannot run here.
@@ -114,17 +115,20 @@ def _backward(
 def coefficients_bar(left: jax.Array, right: jax.Array, m: int, name: str | None) -> jax.Array:
     """The first m entries of ``T_left^T right``, added up over the columns."""
     n = right.shape[0]
-
-    def column(left: jax.Array, right: jax.Array) -> jax.Array:
-        return _multiply(left, right, True, min(m, n), name)
-
-    if right.ndim == 1:
-        bar = column(left, right)
-    else:
+    lags = min(m, n)
+    if right.ndim > 1:
+        # One column below the other, with zeros between them that no lag reaches across.
         columns = math.prod(right.shape[1:])
-        flat = (left.reshape(left.shape[0], columns), right.reshape(n, columns))
-        bar = jax.vmap(column, in_axes=1, out_axes=1)(*flat).sum(axis=1)
-    return jnp.concatenate([bar, jnp.zeros(max(m - n, 0), bar.dtype)])
+        gap = jnp.zeros((lags - 1, columns), right.dtype)
+        left, right = (
+            jnp.concatenate(
+                [jnp.pad(x.reshape(len(x), columns), ((0, n - len(x)), (0, 0))), gap]
+            ).T.reshape(-1)
+            for x in (left, right)
+        )
+    if right.size == 0:
+        return jnp.zeros(m, right.dtype)
+    return jnp.pad(_multiply(left, right, True, lags, name), (0, m - lags))
 
 
 _multiply_once.defvjp(_forward, _backward)

@@ -63,7 +63,8 @@ def toeplitz_solve(
       implementation: "jax", "cpp", ..., or None for the fastest.
 
     Returns:
-      x, shaped like rhs, of the dtype that the arguments promote to, at least float32.
+      x, shaped like rhs, of the dtype that the arguments promote to, integers being default floats,
+      at least float32.
 
     Raises:
       ValueError: the implementation asked for cannot run here.

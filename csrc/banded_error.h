@@ -76,16 +76,17 @@ JPK_TARGET_CLONES static void forward(const Step& s, const double* K, double* q,
 
 struct Derivatives {
   double* h;  // [w]
-  double inverse, scale;
+  double inverse, momentum, scale, rate;
 };
 
-// From G, the derivatives with respect to the covariance after the step, those with respect to the
-// one before it, K, and to the step. work has room for 3 dim numbers.
+// From G, the derivatives with respect to the covariance after the step, `next`, those with respect
+// to the one before it, K, and to the step. work has room for 3 dim numbers.
 //
 // The step is K' = (S + c h^T) K (S + c h^T)^T + inverse^2 c c^T: S shifts the lags and carries m
 // and y on, and c = (1, 0 .., scale, rate scale) adds the new x.
-JPK_TARGET_CLONES static void backward(const Step& s, const double* K, const double* G,
-                                       double* work, double* before, Derivatives& bar) {
+JPK_TARGET_CLONES static void backward(const Step& s, const double* K, const double* next,
+                                       const double* G, double* work, double* before,
+                                       Derivatives& bar) {
   const int64_t w = s.w, dim = s.dim(), m = w, y = w + 1;
   const double beta = s.momentum, eta = s.rate, d = s.scale;
   double *a = work, *shifted = work + dim, *q = work + 2 * dim;
@@ -109,6 +110,17 @@ JPK_TARGET_CLONES static void backward(const Step& s, const double* K, const dou
     bar_y += G_y[j] * q[j - 1];
   }
   bar.scale = 2 * (bar_m + eta * bar_y);
+  // The rate brings the new m into y, the momentum the old m into both; of_m is (S + c h^T) K e_m.
+  bar.rate = 0;
+  for (int64_t i = 0; i < dim; ++i) bar.rate += 2 * G_y[i] * next[m * dim + i];
+  const double of_m = beta * K[m * dim + m] + d * q[m];
+  bar.momentum =
+      (G_m[m] + eta * G_y[m]) * of_m + (G_m[y] + eta * G_y[y]) * (K[y * dim + m] + eta * of_m);
+  if (w) bar.momentum += (G_m[0] + eta * G_y[0]) * q[m];
+  for (int64_t j = 1; j < w; ++j) {
+    bar.momentum += (G_m[j] + eta * G_y[j]) * K[(j - 1) * dim + m];
+  }
+  bar.momentum *= 2;
   bar.inverse = 2 * alpha * s.inverse;
   for (int64_t l = 0; l < w; ++l) bar.h[l] = 2 * alpha * q[l];
   for (int64_t i = 0; i < dim; ++i) {
@@ -158,9 +170,11 @@ class Errors {
     }
   }
 
-  // Derivatives of <g, errors> with respect to rows and scale. Covariances are kept at the start of
-  // every segment of about sqrt(n) steps, and computed again inside of one.
-  void gradients(const double* g, double* rows_bar, double* scale_bar) {
+  // Derivatives of <g, errors> with respect to everything; gives the one for the momentum.
+  // Covariances are kept at the start of every segment of about sqrt(n) steps, and computed again
+  // inside of one.
+  double gradients(const double* g, double* rows_bar, double* scale_bar, double* rates_bar) {
+    double momentum_bar = 0;
     const int64_t dim = b_ + 1, size = dim * dim, w = b_ - 1;
     const int64_t length = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(n_))));
     const int64_t segments = (n_ + length - 1) / length;
@@ -188,10 +202,13 @@ class Errors {
         const int64_t t = segment * length + i;
         G[size - 1] += g[t];
         const Step s = step(t);
-        Derivatives bar{h_bar.data(), 0, 0};
-        backward(s, inside.data() + i * size, G.data(), work.data(), before.data(), bar);
+        Derivatives bar{h_bar.data(), 0, 0, 0, 0};
+        const double* K = inside.data() + i * size;
+        backward(s, K, K + size, G.data(), work.data(), before.data(), bar);
         G.swap(before);
         scale_bar[t] = bar.scale;
+        rates_bar[t] = bar.rate;
+        momentum_bar += bar.momentum;
         // h = -rows[t, 1:] / rows[t, 0], inverse = 1 / rows[t, 0].
         double* row_bar = rows_bar + t * b_;
         double inverse_bar = bar.inverse;
@@ -202,6 +219,7 @@ class Errors {
         row_bar[0] = -inverse_bar * s.inverse * s.inverse;
       }
     }
+    return momentum_bar;
   }
 
  private:

@@ -4,6 +4,8 @@
 
 #include "xla/ffi/api/ffi.h"
 
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_banded_error);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_banded_error_gradients);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_correlated_noise);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_min_sep_norm);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(jpk_participation_max);

@@ -14,6 +14,8 @@ NB_MODULE(_jpk, m) {
     auto add = [&](const char* name, auto* handler) {
       table[name] = nb::capsule(reinterpret_cast<void*>(handler));
     };
+    add("jpk_banded_error", jpk_banded_error);
+    add("jpk_banded_error_gradients", jpk_banded_error_gradients);
     add("jpk_correlated_noise", jpk_correlated_noise);
     add("jpk_min_sep_norm", jpk_min_sep_norm);
     add("jpk_participation_max", jpk_participation_max);

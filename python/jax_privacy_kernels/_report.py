@@ -9,6 +9,7 @@ from importlib import metadata
 import jax
 
 from jax_privacy_kernels.ops import _cpp, _dispatch
+from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS as BANDED_ERROR
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
 from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS as PARTICIPATION_MAX
@@ -23,6 +24,7 @@ _OPS = {
     "toeplitz_solve": TOEPLITZ_SOLVE,
     "min_sep_norm": MIN_SEP_NORM,
     "participation_max": PARTICIPATION_MAX,
+    "banded_error": BANDED_ERROR,
 }
 _PACKAGES = (
     "jax-privacy-kernels",

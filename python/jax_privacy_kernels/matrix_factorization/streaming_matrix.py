@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels._checks import check_int, check_vector
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence
+from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum
 
 __all__ = [
     "State",
@@ -284,7 +284,9 @@ def prefix_sum() -> StreamingMatrix:
         total = total + value
         return total, total
 
-    return StreamingMatrix.from_array_implementation(jnp.zeros_like, multiply_next)
+    return StreamingMatrix.from_array_implementation(
+        jnp.zeros_like, multiply_next, structure=Momentum()
+    )
 
 
 def diagonal(diag: jax.Array) -> StreamingMatrix:
@@ -339,4 +341,6 @@ def momentum_sgd_matrix(
         result = result + rates.at[t].get(mode="clip") * buffer
         return result, (t + 1, buffer, result)
 
-    return StreamingMatrix.from_array_implementation(init_multiply, multiply_next)
+    return StreamingMatrix.from_array_implementation(
+        init_multiply, multiply_next, structure=Momentum(momentum, rates)
+    )

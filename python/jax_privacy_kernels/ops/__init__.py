@@ -3,7 +3,8 @@
 from jax_privacy_kernels.ops._counter_prng import normal
 from jax_privacy_kernels.ops._dispatch import asked, implementation
 from jax_privacy_kernels.ops._lookahead import looks_ahead
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence
+from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum
+from jax_privacy_kernels.ops.banded_error import banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
     check_noise_dtype,
@@ -17,8 +18,10 @@ from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
 __all__ = [
     "BandedRecurrence",
+    "Momentum",
     "NoiseState",
     "asked",
+    "banded_error",
     "check_noise_dtype",
     "correlated_noise",
     "implementation",

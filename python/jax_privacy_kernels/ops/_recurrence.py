@@ -1,4 +1,4 @@
-"""What a fused noise op needs to know about a noising matrix."""
+"""What ops need to know about streaming matrices: noising matrices, and workloads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-__all__ = ["BandedRecurrence"]
+__all__ = ["BandedRecurrence", "Momentum"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,3 +24,18 @@ class BandedRecurrence:
 
     coef: jax.Array
     row_scale: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    """The rows of a momentum workload, prefix sums among them.
+
+    Row t of ``y = A x`` is ``y_t = y_{t-1} + r_t m_t`` with ``m_t = beta m_{t-1} + x_t``.
+
+    Attributes:
+      momentum: beta, a real scalar.
+      learning_rates: ``[m]`` floating array r, whose last entry goes on; None for all ones.
+    """
+
+    momentum: jax.typing.ArrayLike = 0.0
+    learning_rates: jax.Array | None = None

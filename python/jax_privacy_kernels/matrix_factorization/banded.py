@@ -1,0 +1,291 @@
+"""Banded strategies whose columns all have norm 1, each with coefficients of its own.
+
+Banded Toeplitz strategies (`toeplitz.optimize_banded_toeplitz`) come within 0.5 % of the error of
+these for n >= 1000 and b <= 32 (https://arxiv.org/abs/2405.15913), at a fraction of the parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_privacy_kernels import ops
+from jax_privacy_kernels._checks import check_coef, check_int, is_concrete
+from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
+from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, prefix_sum
+
+__all__ = ["ColumnNormalizedBanded", "minsep_sensitivity_squared", "optimize", "per_query_error"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ColumnNormalizedBanded:
+    """A lower-triangular n x n strategy C with b bands, its columns scaled to norm 1.
+
+    Row j of the parameters holds column j of C from the diagonal down, before it is scaled. For
+    ``n = 4`` and ``b = 2``::
+
+        params = [a b]      C = [a      ]
+                 [c d]          [b c    ]
+                 [e f]          [  d e  ]
+                 [g *]          [    f g]
+
+    Entries marked ``*`` lie outside of C and do not matter. A pytree, with one leaf.
+
+    Attributes:
+      params: ``[n, b]`` floating array, ``params[:, 0] != 0``, ``1 <= b <= n``.
+    """
+
+    params: jax.Array
+
+    @property
+    def n(self) -> int:
+        """The size of C."""
+        return self.params.shape[0]
+
+    @property
+    def bands(self) -> int:
+        """The number b of bands of C, the diagonal included."""
+        return self.params.shape[1]
+
+    @classmethod
+    def from_banded_toeplitz(cls, n: int, coefs: jax.Array) -> ColumnNormalizedBanded:
+        """Makes the strategy from a Toeplitz one, column by column.
+
+        Args:
+          n: The size of C.
+          coefs: ``[b]`` Toeplitz coefficients, ``coefs[0] != 0`` and ``b <= n``.
+
+        Raises:
+          ValueError: If ``coefs`` is not 1-D, empty or not finite, starts with 0, or is longer than
+            n; or n < 1.
+          TypeError: If n is not an integer, or ``coefs`` is not real.
+        """
+        n, coefs = check_int("n", n), check_coef("coefs", coefs, invertible=True)
+        if coefs.size > n:
+            raise ValueError(f"expected at most n={n} coefs, found {coefs.size}")
+        params = jnp.broadcast_to(coefs / jnp.linalg.norm(coefs), (n, coefs.size))
+        return cls(params * _inside(n, coefs.size))
+
+    @classmethod
+    def default(cls, n: int, bands: int) -> ColumnNormalizedBanded:
+        """Makes it from the first coefficients of `toeplitz.optimal_max_error_strategy_coefs`.
+
+        Raises:
+          ValueError: If not ``1 <= bands <= n``.
+          TypeError: If one is not an integer.
+        """
+        coefs = toeplitz.optimal_max_error_strategy_coefs(check_int("bands", bands))
+        return cls.from_banded_toeplitz(n, coefs)
+
+    def materialize(self) -> jax.Array:
+        """Returns C as an ``[n, n]`` array. O(n^2) time and memory."""
+        scaled = self.params * _inside(self.n, self.bands) / _column_norms(self)[:, None]
+        lag = jnp.arange(self.n)[:, None] - jnp.arange(self.n)
+        column = jnp.broadcast_to(jnp.arange(self.n), lag.shape)
+        entries = scaled[column, jnp.clip(lag, 0, self.bands - 1)]
+        return jnp.where((lag >= 0) & (lag < self.bands), entries, 0)
+
+    def inverse_as_streaming_matrix(self) -> StreamingMatrix:
+        """Returns the noising matrix ``C^-1``, by Algorithm 9 of https://arxiv.org/abs/2306.08153.
+
+        Its state is the step and the last b - 1 rows of ``P^-1 z``, newest first, where P is C
+        before its columns are scaled. C has n rows: rows of the product from the n-th on are NaN.
+
+        Raises:
+          ValueError: If ``params`` is not as the class says.
+        """
+        params = _checked(self).params
+        bands = self.bands
+        rows, norms = _rows(self), _column_norms(self)
+
+        def init_multiply(abstract_value: Any) -> tuple[jax.Array, jax.Array]:
+            dtype = jnp.promote_types(abstract_value.dtype, params.dtype)
+            zero = jnp.zeros_like(abstract_value, dtype=dtype)  # keeps the sharding of the value
+            return jnp.array(0), jnp.broadcast_to(zero, (bands - 1, *zero.shape))
+
+        def multiply_next(z: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+            t, history = state
+            row = rows.at[t].get(mode="clip")
+            past = jnp.tensordot(row[1:], history, axes=1, precision="highest") if bands > 1 else 0
+            x = (z - past) / row[0]
+            if bands > 1:
+                history = jnp.concatenate([x[None].astype(history.dtype), history[:-1]])
+            norm = norms.at[t].get(mode="fill", fill_value=jnp.nan)
+            return x * norm, (t + 1, history)
+
+        return StreamingMatrix.from_array_implementation(init_multiply, multiply_next)
+
+
+def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
+    """C, if its parameters are what they should be."""
+    shape = jnp.shape(C.params)
+    if len(shape) != 2 or not 1 <= shape[1] <= shape[0]:
+        raise ValueError(f"expected params of shape [n, b], 1 <= b <= n, found {shape}")
+    if is_concrete(C.params):
+        params = np.asarray(C.params)
+        bad = ~np.isfinite(params)
+        bad[:, 0] |= params[:, 0] == 0
+        bad &= np.add.outer(np.arange(shape[0]), np.arange(shape[1])) < shape[0]
+        if bad.any():
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise ValueError(
+                "expected params to be finite, and not 0 in the first column, "
+                f"found params{list(at)} = {params[at]}"
+            )
+    return C
+
+
+def _inside(n: int, bands: int) -> jax.Array:
+    """1 for parameters that are entries of C, 0 for the others."""
+    return (jnp.arange(n)[:, None] + jnp.arange(bands) < n).astype(jnp.int32)
+
+
+def _column_norms(C: ColumnNormalizedBanded) -> jax.Array:
+    inside = C.params * _inside(C.n, C.bands)
+    return jnp.sqrt(jnp.sum(inside * inside, axis=1))
+
+
+def _rows(C: ColumnNormalizedBanded) -> jax.Array:
+    """``[n, b]``: entry (t, l) is ``P[t, t - l]``, from column t - l; 0 where there is none."""
+    t, lag = jnp.arange(C.n)[:, None], jnp.arange(C.bands)
+    return jnp.where(t >= lag, C.params[jnp.maximum(t - lag, 0), lag], 0)
+
+
+def minsep_sensitivity_squared(
+    strategy: ColumnNormalizedBanded,
+    min_sep: int,
+    max_participations: int | None = None,
+    n: int | None = None,
+    skip_checks: bool = False,
+) -> int:
+    """Returns the squared sensitivity of the strategy: the most participations of one user.
+
+    Columns at least b apart are orthogonal, and have norm 1.
+
+    Args:
+      strategy: C, with at most ``min_sep`` bands.
+      min_sep: Minimum separation: a user in rounds i < j has ``j - i >= min_sep``.
+      max_participations: The most rounds a user takes part in, or None for no limit.
+      n: How many rounds there are, by default all of C's.
+      skip_checks: Leaves unchecked whether C has that many rounds and that few bands.
+
+    Raises:
+      ValueError: If an argument is below 1, ``min_sep`` below b, or n above C's.
+      TypeError: If an integer argument is not one.
+    """
+    n = strategy.n if n is None else check_int("n", n)
+    if max_participations is not None:
+        check_int("max_participations", max_participations)
+    count = sensitivity.minsep_true_max_participations(n, min_sep, max_participations)
+    if not skip_checks:
+        if min_sep < strategy.bands:
+            raise ValueError(
+                f"expected min_sep >= {strategy.bands}, the bands of the strategy, "
+                f"found min_sep={min_sep}; any is fine for "
+                "sensitivity.get_min_sep_sensitivity_upper_bound"
+            )
+        if n > strategy.n:
+            raise ValueError(f"expected n <= {strategy.n}, the size of the strategy, found n={n}")
+    return count
+
+
+def per_query_error(
+    C: ColumnNormalizedBanded, A: StreamingMatrix | None = None, scan_fn: Any = jax.lax.scan
+) -> jax.Array:
+    """Returns the expected squared error of every query, for independent noise of variance 1.
+
+    With workload A, it is the squared norm of every row of ``A C^-1``. For prefix sums and momentum
+    from the covariance of the last b - 1 terms and the workload's own: O(n b^2), exact, in float64.
+    Other workloads are multiplied row by row, O(n^2 b).
+
+    Args:
+      C: The strategy.
+      A: The workload, by default prefix sums.
+      scan_fn: Takes the place of `jax.lax.scan` for other workloads; for instance one that saves
+        memory in the backward pass.
+
+    Returns:
+      ``[n]`` array of the dtype of the parameters, at least float32.
+
+    Raises:
+      ValueError: If the parameters of C are not as its class says.
+    """
+    _checked(C)
+    A = prefix_sum() if A is None else A
+    structure = getattr(A, "structure", None)
+    if not isinstance(structure, ops.Momentum):
+        return (A @ C.inverse_as_streaming_matrix()).row_norms_squared(C.n, scan_fn=scan_fn)
+    rates = np.ones(1) if structure.learning_rates is None else structure.learning_rates
+    return _momentum_error(C, rates, structure.momentum, ops.asked())
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _momentum_error(
+    C: ColumnNormalizedBanded, rates: jax.Array, momentum: jax.Array, name: str | None
+) -> jax.Array:
+    dtype = jnp.promote_types(C.params.dtype, jnp.float32)
+    rates = jnp.asarray(rates, dtype).at[jnp.arange(C.n)].get(mode="clip")
+    momentum = jnp.asarray(momentum, dtype)
+    return ops.banded_error(_rows(C), _column_norms(C), rates, momentum, implementation=name)
+
+
+def optimize(
+    n: int,
+    *,
+    bands: int,
+    C: ColumnNormalizedBanded | None = None,
+    A: StreamingMatrix | None = None,
+    max_optimizer_steps: int = 100,
+    reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
+    scan_fn: Any = jax.lax.scan,
+    callback: Callable[[optimization.CallbackArgs], bool | None] | None = None,
+) -> ColumnNormalizedBanded:
+    """Minimizes the error over column-normalized strategies of b bands.
+
+    Their sensitivity does not depend on the parameters, for one participation and for any number of
+    them at least b steps apart: https://arxiv.org/abs/2405.15913. Steps of O(n b^2), see
+    :func:`per_query_error`, in one compiled loop if there is no callback.
+
+    Args:
+      n: The number of steps.
+      bands: The number b of bands.
+      C: The strategy to start from, by default :meth:`ColumnNormalizedBanded.default`.
+      A: The workload, by default prefix sums.
+      max_optimizer_steps: The most steps of L-BFGS.
+      reduction_fn: Makes a scalar of the errors ``[n]`` of the queries.
+      scan_fn: As for :func:`per_query_error`.
+      callback: As for `optimization.optimize`.
+
+    Returns:
+      The optimized strategy.
+
+    Raises:
+      ValueError: If not ``1 <= bands <= n``, C has another shape or is not as its class says, or
+        ``max_optimizer_steps`` is below 0.
+      TypeError: If an integer argument is not one.
+    """
+    n, bands = check_int("n", n), check_int("bands", bands)
+    C = ColumnNormalizedBanded.default(n, bands) if C is None else _checked(C)
+    if C.params.shape != (n, bands):
+        raise ValueError(f"expected C with params of shape ({n}, {bands}), found {C.params.shape}")
+    return optimization.optimize(
+        toeplitz._hold(_loss, A, reduction_fn, scan_fn),
+        C,
+        max_optimizer_steps=max_optimizer_steps,
+        callback=callback,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _loss(
+    A: StreamingMatrix | None, reduction_fn: Callable[[jax.Array], jax.Array], scan_fn: Any
+) -> Callable[[ColumnNormalizedBanded], jax.Array]:
+    """The same function for the same arguments, so that it is compiled once."""
+    return lambda C: reduction_fn(per_query_error(C, A, scan_fn))

@@ -1,0 +1,217 @@
+"""Strategies given as dense n x n matrices: their error, and their optimization.
+
+Their sensitivity is in `sensitivity`. Everything here takes O(n^3) time and O(n^2) memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+import numpy as np
+
+from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels.matrix_factorization import checks, optimization, sensitivity
+
+__all__ = [
+    "get_orthogonal_mask",
+    "optimize",
+    "per_query_error",
+    "pg_tol_termination_fn",
+    "strategy_from_X",
+]
+
+
+def per_query_error(
+    *,
+    strategy_matrix: jax.Array | None = None,
+    noising_matrix: jax.Array | None = None,
+    workload_matrix: jax.Array | None = None,
+    skip_checks: bool = False,
+) -> jax.Array:
+    """Returns the expected squared error of every query, for independent noise of variance 1.
+
+    It is the squared norm of every row of ``B = A C^-1``.
+
+    Args:
+      strategy_matrix: ``[n, n]`` C, invertible and lower-triangular; or
+      noising_matrix: ``[n, m]`` ``C^-1``. Exactly one of the two.
+      workload_matrix: ``[n, n]`` A, lower-triangular; by default prefix sums, `jax.numpy.tri`.
+      skip_checks: Leaves values unchecked. Inside a trace they are not checked either way.
+
+    Returns:
+      ``[n]`` array of the dtype that the matrices promote to, at least the default float dtype if
+      there is no workload.
+
+    Raises:
+      ValueError: If not exactly one of C and ``C^-1`` is given, or matrices are not finite, of
+        shapes that do not fit, or square and not lower-triangular.
+    """
+    if (strategy_matrix is None) == (noising_matrix is None):
+        both = "neither" if strategy_matrix is None else "both"
+        raise ValueError(f"expected one of strategy_matrix and noising_matrix, found {both}")
+    given: Any = strategy_matrix if strategy_matrix is not None else noising_matrix
+    M = jnp.asarray(given)
+    checks.check_is_matrix(M, "strategy_matrix" if noising_matrix is None else "noising_matrix")
+    A = jnp.tri(len(M)) if workload_matrix is None else jnp.asarray(workload_matrix)
+    if strategy_matrix is not None:
+        # Of a C that is not square, which inverse is meant would decide the error.
+        checks.check_square(M, "strategy_matrix")
+        if not skip_checks:
+            checks.check(A=A, C=M)
+        B = jnp.linalg.solve(M.T, A.T).T
+    else:
+        if not skip_checks:
+            checks.check(A=A, B=M)
+        B = jnp.matmul(A, M, precision="highest")
+    return jnp.sum(B * B, axis=1)
+
+
+def get_orthogonal_mask(n: int, epochs: int = 1) -> jax.Array:
+    """Returns the ``[n, n]`` mask that is 0 where one user may be in rounds i and j, ``i != j``.
+
+    All epochs visit users in one order, so these are the i and j that ``n / epochs`` divides the
+    difference of (https://arxiv.org/abs/2211.06530). Where a Gram matrix is 0 there, its diagonal
+    alone makes up the sensitivity.
+
+    Args:
+      n: The number of rounds.
+      epochs: The number of epochs, which divides n.
+
+    Returns:
+      A float array of zeros and ones.
+
+    Raises:
+      ValueError: If an argument is below 1, or ``epochs`` does not divide n.
+      TypeError: If one is not an integer.
+    """
+    n, epochs = check_int("n", n), check_int("epochs", epochs)
+    if n % epochs:
+        raise ValueError(f"expected epochs to divide n={n}, found epochs={epochs}")
+    i = np.arange(n)
+    together = (i[:, None] - i) % (n // epochs) == 0
+    return jnp.asarray(~together | np.eye(n, dtype=bool), float)
+
+
+def strategy_from_X(X: jax.Array) -> jax.Array:
+    """Returns the lower-triangular C with positive diagonal and ``C^T C = X``.
+
+    Args:
+      X: ``[n, n]`` Gram matrix, symmetric and positive definite.
+
+    Returns:
+      C, a Cholesky factor from the last row up; NaN if X is not positive definite.
+    """
+    return jnp.linalg.cholesky(X[::-1, ::-1]).T[::-1, ::-1]
+
+
+def pg_tol_termination_fn(step_info: optimization.CallbackArgs) -> bool:
+    """Whether no entry of the (projected) gradient exceeds 1e-3: a callback that ends there."""
+    return bool(_is_small(step_info.grad))
+
+
+def _is_small(gradient: jax.Array) -> jax.Array:
+    return jnp.abs(gradient).max() <= 1e-3
+
+
+# Lets `optimization.optimize` end by it inside a compiled loop.
+pg_tol_termination_fn.done = _is_small  # type: ignore[attr-defined]
+
+
+def optimize(
+    n: int,
+    *,
+    epochs: int = 1,
+    bands: int | None = None,
+    equal_norm: bool = False,
+    A: jax.Array | None = None,
+    max_optimizer_steps: int = 10000,
+    reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
+    callback: Callable[[optimization.CallbackArgs], bool | None] | None = pg_tol_termination_fn,
+) -> jax.Array:
+    """Minimizes the error over strategies C of sensitivity 1.
+
+    L-BFGS on the Gram matrix ``X = C^T C``, in float64, with the gradient projected to what leaves
+    the sensitivity at 1 (https://arxiv.org/abs/2211.06530). The participation it is 1 for:
+
+    * one (the default), https://arxiv.org/abs/2202.08312;
+    * one per epoch, all epochs in one order: ``epochs``;
+    * any number, ``bands`` steps apart or more: ``bands = min_sep`` with ``equal_norm``, up to the
+      root of their number (https://arxiv.org/abs/2306.08153);
+    * amplified by sampling: ``bands`` below the separation, with ``equal_norm``.
+
+    With the default ``callback`` all steps are one compiled loop.
+
+    Args:
+      n: The number of rounds.
+      epochs: The number of epochs, which divides n.
+      bands: The most bands of C, or None for all.
+      equal_norm: Whether all columns of C have the same norm. With one epoch they always do.
+      A: ``[n, n]`` workload, by default prefix sums.
+      max_optimizer_steps: The most steps of L-BFGS.
+      reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`, for which
+        this was tuned, or another differentiable function.
+      callback: As for `optimization.optimize`; by default ends once no entry of the projected
+        gradient exceeds 1e-3.
+
+    Returns:
+      C, ``[n, n]``, lower-triangular, of the default float dtype.
+
+    Raises:
+      ValueError: If an integer argument is out of range, ``epochs`` does not divide n, or A is not
+        ``[n, n]``, finite and lower-triangular.
+      TypeError: If an integer argument is not one.
+    """
+    mask = np.asarray(get_orthogonal_mask(n, epochs))
+    if bands is not None:
+        mask = mask * np.asarray(sensitivity.banded_symmetric_mask(n, bands))
+    if A is not None:
+        checks.check(A=jnp.asarray(A))
+        if jnp.shape(A) != (n, n):
+            raise ValueError(f"expected A of shape ({n}, {n}), found {jnp.shape(A)}")
+    dtype = jnp.result_type(float)
+    with jax.enable_x64(True):
+        workload = jnp.tri(n) if A is None else jnp.asarray(A, jnp.float64)
+        X = optimization.optimize(
+            functools.partial(
+                _loss_and_projected_gradient,
+                workload=workload,
+                mask=jnp.asarray(mask, jnp.float64),
+                epochs=epochs,
+                equal_norm=equal_norm,
+                reduction_fn=reduction_fn,
+            ),
+            jnp.eye(n, dtype=jnp.float64) / epochs,
+            max_optimizer_steps=max_optimizer_steps,
+            grad=True,
+            callback=callback,
+        )
+        return strategy_from_X(X).astype(dtype)
+
+
+def _loss_and_projected_gradient(
+    X: jax.Array,
+    *,
+    workload: jax.Array,
+    mask: jax.Array,
+    epochs: int,
+    equal_norm: bool,
+    reduction_fn: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The error of any C with Gram matrix X, ``diag(A X^-1 A^T)`` reduced, and where to go."""
+    n = len(X)
+    H = jax.scipy.linalg.solve(X, workload.T, assume_a="pos")
+    errors = jnp.sum(workload * H.T, axis=1)
+    loss, weights = jax.value_and_grad(reduction_fn)(errors)
+    # The derivative of a^T X^-1 a is -h h^T, with h = X^-1 a.
+    gradient = -jnp.matmul(H * weights, H.T, precision="highest")
+    diagonal = jnp.diag(gradient)
+    # Rounds of one user share the sensitivity: only exchanges among them are free.
+    shared = diagonal.reshape(epochs, -1).mean(axis=0)
+    diagonal = jnp.zeros(n) if equal_norm else diagonal - jnp.tile(shared, epochs)
+    gradient = gradient.at[jnp.diag_indices(n)].set(diagonal)
+    return loss, gradient * mask

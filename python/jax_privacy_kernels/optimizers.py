@@ -1,0 +1,174 @@
+"""Optimizers that transform gradients before they are clipped.
+
+What happens to per-example gradients before clipping may depend on the optimizer: scaling them by
+its second moments makes clipping and noise fit the size of each coordinate. An
+`AugmentedGradientTransformation` keeps such a transform and the optimizer together::
+
+    optimizer = scale_then_privatize(optax.adamw(1e-3))
+    state = optimizer.init(params)
+    grad_fn = jax_privacy.clipped_grad(
+        loss_fn, l2_clip_norm=1.0, pre_clipping_transform=optimizer.pre_clipping_transform(state)
+    )
+    noisy_grads, noise_state = privatizer.update(grad_fn(params, batch), noise_state)
+    updates, state = optimizer.update(noisy_grads, state, params)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = [
+    "AugmentedGradientTransformation",
+    "PreClippingTransform",
+    "as_augmented_optimizer",
+    "scale_then_privatize",
+]
+
+
+class PreClippingTransform(Protocol):
+    """Makes a transform of gradients from the state of an optimizer."""
+
+    def __call__(self, state: optax.OptState) -> Callable[[optax.Updates], optax.Updates]:
+        """Returns what to apply to every per-example gradient of this step."""
+        ...
+
+
+class AugmentedGradientTransformation(NamedTuple):
+    """An optax optimizer and the transform that goes before clipping.
+
+    Attributes:
+      init: ``init(params) -> state``, as of an `optax.GradientTransformation`.
+      update: ``update(updates, state, params=None, **extra_args) -> (updates, state)``. Takes the
+        privatized sum of transformed gradients, and undoes the transform.
+      pre_clipping_transform: ``pre_clipping_transform(state)`` gives a function from gradients to
+        gradients.
+    """
+
+    init: optax.TransformInitFn
+    update: Callable[..., tuple[optax.Updates, optax.OptState]]
+    pre_clipping_transform: PreClippingTransform
+
+
+def scale_then_privatize(
+    base_optimizer: optax.GradientTransformation,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    extract_preconditioner_from_state_fn: Callable[[optax.OptState], optax.Updates] | None = None,
+) -> AugmentedGradientTransformation:
+    """Scales gradients by an adaptive optimizer's second moments before they are privatized.
+
+    Algorithm 8 of https://arxiv.org/abs/2507.01129. With v the second moments after the last step,
+    gradients g are clipped and noised as ``s * g``, ``s = 1 / (sqrt(v + eps_root) + eps)``, and
+    divided by s before the optimizer sees them. Large eps make all coordinates alike: no scaling,
+    up to a factor. Small ones, such as the optimizer's own, can put much noise on coordinates with
+    small gradients. They are worth tuning.
+
+    Scaling is done in float32 at least. At the first step v is 0 and s is 1 / eps, so that a
+    scaled gradient may not fit its dtype (the largest float16 is 65504): it then becomes the
+    largest finite number of its sign. Otherwise dividing by s gives back the gradient up to
+    rounding.
+
+    Args:
+      base_optimizer: An optax optimizer with second moments in its state, also inside of chains:
+        Adam, AdamW, AMSGrad, RMSProp, AdaGrad.
+      eps: Added to the root; finite, at least 0.
+      eps_root: Added to v; finite, at least 0.
+      extract_preconditioner_from_state_fn: Gives v, a tree like the gradients, from a state of the
+        optimizer. None finds it for the optimizers above.
+
+    Returns:
+      The optimizer with its transform. ``pre_clipping_transform(state, inverse=True)`` gives the
+      division by s.
+
+    Raises:
+      ValueError: If eps or eps_root is out of range; and when the transform is made or the
+        optimizer updated, if no second moments are found in its state.
+    """
+    for name, value in (("eps", eps), ("eps_root", eps_root)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"expected 0 <= {name} < inf, found {name}={value}")
+    extract = extract_preconditioner_from_state_fn or _second_moments
+
+    def pre_clipping_transform(
+        state: optax.OptState, inverse: bool = False
+    ) -> Callable[[optax.Updates], optax.Updates]:
+        moments = extract(state)
+
+        def scaled(update: jax.Array, v: jax.Array) -> jax.Array:
+            wide = jnp.promote_types(jnp.result_type(update, v), jnp.float32)
+            scale = 1 / (jnp.sqrt(v.astype(wide) + eps_root) + eps)
+            scale = jnp.minimum(scale, jnp.finfo(wide).max)  # without any eps
+            x = update.astype(wide)
+            x = x / scale if inverse else x * scale
+            most = jnp.finfo(update.dtype).max.astype(wide)
+            return jnp.clip(x, -most, most).astype(update.dtype)
+
+        return lambda updates: jax.tree.map(scaled, updates, moments)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates = pre_clipping_transform(state, inverse=True)(updates)
+        return base_optimizer.update(updates, state, params, **extra_args)
+
+    return AugmentedGradientTransformation(base_optimizer.init, update, pre_clipping_transform)
+
+
+def as_augmented_optimizer(
+    optimizer: AugmentedGradientTransformation | optax.GradientTransformation,
+) -> AugmentedGradientTransformation:
+    """Returns the optimizer with a transform before clipping: its own, or else the identity."""
+    if isinstance(optimizer, AugmentedGradientTransformation):
+        return optimizer
+    return AugmentedGradientTransformation(
+        optimizer.init, optimizer.update, lambda state: lambda updates: updates
+    )
+
+
+# Where the states of adaptive optimizers keep their second moments.
+_MOMENTS = (
+    (optax.ScaleByAdamState, "nu"),
+    (optax.ScaleByAmsgradState, "nu_max"),
+    (optax.ScaleByRmsState, "nu"),
+    (optax.ScaleByRssState, "sum_of_squares"),
+)
+
+
+def _second_moments(state: optax.OptState) -> optax.Updates:
+    moments = _find_second_moments(state)
+    if moments is None:
+        raise ValueError(
+            "expected the state of an adaptive optimizer (Adam, AdamW, AMSGrad, RMSProp, AdaGrad), "
+            f"found no second moments in {_names(state)}; for another optimizer pass "
+            "extract_preconditioner_from_state_fn"
+        )
+    return moments
+
+
+def _find_second_moments(state: Any) -> optax.Updates | None:
+    """The second moments in the first state that has some, in the order of a chain."""
+    for kind, name in _MOMENTS:
+        if isinstance(state, kind):
+            return getattr(state, name)
+    parts = state.values() if isinstance(state, dict) else state
+    if isinstance(state, tuple | list | dict):
+        for part in parts:
+            moments = _find_second_moments(part)
+            if moments is not None:
+                return moments
+    return None
+
+
+def _names(state: Any) -> str:
+    if type(state) in (tuple, list):
+        return "(" + ", ".join(_names(part) for part in state) + ")"
+    return type(state).__name__

@@ -6,10 +6,16 @@ The modules mirror those of jax_privacy, in names, arguments, semantics and nois
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from jax_privacy_kernels import matrix_factorization, noise_addition
+from jax_privacy_kernels import matrix_factorization, noise_addition, optimizers
 from jax_privacy_kernels.ops import implementation
 
-__all__ = ["__version__", "implementation", "matrix_factorization", "noise_addition"]
+__all__ = [
+    "__version__",
+    "implementation",
+    "matrix_factorization",
+    "noise_addition",
+    "optimizers",
+]
 
 try:
     __version__ = _version("jax-privacy-kernels")

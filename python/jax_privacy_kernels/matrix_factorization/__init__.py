@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from jax_privacy_kernels.matrix_factorization import sensitivity, streaming_matrix, toeplitz
+from jax_privacy_kernels.matrix_factorization import (
+    banded,
+    checks,
+    dense,
+    optimization,
+    sensitivity,
+    streaming_matrix,
+    toeplitz,
+)
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix
 
-__all__ = ["StreamingMatrix", "sensitivity", "streaming_matrix", "toeplitz"]
+__all__ = [
+    "StreamingMatrix",
+    "banded",
+    "checks",
+    "dense",
+    "optimization",
+    "sensitivity",
+    "streaming_matrix",
+    "toeplitz",
+]

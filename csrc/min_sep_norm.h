@@ -59,6 +59,19 @@ JPK_TARGET_CLONES static double squared_norm(const double* x, int64_t n) {
   return sum;
 }
 
+// The squared norm of the window sums of x, m elements followed by zeros up to n, if k sep >= n: no
+// window ends, and a running sum for every remainder of t modulo sep will do.
+JPK_TARGET_CLONES static double unlimited_norm(const double* x, int64_t m, int64_t n, int64_t sep) {
+  std::vector<double> sums(static_cast<size_t>(sep)), squares(sums.size());
+  for (int64_t t = 0; t < n; t += sep) {
+    for (int64_t i = 0; i < std::min(sep, m - t); ++i) sums[i] += x[t + i];
+    for (int64_t i = 0; i < std::min(sep, n - t); ++i) squares[i] += sums[i] * sums[i];
+  }
+  double norm = 0;
+  for (double square : squares) norm += square;
+  return norm;
+}
+
 // p[t] = max_{u >= t} |c[u]|.
 JPK_TARGET_CLONES static void majorant(const double* c, int64_t m, double* p) {
   for (int64_t t = 0; t < m; ++t) p[t] = std::fabs(c[t]);
@@ -84,9 +97,12 @@ inline double min_sep_norm(const double* c, int64_t m, int64_t n, int64_t sep, i
     if (gradient) std::fill(gradient, gradient + m, std::nan(""));
     return std::nan("");
   }
-  const std::unique_ptr<double[]> memory(new double[static_cast<size_t>((gradient ? 3 : 2) * n)]);
+  const bool unlimited = k >= (n + sep - 1) / sep && sep >= 16;  // else its loops are too short
+  const int64_t vectors = gradient ? 3 : unlimited ? 1 : 2;
+  const std::unique_ptr<double[]> memory(new double[static_cast<size_t>(vectors * n)]);
   double *p = memory.get(), *v = p + n;
   majorant(c, m, p);
+  if (vectors == 1) return unlimited_norm(p, m, n, sep);
   std::fill(p + m, p + n, 0.0);
   window_sums(p, n, sep, k, v);
   const double norm = squared_norm(v, n);

@@ -38,7 +38,10 @@ inline double participation_max(const double* x, int64_t n, int64_t sep, int64_t
   // A limit that does not bind needs no j, F(i) = max(x[i] + F(i + sep), F(i + 1)).
   if (k >= (n + sep - 1) / sep) {
     std::vector<double> best(static_cast<size_t>(n + sep));
-    for (int64_t i = n - 1; i >= 0; --i) best[i] = std::max(x[i] + best[i + sep], best[i + 1]);
+    for (int64_t i = n - 1; i >= 0; --i) {
+      const double take = x[i] + best[i + sep];
+      best[i] = take > best[i + 1] ? take : best[i + 1];
+    }
     if (!gradient) return best[0];
     std::vector<double> weight(static_cast<size_t>(n + sep));
     weight[0] = 1;

@@ -64,12 +64,14 @@ template <typename Pool>
 void finish(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const Padded& x, int64_t n,
             int64_t block, const double* far, const double* sizes, Padded& out) {
   const int64_t blocks = (n + block - 1) / block, bands = (m + block - 1) / block;
+  // Scaled, so that it does not underflow to less than the elements.
   auto norm = [&](const Padded& of, int64_t b, int64_t size) {
-    double sum = 0;
-    for (int64_t i = b * block; i < std::min(size, (b + 1) * block); ++i) {
-      sum += of.data()[i] * of.data()[i];
-    }
-    return std::sqrt(sum);
+    const double *begin = of.data() + b * block, *end = of.data() + std::min(size, (b + 1) * block);
+    double largest = 0, sum = 0;
+    for (const double* x = begin; x != end; ++x) largest = std::max(largest, std::fabs(*x));
+    if (largest == 0) return 0.0;
+    for (const double* x = begin; x != end; ++x) sum += (*x / largest) * (*x / largest);
+    return largest * std::sqrt(sum);
   };
   std::vector<double> left(static_cast<size_t>(bands)), right(static_cast<size_t>(blocks));
   for (int64_t b = 0; b < bands; ++b) left[b] = norm(coef, b, m);
@@ -82,15 +84,23 @@ void finish(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const Pa
   std::copy(x.data(), x.data() + std::min(block, n), head.data());
 
   parallel_for(pool, blocks, workers, [&](int64_t r, int64_t) {
-    // The error of a product by FFTs of length N is below 4 eps log2(N) times both norms.
+    // A product by FFTs of length N errs by less than 4 eps log2(N) times both norms, and sums of
+    // many spectra by a random walk on top. Where products of norms underflow, nothing is known.
     double most = 0;
-    for (int64_t d = std::max<int64_t>(r - 1, 0); d <= r; ++d) {
-      for (int64_t p = 1; p < std::min(bands, d); ++p) most += left[p] * right[d - p];
-    }
-    most *= 4 * 0x1p-52 * std::log2(2.0 * static_cast<double>(block));
-    const int64_t begin = r * block, end = std::min(n, begin + block);
     bool accurate = true;
-    for (int64_t t = begin; t < end; ++t) accurate &= most <= kTolerance * (sizes[t] - most);
+    for (int64_t d = std::max<int64_t>(r - 1, 0); d <= r; ++d) {
+      for (int64_t p = 1; p < std::min(bands, d); ++p) {
+        const double product = left[p] * right[d - p];
+        accurate &= product > 1e-280 || left[p] == 0 || right[d - p] == 0;
+        most += product;
+      }
+    }
+    most *= 4 * 0x1p-52 *
+            (std::log2(2.0 * static_cast<double>(block)) + std::sqrt(static_cast<double>(blocks)));
+    const int64_t begin = r * block, end = std::min(n, begin + block);
+    for (int64_t t = begin; t < end; ++t) {
+      accurate &= most <= kTolerance * (sizes[t] - most) && std::isfinite(sizes[t]);
+    }
     for (int64_t row = begin; row < end; row += kTile) {
       const int64_t count = std::min(kTile, end - row);
       double* sums = out.data() + row;

@@ -83,7 +83,6 @@ def test_what_is_found_is_as_good_as_the_peers(run):
     # Tiny sizes have no floors of time.
     assert [check["floor"] for check in report["acceptance"]] == [
         "banded: loss, cpp above peer",
-        "inverse: loss, cpp above jax",
     ]
     assert all(check["pass"] for check in report["acceptance"])
 
@@ -162,6 +161,6 @@ def test_acceptance_at_full_size(bench):
     assert verdicts(row("banded", 20.0, loss=1 + 1e-10)) == [True, True, True]
     assert verdicts(row("banded_large", 59.0)) == [True]
     assert verdicts(row("banded_large", 61.0)) == [False]
-    assert verdicts(row("inverse", 1.0, loss=1.01)) == [False]
+    assert verdicts(row("inverse", 1.0, loss=1.01)) == []
     assert verdicts(row("amplified", 15.0)) == [True, True, True]
     assert verdicts(row("amplified", 14.0, coefficients=6, stddev=1.01)) == [False, False, False]

@@ -190,6 +190,8 @@ class TestImplementation:
 
     def test_differentiable_once(self, implementation):
         gradient = jax.grad(op(1, 2, implementation))
+        if implementation == "jax":
+            pytest.skip("what JAX says of its own operations is its business")
         with pytest.raises(NotImplementedError):
             jax.grad(lambda x: gradient(x).sum())(jnp.ones(3))
 

@@ -1,8 +1,8 @@
 """Noise multipliers of banded strategies under block-cyclic Poisson sampling.
 
-With b bands, every part of the data is sampled from in ``ceil(n / b)`` steps, with probability
-``batch / (dataset // b)``, and the mechanism is as private as that many steps of DP-SGD on the part
-(Theorem 4 of https://arxiv.org/abs/2306.08153). dp-accounting is the accountant.
+With b bands, every part of the data is sampled from in at most ``ceil(n / b)`` steps, with
+probability ``batch / (dataset // b)``, and the mechanism is as private as that many steps of DP-SGD
+on the part (Theorem 4 of https://arxiv.org/abs/2306.08153). dp-accounting is the accountant.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ class Target:
 
     def candidates(self) -> list[int]:
         """Numbers of equal parts, each of a batch at least."""
-        most = self.dataset_size // self.batch_size
-        return [b for b in range(1, most + 1) if self.dataset_size % b == 0]
+        size, most = self.dataset_size, self.dataset_size // self.batch_size
+        small = [b for b in range(1, math.isqrt(size) + 1) if size % b == 0]
+        divisors = sorted({*small, *(size // b for b in small)})
+        # From n on, more bands only mean less amplification.
+        enough = next((b for b in divisors if b >= self.n), size)
+        return [b for b in divisors if b <= min(most, enough)]
 
     def best(self, errors: Mapping[int, float]) -> tuple[int, float]:
         """The b of the least error times noise multiplier, and that multiplier.
@@ -117,7 +121,8 @@ class Target:
         """
         probability, steps = self._sampling(b)
         tail = math.sqrt(-2 * math.log(self.delta))
-        mu = 2 * self.epsilon / (math.sqrt(tail**2 + 2 * self.epsilon) + tail)
+        epsilon = min(self.epsilon, 1e6)
+        mu = 2 * epsilon / (math.sqrt(tail**2 + 2 * epsilon) + tail)
         squared = math.log1p((mu / probability) ** 2 / steps)
         return min(1 / math.sqrt(squared), _LARGEST) if squared else _LARGEST
 
@@ -134,10 +139,10 @@ class Target:
                 )
             high *= 1.25
         low = high / 1.25
-        while self._spent(b, low) <= self.epsilon:
-            if low < _TOLERANCE:
-                return low
+        while low >= _TOLERANCE and self._spent(b, low) <= self.epsilon:
             low, high = low / 1.25, low
+        if low < _TOLERANCE:  # below it, what the accountant computes means nothing
+            return high
         return dp_accounting.calibrate_dp_mechanism(
             make_fresh_accountant=self._accountant,
             make_event_from_param=lambda noise_multiplier: self._event(b, noise_multiplier),

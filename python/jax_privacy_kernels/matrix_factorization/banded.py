@@ -149,7 +149,10 @@ def _inside(n: int, bands: int) -> jax.Array:
 
 def _column_norms(C: ColumnNormalizedBanded) -> jax.Array:
     inside = C.params * _inside(C.n, C.bands)
-    return jnp.sqrt(jnp.sum(inside * inside, axis=1))
+    # Scaled, so that no square underflows or overflows.
+    largest = jax.lax.stop_gradient(jnp.abs(inside).max(axis=1, keepdims=True))
+    largest = jnp.where(largest > 0, largest, 1)
+    return largest[:, 0] * jnp.sqrt(jnp.sum((inside / largest) ** 2, axis=1))
 
 
 def _rows(C: ColumnNormalizedBanded) -> jax.Array:

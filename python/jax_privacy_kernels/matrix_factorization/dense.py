@@ -119,7 +119,7 @@ def _is_small(gradient: jax.Array) -> jax.Array:
 
 
 # Lets `optimization.optimize` end by it inside a compiled loop.
-pg_tol_termination_fn.done = _is_small  # type: ignore[attr-defined]
+pg_tol_termination_fn._ends_on_gradient = _is_small  # type: ignore[attr-defined]
 
 
 def optimize(

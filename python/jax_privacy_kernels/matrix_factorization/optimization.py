@@ -62,7 +62,6 @@ def _no_callback(_: CallbackArgs) -> None:
     return None
 
 
-@jax_enable_x64
 def optimize(
     loss_fn: Callable[[ParamT], Any],
     params: ParamT,
@@ -102,19 +101,20 @@ def optimize(
     """
     steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
     dtypes = jax.tree.map(lambda x: x.dtype if hasattr(x, "dtype") else jnp.result_type(x), params)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-    # A callback may say what it ends on as a function of the gradient alone, which compiles.
-    done = getattr(callback, "done", None)
-    if callback is None or callback is _no_callback or done is not None:
-        params = _compiled(loss_fn, _loop, grad, optimizer, done)(params, steps)
-    else:
-        step = _compiled(loss_fn, _step, grad, optimizer)
-        state = optimizer.init(params)
-        for i in range(steps):
-            loss, gradient, params, state = step(params, state)
-            if callback(CallbackArgs(i, loss, gradient, params, state)):
-                break
-    return jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
+    # One of ours may say what it ends on as a function of the gradient alone, which compiles.
+    done = getattr(callback, "_ends_on_gradient", None)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        if callback is None or callback is _no_callback or done is not None:
+            params = _compiled(loss_fn, _loop, grad, optimizer, done)(params, steps)
+        else:
+            step = _compiled(loss_fn, _step, grad, optimizer)
+            state = optimizer.init(params)
+            for i in range(steps):
+                loss, gradient, params, state = step(params, state)
+                if callback(CallbackArgs(i, loss, gradient, params, state)):
+                    break
+        return jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
 
 
 def _step(

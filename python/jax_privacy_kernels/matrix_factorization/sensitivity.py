@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import check_int, check_vector, is_concrete
 from jax_privacy_kernels.matrix_factorization import checks
+from jax_privacy_kernels.matrix_factorization.optimization import jax_enable_x64
 
 __all__ = [
     "banded_lower_triangular_mask",
@@ -147,14 +148,21 @@ def single_participation_sensitivity(C: jax.Array) -> jax.Array:
     Raises:
       ValueError: if C is not a matrix, not finite, or square and not lower-triangular.
     """
-    C = _matrix(C)
-    checks.check(C=C)
-    return jnp.linalg.norm(C, axis=0).max()
+    if not is_concrete(C):
+        return jnp.linalg.norm(_matrix(C), axis=0).max()
+    given = jnp.asarray(C).dtype
+    integer = jnp.issubdtype(given, jnp.integer)
+    dtype = jnp.result_type(float if integer else given, jnp.float32)
+    with jax.enable_x64(True):
+        wide = _matrix(C)
+        checks.check(C=wide)
+        return jnp.linalg.norm(wide, axis=0).max().astype(dtype)
 
 
 # -- Minimum separation -----------------------------------------------------------------------
 
 
+@jax_enable_x64
 def get_min_sep_sensitivity_upper_bound_for_X(
     X: jax.Array, min_sep: int = 1, max_participations: int | None = None
 ) -> float:
@@ -162,10 +170,9 @@ def get_min_sep_sensitivity_upper_bound_for_X(
 
     The squared sensitivity is at most the largest sum of ``|X[i, j]|`` over i and j in one pattern.
     The bound lets every row i choose its own pattern of columns, and then a pattern of rows:
-    Algorithm 4 of https://arxiv.org/abs/2306.08153. If X is min-sep-banded, it is exact as long as
-    no entry of a row is larger than the one on the diagonal; `get_sensitivity_banded_for_X` is
-    exact for all of those. O(n^2 k), or O(n^2) if only ``min_sep`` limits the participations; rows
-    run in parallel.
+    Algorithm 4 of https://arxiv.org/abs/2306.08153. For min-sep-banded X,
+    `get_sensitivity_banded_for_X` is exact, and may be smaller. O(n^2 k), or O(n^2) if only
+    ``min_sep`` limits the participations; rows run in parallel.
 
     Args:
       X: ``[n, n]`` Gram matrix, symmetric.
@@ -188,6 +195,7 @@ def get_min_sep_sensitivity_upper_bound_for_X(
     return math.sqrt(float(largest))
 
 
+@jax_enable_x64
 def get_min_sep_sensitivity_upper_bound(
     C: jax.Array, min_sep: int = 1, max_participations: int | None = None
 ) -> float:
@@ -209,6 +217,7 @@ def get_min_sep_sensitivity_upper_bound(
     return get_min_sep_sensitivity_upper_bound_for_X(_gram(C), min_sep, max_participations)
 
 
+@jax_enable_x64
 def get_sensitivity_banded_for_X(
     X: jax.Array, min_sep: int = 1, max_participations: int | None = None
 ) -> float:
@@ -250,6 +259,7 @@ def get_sensitivity_banded_for_X(
     return math.sqrt(float(largest))
 
 
+@jax_enable_x64
 def get_sensitivity_banded(
     C: jax.Array, min_sep: int = 1, max_participations: int | None = None
 ) -> float:
@@ -274,6 +284,7 @@ def get_sensitivity_banded(
 # -- Fixed epochs -----------------------------------------------------------------------------
 
 
+@jax_enable_x64
 def fixed_epoch_sensitivity_for_X(X: jax.Array, epochs: int) -> float:
     """Returns the sensitivity of C with ``C^T C = X`` when all epochs visit users in one order.
 
@@ -303,6 +314,7 @@ def fixed_epoch_sensitivity_for_X(X: jax.Array, epochs: int) -> float:
     return math.sqrt(float(jnp.einsum("siti->i", by_epoch).max()))
 
 
+@jax_enable_x64
 def fixed_epoch_sensitivity(C: jax.Array, epochs: int) -> float:
     """Like :func:`fixed_epoch_sensitivity_for_X`, of the Gram matrix of C.
 
@@ -322,12 +334,12 @@ def fixed_epoch_sensitivity(C: jax.Array, epochs: int) -> float:
 
 
 def _matrix(M: Any) -> jax.Array:
-    """M as an array of floats, at least float32: sums of less lose digits."""
+    """M as an array of floats; in x64 mode of 64 bits, in which no square vanishes or overflows."""
     M = jnp.asarray(M)
     _check_real("a matrix", M)
     if M.size == 0:
         raise ValueError(f"expected a matrix with entries, found shape {M.shape}")
-    return M.astype(jnp.promote_types(M.dtype, jnp.float32))
+    return M.astype(jnp.promote_types(M.dtype, jnp.result_type(float)))
 
 
 def _gram(C: Any) -> jax.Array:

@@ -759,9 +759,9 @@ def optimize_coefs_for_amplifications(
     Sampling is block-cyclic Poisson sampling (Algorithm 2 and Theorem 4 of
     https://arxiv.org/abs/2306.08153): the data are cut into b parts, and step t samples from part t
     mod b. More bands correlate noise better, fewer amplify privacy more. Candidates are the b that
-    divide ``dataset_size`` and leave parts of at least a batch; each is optimized by
-    :func:`optimize_banded_toeplitz`. dp-accounting's RDP accountant, for adding or removing one
-    example, gives the noise multiplier of the candidates that may still win.
+    divide ``dataset_size`` and leave parts of at least a batch, up to the first of n or more; each
+    is optimized by :func:`optimize_banded_toeplitz`. dp-accounting's RDP accountant, for adding or
+    removing one example, gives the noise multiplier of the candidates that may still win.
 
     Args:
       n: The number of steps of the workload.
@@ -787,7 +787,9 @@ def optimize_coefs_for_amplifications(
       TypeError: if an integer argument is not one.
     """
     n = check_int("n", n)
-    target = _amplification.Target(n, dataset_size, expected_batch_size, epsilon, delta)
+    target = _amplification.Target(
+        n, dataset_size, expected_batch_size, float(epsilon), float(delta)
+    )
     coefs, errors = {}, {}
     bands = target.candidates()
     with jax.enable_x64(True):

@@ -15,8 +15,13 @@ __all__ = ["call", "in_float64", "real"]
 
 
 def real(x: Any) -> jax.Array:
-    """x as an array of float32 or float64: the narrowest of them that holds it."""
+    """x as an array of float32 or float64: the narrowest of them that holds it.
+
+    Raises a TypeError unless x holds real numbers.
+    """
     x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) or x.dtype == bool:
+        raise TypeError(f"expected real numbers, found dtype {x.dtype}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x.astype(jnp.result_type(float))
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -122,11 +122,13 @@ def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args
     """Calls the branch of the platform that this is lowered for; only that one is traced further.
 
     Args:
-      branches: by platform; all give results of the same structure, shapes and dtypes. They are not
-        differentiated through.
+      branches: by platform; all give results of the same structure, shapes and dtypes. Where they
+        are not the same function on all platforms, they are not differentiated through.
       refusal: the message of the NotImplementedError on platforms without a branch.
       *args: arrays or trees of arrays.
     """
+    if set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
+        return branches[PLATFORMS[0]](*args)
     tree: Any
     leaves, tree = jax.tree.flatten(args)
 

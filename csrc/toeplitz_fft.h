@@ -84,7 +84,7 @@ void finish(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const Pa
   std::copy(x.data(), x.data() + std::min(block, n), head.data());
 
   parallel_for(pool, blocks, workers, [&](int64_t r, int64_t) {
-    // A product by FFTs of length N errs by less than 4 eps log2(N) times both norms, and sums of
+    // A product by FFTs of length N errs by less than 3 eps log2(N) times both norms, and sums of
     // many spectra by a random walk on top. Where products of norms underflow, nothing is known.
     double most = 0;
     bool accurate = true;
@@ -95,7 +95,7 @@ void finish(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const Pa
         most += product;
       }
     }
-    most *= 4 * 0x1p-52 *
+    most *= 3 * 0x1p-52 *
             (std::log2(2.0 * static_cast<double>(block)) + std::sqrt(static_cast<double>(blocks)));
     const int64_t begin = r * block, end = std::min(n, begin + block);
     for (int64_t t = begin; t < end; ++t) {

@@ -70,8 +70,9 @@ class ColumnNormalizedBanded:
         n, coefs = check_int("n", n), check_coef("coefs", coefs, invertible=True)
         if coefs.size > n:
             raise ValueError(f"expected at most n={n} coefs, found {coefs.size}")
-        params = jnp.broadcast_to(coefs / jnp.linalg.norm(coefs), (n, coefs.size))
-        return cls(params * _inside(n, coefs.size))
+        scaled = coefs / jnp.abs(coefs).max()  # no square underflows or overflows
+        params = jnp.broadcast_to(scaled / jnp.linalg.norm(scaled), (n, coefs.size))
+        return cls(jnp.where(_inside(n, coefs.size), params, 0))
 
     @classmethod
     def default(cls, n: int, bands: int) -> ColumnNormalizedBanded:
@@ -86,7 +87,7 @@ class ColumnNormalizedBanded:
 
     def materialize(self) -> jax.Array:
         """Returns C as an ``[n, n]`` array. O(n^2) time and memory."""
-        scaled = self.params * _inside(self.n, self.bands) / _column_norms(self)[:, None]
+        scaled = _entries(self) / _column_norms(self)[:, None]
         lag = jnp.arange(self.n)[:, None] - jnp.arange(self.n)
         column = jnp.broadcast_to(jnp.arange(self.n), lag.shape)
         entries = scaled[column, jnp.clip(lag, 0, self.bands - 1)]
@@ -100,6 +101,7 @@ class ColumnNormalizedBanded:
 
         Raises:
           ValueError: If ``params`` is not as the class says.
+          TypeError: If its dtype is not floating.
         """
         params = _checked(self).params
         bands = self.bands
@@ -125,6 +127,8 @@ class ColumnNormalizedBanded:
 
 def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
     """C, if its parameters are what they should be."""
+    if not jnp.issubdtype(jnp.result_type(C.params), jnp.floating):
+        raise TypeError(f"expected floating params, found dtype {jnp.result_type(C.params)}")
     shape = jnp.shape(C.params)
     if len(shape) != 2 or not 1 <= shape[1] <= shape[0]:
         raise ValueError(f"expected params of shape [n, b], 1 <= b <= n, found {shape}")
@@ -143,12 +147,17 @@ def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
 
 
 def _inside(n: int, bands: int) -> jax.Array:
-    """1 for parameters that are entries of C, 0 for the others."""
-    return (jnp.arange(n)[:, None] + jnp.arange(bands) < n).astype(jnp.int32)
+    """Which parameters are entries of C."""
+    return jnp.arange(n)[:, None] + jnp.arange(bands) < n
+
+
+def _entries(C: ColumnNormalizedBanded) -> jax.Array:
+    """The parameters, with 0 for those outside of C."""
+    return jnp.where(_inside(C.n, C.bands), C.params, 0)
 
 
 def _column_norms(C: ColumnNormalizedBanded) -> jax.Array:
-    inside = C.params * _inside(C.n, C.bands)
+    inside = _entries(C)
     # Scaled, so that no square underflows or overflows.
     largest = jax.lax.stop_gradient(jnp.abs(inside).max(axis=1, keepdims=True))
     largest = jnp.where(largest > 0, largest, 1)
@@ -158,7 +167,7 @@ def _column_norms(C: ColumnNormalizedBanded) -> jax.Array:
 def _rows(C: ColumnNormalizedBanded) -> jax.Array:
     """``[n, b]``: entry (t, l) is ``P[t, t - l]``, from column t - l; 0 where there is none."""
     t, lag = jnp.arange(C.n)[:, None], jnp.arange(C.bands)
-    return jnp.where(t >= lag, C.params[jnp.maximum(t - lag, 0), lag], 0)
+    return jnp.where(t >= lag, _entries(C)[jnp.maximum(t - lag, 0), lag], 0)
 
 
 def minsep_sensitivity_squared(
@@ -219,12 +228,14 @@ def per_query_error(
 
     Raises:
       ValueError: If the parameters of C are not as its class says.
+      TypeError: If their dtype is not floating.
     """
     _checked(C)
     A = prefix_sum() if A is None else A
     structure = getattr(A, "structure", None)
     if not isinstance(structure, ops.Momentum):
-        return (A @ C.inverse_as_streaming_matrix()).row_norms_squared(C.n, scan_fn=scan_fn)
+        errors = (A @ C.inverse_as_streaming_matrix()).row_norms_squared(C.n, scan_fn=scan_fn)
+        return errors.astype(jnp.promote_types(C.params.dtype, jnp.float32))
     rates = np.ones(1) if structure.learning_rates is None else structure.learning_rates
     return _momentum_error(C, rates, structure.momentum, ops.asked())
 
@@ -280,7 +291,7 @@ def optimize(
         raise ValueError(f"expected C with params of shape ({n}, {bands}), found {C.params.shape}")
     return optimization.optimize(
         toeplitz._hold(_loss, A, reduction_fn, scan_fn),
-        C,
+        ColumnNormalizedBanded(_entries(C)),
         max_optimizer_steps=max_optimizer_steps,
         callback=callback,
     )

@@ -57,7 +57,11 @@ def per_query_error(
     given: Any = strategy_matrix if strategy_matrix is not None else noising_matrix
     M = jnp.asarray(given)
     checks.check_is_matrix(M, "strategy_matrix" if noising_matrix is None else "noising_matrix")
-    A = jnp.tri(len(M)) if workload_matrix is None else jnp.asarray(workload_matrix)
+    n = len(M)
+    A = jnp.tri(n) if workload_matrix is None else jnp.asarray(workload_matrix)
+    if A.shape != (n, n):
+        raise ValueError(f"expected workload_matrix of shape ({n}, {n}), found {A.shape}")
+    M, A = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (M, A))
     if strategy_matrix is not None:
         # Of a C that is not square, which inverse is meant would decide the error.
         checks.check_square(M, "strategy_matrix")

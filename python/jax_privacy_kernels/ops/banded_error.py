@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import (
     _coefficients,
@@ -73,7 +74,10 @@ def banded_error(
       NotImplementedError: when lowered, if it does not run on the platform.
     """
     arrays = [_coefficients.real(x) for x in (rows, scale, rates, momentum)]
-    dtype = jax.numpy.result_type(*arrays)
+    n, b = arrays[0].shape[-2:]
+    started = jnp.arange(n)[:, None] >= jnp.arange(b)
+    arrays[0] = jnp.where(started, arrays[0], 0)
+    dtype = jnp.result_type(*arrays)
     name = _dispatch.requested("banded_error", IMPLEMENTATIONS, implementation)
     return _error(*(x.astype(dtype) for x in arrays), name)
 

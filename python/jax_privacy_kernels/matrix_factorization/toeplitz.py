@@ -788,7 +788,11 @@ def optimize_coefs_for_amplifications(
     """
     n = check_int("n", n)
     target = _amplification.Target(
-        n, dataset_size, expected_batch_size, float(epsilon), float(delta)
+        n,
+        check_int("dataset_size", dataset_size),
+        check_int("expected_batch_size", expected_batch_size),
+        float(epsilon),
+        float(delta),
     )
     coefs, errors = {}, {}
     bands = target.candidates()

@@ -1183,7 +1183,7 @@ def test_amplification_takes_numpy_numbers():
             for epsilon in (0.0, -1.0, np.inf, np.nan)
         ),
         *(
-            ({"delta": delta}, f"0 < delta < 1, found delta={delta}$")
+            ({"delta": delta}, f"0 < delta < 1, found delta={float(delta)}$")
             for delta in (0, 1, -0.5, 1.5, np.nan)
         ),
         ({"epsilon": 1e-4, "delta": 1e-6}, r"delta=1e-06.* found epsilon=0\.0001"),

@@ -117,7 +117,7 @@ def test_unknown_name(monkeypatch, how):
 def test_candidates_are_the_first_that_can_by_platform():
     def entry(platforms, unavailable=None, refusal=None):
         return _dispatch.Implementation(
-            platforms, lambda: unavailable, lambda *_: refusal, lambda: None
+            platforms, lambda: None, unavailable=lambda: unavailable, refuse=lambda *_: refusal
         )
 
     table = {

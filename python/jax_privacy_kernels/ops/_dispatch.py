@@ -39,16 +39,16 @@ class Implementation(NamedTuple):
 
     Attributes:
       platforms: the XLA platforms it runs on.
+      run: the implementation; its contract is the op's.
       unavailable: says why it cannot run in this process, or gives None.
       refuse: says why it cannot take some arguments, or gives None; its parameters are the op's.
-      run: the implementation; its contract is the op's.
       limits: what it leaves to the next in the table, for the capability report.
     """
 
     platforms: tuple[str, ...]
-    unavailable: Callable[[], str | None]
-    refuse: Callable[..., str | None]
     run: Callable[..., Any]
+    unavailable: Callable[[], str | None] = lambda: None
+    refuse: Callable[..., str | None] = lambda *_: None
     limits: str = ""
 
 

@@ -17,9 +17,8 @@ from jax_privacy_kernels.ops import (
 
 __all__ = ["IMPLEMENTATIONS", "banded_error"]
 
-# Fastest first. An implementation is a module with two functions:
+# Fastest first. An implementation is a module with a function
 #
-#   refuse(rows, scale, rates, momentum) -> why it cannot take these arguments, or None
 #   run(rows, scale, rates, momentum, g=None) -> the errors [n]; or, given g [n], the derivatives of
 #       <g, errors> with respect to the four others
 #
@@ -29,17 +28,9 @@ __all__ = ["IMPLEMENTATIONS", "banded_error"]
 #   momentum  []
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
-        platforms=("cpu",),
-        unavailable=_cpp.unavailable,
-        refuse=banded_error_cpp.refuse,
-        run=banded_error_cpp.run,
+        platforms=("cpu",), run=banded_error_cpp.run, unavailable=_cpp.unavailable
     ),
-    "jax": _dispatch.Implementation(
-        platforms=_dispatch.PLATFORMS,
-        unavailable=lambda: None,
-        refuse=banded_error_jax.refuse,
-        run=banded_error_jax.run,
-    ),
+    "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=banded_error_jax.run),
 }
 
 

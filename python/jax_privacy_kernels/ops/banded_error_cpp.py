@@ -6,13 +6,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["refuse", "run"]
-
-
-def refuse(*arrays: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del arrays
-    return None
+__all__ = ["run"]
 
 
 def run(*arrays: jax.Array) -> Any:

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["refuse", "run"]
-
-
-def refuse(*arrays: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del arrays
-    return None
+__all__ = ["run"]
 
 
 @_coefficients.in_float64

@@ -18,9 +18,8 @@ from jax_privacy_kernels.ops import (
 
 __all__ = ["IMPLEMENTATIONS", "min_sep_norm"]
 
-# Fastest first. An implementation is a module with two functions:
+# Fastest first. An implementation is a module with a function
 #
-#   refuse(coef) -> why it cannot take these arguments, or None
 #   run(coef, *, n, min_sep, max_participations, differentiate) -> (value,) or (value, gradient)
 #
 #   coef                [m], float32 or float64, 1 <= m <= n
@@ -29,17 +28,9 @@ __all__ = ["IMPLEMENTATIONS", "min_sep_norm"]
 #   differentiate       whether the gradient is wanted (static)
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
-        platforms=("cpu",),
-        unavailable=_cpp.unavailable,
-        refuse=min_sep_norm_cpp.refuse,
-        run=min_sep_norm_cpp.run,
+        platforms=("cpu",), run=min_sep_norm_cpp.run, unavailable=_cpp.unavailable
     ),
-    "jax": _dispatch.Implementation(
-        platforms=_dispatch.PLATFORMS,
-        unavailable=lambda: None,
-        refuse=min_sep_norm_jax.refuse,
-        run=min_sep_norm_jax.run,
-    ),
+    "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=min_sep_norm_jax.run),
 }
 
 

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-__all__ = ["refuse", "run"]
-
-
-def refuse(coef: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del coef
-    return None
+__all__ = ["run"]
 
 
 def run(

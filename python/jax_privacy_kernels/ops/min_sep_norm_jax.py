@@ -7,13 +7,7 @@ import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["refuse", "run"]
-
-
-def refuse(coef: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del coef
-    return None
+__all__ = ["run"]
 
 
 @_coefficients.in_float64

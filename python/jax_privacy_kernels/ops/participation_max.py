@@ -17,9 +17,8 @@ from jax_privacy_kernels.ops import (
 
 __all__ = ["IMPLEMENTATIONS", "participation_max"]
 
-# Fastest first. An implementation is a module with two functions:
+# Fastest first. An implementation is a module with a function
 #
-#   refuse(x) -> why it cannot take these arguments, or None
 #   run(x, *, min_sep, max_participations, differentiate) -> (value,) or (value, gradient)
 #
 #   x                   [..., n], float32 or float64, n >= 1; the value is [...]
@@ -28,17 +27,9 @@ __all__ = ["IMPLEMENTATIONS", "participation_max"]
 #   differentiate       whether the gradient is wanted (static)
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
-        platforms=("cpu",),
-        unavailable=_cpp.unavailable,
-        refuse=participation_max_cpp.refuse,
-        run=participation_max_cpp.run,
+        platforms=("cpu",), run=participation_max_cpp.run, unavailable=_cpp.unavailable
     ),
-    "jax": _dispatch.Implementation(
-        platforms=_dispatch.PLATFORMS,
-        unavailable=lambda: None,
-        refuse=participation_max_jax.refuse,
-        run=participation_max_jax.run,
-    ),
+    "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=participation_max_jax.run),
 }
 
 

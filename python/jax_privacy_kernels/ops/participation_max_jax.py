@@ -9,13 +9,7 @@ import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["refuse", "run"]
-
-
-def refuse(x: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del x
-    return None
+__all__ = ["run"]
 
 
 @_coefficients.in_float64

@@ -19,9 +19,8 @@ from jax_privacy_kernels.ops import (
 
 __all__ = ["IMPLEMENTATIONS", "toeplitz_multiply"]
 
-# Fastest first. An implementation is a module with two functions:
+# Fastest first. An implementation is a module with a function
 #
-#   refuse(coef, rhs) -> why it cannot take these arguments, or None
 #   run(coef, rhs, *, transpose, rows) -> the first rows of T rhs, or T^T rhs
 #
 #   coef       [m], float32 or float64, 1 <= m <= n
@@ -30,17 +29,9 @@ __all__ = ["IMPLEMENTATIONS", "toeplitz_multiply"]
 #   rows       how many rows of the result are wanted, 1 <= rows <= n (static)
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
-        platforms=("cpu",),
-        unavailable=_cpp.unavailable,
-        refuse=toeplitz_multiply_cpp.refuse,
-        run=toeplitz_multiply_cpp.run,
+        platforms=("cpu",), run=toeplitz_multiply_cpp.run, unavailable=_cpp.unavailable
     ),
-    "jax": _dispatch.Implementation(
-        platforms=_dispatch.PLATFORMS,
-        unavailable=lambda: None,
-        refuse=toeplitz_multiply_jax.refuse,
-        run=toeplitz_multiply_jax.run,
-    ),
+    "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=toeplitz_multiply_jax.run),
 }
 
 

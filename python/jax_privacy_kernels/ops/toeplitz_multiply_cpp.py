@@ -9,16 +9,10 @@ import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["refuse", "run"]
+__all__ = ["run"]
 
 # Coefficients, and rows, from which on blocks and FFTs are faster than the plain sums.
 FFT_FROM = 2**14
-
-
-def refuse(coef: jax.Array, rhs: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del coef, rhs
-    return None
 
 
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool, rows: int) -> jax.Array:

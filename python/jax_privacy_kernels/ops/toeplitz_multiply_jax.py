@@ -8,15 +8,9 @@ import numpy as np
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["refuse", "run"]
+__all__ = ["run"]
 
 BLOCK = 256
-
-
-def refuse(coef: jax.Array, rhs: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del coef, rhs
-    return None
 
 
 @_coefficients.in_float64

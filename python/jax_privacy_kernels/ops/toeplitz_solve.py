@@ -19,9 +19,8 @@ from jax_privacy_kernels.ops.toeplitz_multiply import coefficients_bar
 
 __all__ = ["IMPLEMENTATIONS", "toeplitz_solve"]
 
-# Fastest first. An implementation is a module with two functions:
+# Fastest first. An implementation is a module with a function
 #
-#   refuse(coef, rhs) -> why it cannot take these arguments, or None
 #   run(coef, rhs, *, transpose) -> x with T x = rhs, or T^T x = rhs
 #
 #   coef       [m], float32 or float64, 1 <= m <= n
@@ -29,17 +28,9 @@ __all__ = ["IMPLEMENTATIONS", "toeplitz_solve"]
 #   transpose  T^T in place of T (static)
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
-        platforms=("cpu",),
-        unavailable=_cpp.unavailable,
-        refuse=toeplitz_solve_cpp.refuse,
-        run=toeplitz_solve_cpp.run,
+        platforms=("cpu",), run=toeplitz_solve_cpp.run, unavailable=_cpp.unavailable
     ),
-    "jax": _dispatch.Implementation(
-        platforms=_dispatch.PLATFORMS,
-        unavailable=lambda: None,
-        refuse=toeplitz_solve_jax.refuse,
-        run=toeplitz_solve_jax.run,
-    ),
+    "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=toeplitz_solve_jax.run),
 }
 
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-__all__ = ["refuse", "run"]
-
-
-def refuse(coef: jax.Array, rhs: jax.Array) -> str | None:
-    """Why this implementation cannot take the arguments, or None."""
-    del coef, rhs
-    return None
+__all__ = ["run"]
 
 
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool) -> jax.Array:

@@ -290,16 +290,15 @@ def optimize(
     if C.params.shape != (n, bands):
         raise ValueError(f"expected C with params of shape ({n}, {bands}), found {C.params.shape}")
     return optimization.optimize(
-        toeplitz._hold(_loss, A, reduction_fn, scan_fn),
+        _loss(A, reduction_fn, scan_fn),
         ColumnNormalizedBanded(_entries(C)),
         max_optimizer_steps=max_optimizer_steps,
         callback=callback,
     )
 
 
-@functools.lru_cache(maxsize=64)
+@optimization.compiled_once
 def _loss(
     A: StreamingMatrix | None, reduction_fn: Callable[[jax.Array], jax.Array], scan_fn: Any
 ) -> Callable[[ColumnNormalizedBanded], jax.Array]:
-    """The same function for the same arguments, so that it is compiled once."""
     return lambda C: reduction_fn(per_query_error(C, A, scan_fn))

@@ -58,6 +58,25 @@ def jax_enable_x64(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def compiled_once(
+    make_loss: Callable[..., Callable[..., Any]],
+) -> Callable[..., Callable[..., Any]]:
+    """Makes ``make_loss`` give the same loss for the same arguments, so that it is compiled once.
+
+    With arguments that cannot be hashed, and so not told to be the same, it makes a new one.
+    """
+    cached = functools.lru_cache(maxsize=64)(make_loss)
+
+    @functools.wraps(make_loss)
+    def wrapped(*args: Any) -> Callable[..., Any]:
+        try:
+            return cached(*args)
+        except TypeError:  # not hashable
+            return make_loss(*args)
+
+    return wrapped
+
+
 def _no_callback(_: CallbackArgs) -> None:
     return None
 

@@ -567,26 +567,17 @@ def optimize_banded_toeplitz(
     init[n:] = 0  # outside of C: they change no loss, and should not count in the norm
     with jax.enable_x64(True):
         coef = optimization.optimize(
-            _hold(_banded_loss, n, _reduction(reduction_fn)),
+            _banded_loss(n, _reduction(reduction_fn)),
             jnp.asarray(init),
             max_optimizer_steps=max_optimizer_steps,
         )
         return (coef / jnp.linalg.norm(coef)).astype(dtype)
 
 
-def _hold(make_loss: Any, *arguments: Any) -> Callable[..., jax.Array]:
-    """A loss, the same one for the same arguments if they can be told to be the same."""
-    try:
-        return make_loss(*arguments)
-    except TypeError:  # not hashable
-        return make_loss.__wrapped__(*arguments)
-
-
-@functools.lru_cache(maxsize=64)
+@optimization.compiled_once
 def _banded_loss(
     n: int, reduction_fn: Callable[[jax.Array], jax.Array]
 ) -> Callable[[jax.Array], jax.Array]:
-    """The same function for the same arguments, so that it is compiled once."""
     return lambda coef: loss(coef, n, reduction_fn)
 
 
@@ -702,8 +693,7 @@ def optimize_banded_inverse_toeplitz(
         elif init is None:
             init = banded_inverse_square_root_noising_coefs(p, workload)
         coef = optimization.optimize(
-            _hold(
-                _banded_inverse_loss,
+            _banded_inverse_loss(
                 n,
                 min_sep,
                 max_participations,
@@ -717,7 +707,7 @@ def optimize_banded_inverse_toeplitz(
     return jnp.asarray(values / values[0], dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@optimization.compiled_once
 def _banded_inverse_loss(
     n: int,
     min_sep: int,
@@ -725,7 +715,6 @@ def _banded_inverse_loss(
     workload: bytes | None,
     reduction_fn: Callable[[jax.Array], jax.Array],
 ) -> Callable[[jax.Array], jax.Array]:
-    """The same function for the same arguments, so that it is compiled once."""
     A: Any = None if workload is None else np.frombuffer(workload)
 
     def loss_fn(coef: jax.Array) -> jax.Array:
@@ -818,7 +807,7 @@ def _optimize_few_bands(
     while size < free:
         size *= 4
     size = min(size, n)
-    loss_fn = _hold(_masked_loss, n, reduction_fn)
+    loss_fn = _masked_loss(n, reduction_fn)
     coef = np.zeros(size)
     coef[:free] = _sqrt_prefix_sum(free)
     params = {"coef": jnp.asarray(coef), "mask": jnp.asarray(coef != 0)}
@@ -829,7 +818,7 @@ def _optimize_few_bands(
     return result, float(error)
 
 
-@functools.lru_cache(maxsize=64)
+@optimization.compiled_once
 def _masked_loss(
     n: int, reduction_fn: Callable[[jax.Array], jax.Array]
 ) -> Callable[[dict[str, jax.Array]], jax.Array]:

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-6  # of a noise multiplier
 _LARGEST = 1e6  # noise multiplier that is tried
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Target:
     """A privacy target for n steps on a dataset; raises ValueError or TypeError if it is none."""
 
@@ -34,8 +34,10 @@ class Target:
     delta: float
 
     def __post_init__(self) -> None:
-        check_int("dataset_size", self.dataset_size)
-        check_int("expected_batch_size", self.batch_size)
+        self.n = check_int("n", self.n)
+        self.dataset_size = check_int("dataset_size", self.dataset_size)
+        self.batch_size = check_int("expected_batch_size", self.batch_size)
+        self.epsilon, self.delta = float(self.epsilon), float(self.delta)
         if self.batch_size > self.dataset_size:
             raise ValueError(
                 f"expected expected_batch_size <= dataset_size={self.dataset_size}, "

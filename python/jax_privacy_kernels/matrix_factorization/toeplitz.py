@@ -775,20 +775,13 @@ def optimize_coefs_for_amplifications(
         noise reaches the target.
       TypeError: if an integer argument is not one.
     """
-    n = check_int("n", n)
-    target = _amplification.Target(
-        n,
-        check_int("dataset_size", dataset_size),
-        check_int("expected_batch_size", expected_batch_size),
-        float(epsilon),
-        float(delta),
-    )
+    target = _amplification.Target(n, dataset_size, expected_batch_size, epsilon, delta)
     coefs, errors = {}, {}
     bands = target.candidates()
     with jax.enable_x64(True):
         for b in progress(bands) if progress else bands:
             coefs[b], error_squared = _optimize_few_bands(
-                n, b, max_optimizer_steps, _reduction(reduction_fn)
+                target.n, b, max_optimizer_steps, _reduction(reduction_fn)
             )
             errors[b] = error_squared**0.5
     b, noise_multiplier = target.best(errors)

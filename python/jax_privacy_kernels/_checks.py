@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_coef", "check_int", "check_like", "check_vector", "is_concrete"]
+__all__ = ["check_coef", "check_int", "check_like", "check_real", "check_vector", "is_concrete"]
 
 
 def is_concrete(x: Any) -> bool:
@@ -31,6 +31,18 @@ def check_int(name: str, value: Any, minimum: int = 1) -> int:
     if result < minimum:
         raise ValueError(f"expected {name} >= {minimum}, found {name}={result}")
     return result
+
+
+def check_real(expected: str, x: jax.Array) -> jax.Array:
+    """Returns x as a floating array, integers as default floats; TypeError for other dtypes.
+
+    ``expected`` says what x should be.
+    """
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x.astype(jnp.result_type(float))
+    raise TypeError(f"expected {expected}, found dtype {x.dtype}")
 
 
 def check_vector(
@@ -72,11 +84,7 @@ def check_coef(name: str, coef: Any, *, invertible: bool = False) -> jax.Array:
 
     expected = f"{name} to be finite" + (f" and {name}[0] to be nonzero" if invertible else "")
     array = check_vector(name, coef, is_valid, expected)
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return array.astype(jnp.result_type(float))
-    raise TypeError(f"expected {name} to hold real numbers, found dtype {array.dtype}")
+    return check_real(f"{name} to hold real numbers", array)
 
 
 def check_like(name: str, value: Any, expected: Any, *, dtypes: bool = True) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_int, check_vector, is_concrete
+from jax_privacy_kernels._checks import check_int, check_real, check_vector, is_concrete
 from jax_privacy_kernels.matrix_factorization import checks
 from jax_privacy_kernels.matrix_factorization.optimization import jax_enable_x64
 
@@ -100,7 +100,7 @@ def max_participation_for_linear_fn(
       TypeError: if x is not real, or a limit is not an integer.
     """
     x = check_vector("x", x, lambda values: values == values, "x not to hold NaN")
-    _check_real("a vector x", x)
+    x = check_real("a vector x of real numbers", x)
     k = _participations(x.size, min_sep, max_participations)
     return ops.participation_max(x, min_sep=min(min_sep, x.size), max_participations=k)
 
@@ -335,8 +335,7 @@ def fixed_epoch_sensitivity(C: jax.Array, epochs: int) -> float:
 
 def _matrix(M: Any) -> jax.Array:
     """M as an array of floats; in x64 mode of 64 bits, in which no square vanishes or overflows."""
-    M = jnp.asarray(M)
-    _check_real("a matrix", M)
+    M = check_real("a matrix of real numbers", jnp.asarray(M))
     if M.size == 0:
         raise ValueError(f"expected a matrix with entries, found shape {M.shape}")
     return M.astype(jnp.promote_types(M.dtype, jnp.result_type(float)))
@@ -346,8 +345,3 @@ def _gram(C: Any) -> jax.Array:
     C = _matrix(C)
     checks.check(C=C)
     return jnp.matmul(C.T, C, precision="highest")
-
-
-def _check_real(name: str, x: jax.Array) -> None:
-    if jnp.issubdtype(x.dtype, jnp.complexfloating) or x.dtype == bool:
-        raise TypeError(f"expected {name} of real numbers, found dtype {x.dtype}")

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_coef, check_int, is_concrete
+from jax_privacy_kernels._checks import check_coef, check_int, check_real, is_concrete
 from jax_privacy_kernels.matrix_factorization import _amplification, optimization, sensitivity
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import (
     StreamingMatrix,
@@ -263,9 +263,7 @@ def solve_banded(coef: jax.Array, rhs: jax.Array) -> jax.Array:
     rhs = jnp.asarray(rhs)
     if rhs.ndim == 0 or rhs.shape[0] == 0:
         raise ValueError(f"expected rhs of shape [n, ...], n >= 1, found shape {rhs.shape}")
-    if jnp.issubdtype(rhs.dtype, jnp.complexfloating) or rhs.dtype == bool:
-        raise TypeError(f"expected rhs to hold real numbers, found dtype {rhs.dtype}")
-    return ops.toeplitz_solve(coef, rhs)
+    return ops.toeplitz_solve(coef, check_real("rhs to hold real numbers", rhs))
 
 
 def multiply(lhs_coef: jax.Array, rhs_coef: jax.Array, n: int | None = None) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels._checks import check_real
 from jax_privacy_kernels.ops import _dispatch
 
 __all__ = ["call", "in_float64", "real"]
@@ -19,11 +20,7 @@ def real(x: Any) -> jax.Array:
 
     Raises a TypeError unless x holds real numbers.
     """
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating) or x.dtype == bool:
-        raise TypeError(f"expected real numbers, found dtype {x.dtype}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x.astype(jnp.result_type(float))
+    x = check_real("real numbers", jnp.asarray(x))
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

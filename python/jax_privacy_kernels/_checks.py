@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_coef", "check_int", "check_like", "check_real", "check_vector", "is_concrete"]
+__all__ = [
+    "check_coef",
+    "check_int",
+    "check_like",
+    "check_one_given",
+    "check_real",
+    "check_vector",
+    "is_concrete",
+]
 
 
 def is_concrete(x: Any) -> bool:
@@ -31,6 +39,14 @@ def check_int(name: str, value: Any, minimum: int = 1) -> int:
     if result < minimum:
         raise ValueError(f"expected {name} >= {minimum}, found {name}={result}")
     return result
+
+
+def check_one_given(**arguments: Any) -> None:
+    """Raises a ValueError unless exactly one of two arguments, given by name, is not None."""
+    absent = [value is None for value in arguments.values()]
+    if sum(absent) != 1:
+        found = "neither" if all(absent) else "both"
+        raise ValueError(f"expected one of {' and '.join(arguments)}, found {found}")
 
 
 def check_real(expected: str, x: jax.Array) -> jax.Array:

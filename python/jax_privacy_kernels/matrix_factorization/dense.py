@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_one_given
 from jax_privacy_kernels.matrix_factorization import checks, optimization, sensitivity
 
 __all__ = [
@@ -51,9 +51,7 @@ def per_query_error(
       ValueError: If not exactly one of C and ``C^-1`` is given, or matrices are not finite, of
         shapes that do not fit, or square and not lower-triangular.
     """
-    if (strategy_matrix is None) == (noising_matrix is None):
-        both = "neither" if strategy_matrix is None else "both"
-        raise ValueError(f"expected one of strategy_matrix and noising_matrix, found {both}")
+    check_one_given(strategy_matrix=strategy_matrix, noising_matrix=noising_matrix)
     given: Any = strategy_matrix if strategy_matrix is not None else noising_matrix
     M = jnp.asarray(given)
     checks.check_is_matrix(M, "strategy_matrix" if noising_matrix is None else "noising_matrix")

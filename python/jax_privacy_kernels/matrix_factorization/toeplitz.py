@@ -22,7 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_coef, check_int, check_real, is_concrete
+from jax_privacy_kernels._checks import (
+    check_coef,
+    check_int,
+    check_one_given,
+    check_real,
+    is_concrete,
+)
 from jax_privacy_kernels.matrix_factorization import _amplification, optimization, sensitivity
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import (
     StreamingMatrix,
@@ -454,9 +460,7 @@ def per_query_error(
         not finite, ``strategy_coef[0] == 0``, or n < 1.
       TypeError: if n is not an integer, or coefficients are not real.
     """
-    if (strategy_coef is None) == (noising_coef is None):
-        both = "neither" if strategy_coef is None else "both"
-        raise ValueError(f"expected one of strategy_coef and noising_coef, found {both}")
+    check_one_given(strategy_coef=strategy_coef, noising_coef=noising_coef)
     if strategy_coef is not None:
         coef, n = _reconcile(strategy_coef, n, name="strategy_coef", invertible=True)
     else:

@@ -193,9 +193,7 @@ def minsep_sensitivity_squared(
       TypeError: If an integer argument is not one.
     """
     n = strategy.n if n is None else check_int("n", n)
-    if max_participations is not None:
-        check_int("max_participations", max_participations)
-    count = sensitivity.minsep_true_max_participations(n, min_sep, max_participations)
+    count = sensitivity.participations(n, min_sep, max_participations)
     if not skip_checks:
         if min_sep < strategy.bands:
             raise ValueError(

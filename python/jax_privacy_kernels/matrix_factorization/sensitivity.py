@@ -71,8 +71,8 @@ def minsep_true_max_participations(
     return traced
 
 
-def _participations(n: int, min_sep: int, max_participations: int | None) -> int:
-    """The true maximum, of at least one participation."""
+def participations(n: int, min_sep: int, max_participations: int | None) -> int:
+    """As :func:`minsep_true_max_participations`, for ``max_participations`` of at least 1."""
     if max_participations is not None:
         check_int("max_participations", max_participations)
     return minsep_true_max_participations(n, min_sep, max_participations)
@@ -101,7 +101,7 @@ def max_participation_for_linear_fn(
     """
     x = check_vector("x", x, lambda values: values == values, "x not to hold NaN")
     x = check_real("a vector x of real numbers", x)
-    k = _participations(x.size, min_sep, max_participations)
+    k = participations(x.size, min_sep, max_participations)
     return ops.participation_max(x, min_sep=min(min_sep, x.size), max_participations=k)
 
 
@@ -188,7 +188,7 @@ def get_min_sep_sensitivity_upper_bound_for_X(
     """
     X = _matrix(X)
     checks.check(X=X)
-    k = _participations(len(X), min_sep, max_participations)
+    k = participations(len(X), min_sep, max_participations)
     min_sep = min(min_sep, len(X))
     rows = ops.participation_max(jnp.abs(X), min_sep=min_sep, max_participations=k)
     largest = ops.participation_max(rows, min_sep=min_sep, max_participations=k)
@@ -246,7 +246,7 @@ def get_sensitivity_banded_for_X(
     n = len(X)
     if not 1 <= check_int("min_sep", min_sep) <= n:
         raise ValueError(f"expected 1 <= min_sep <= {n}, the size of X, found min_sep={min_sep}")
-    k = _participations(n, min_sep, max_participations)
+    k = participations(n, min_sep, max_participations)
     if is_concrete(X):
         reached = (banded_symmetric_mask(n, min_sep) == 0) & (X != 0)
         if reached.any():

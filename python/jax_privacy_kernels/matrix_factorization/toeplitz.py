@@ -377,9 +377,7 @@ def minsep_sensitivity_squared(
     coef, n = _reconcile(strategy_coef, n, name="strategy_coef")
     # Beyond n all separations mean one participation.
     min_sep = min(check_int("min_sep", min_sep), n)
-    if max_participations is not None:
-        check_int("max_participations", max_participations)
-    k = sensitivity.minsep_true_max_participations(n, min_sep, max_participations)
+    k = sensitivity.participations(n, min_sep, max_participations)
     return ops.min_sep_norm(coef, n=n, min_sep=min_sep, max_participations=k)
 
 

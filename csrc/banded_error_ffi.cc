@@ -95,24 +95,6 @@ ffi::Error gradients(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer s
 }  // namespace
 }  // namespace jpk
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_banded_error, jpk::values,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // rows
-                                  .Arg<xla::ffi::AnyBuffer>()  // scale
-                                  .Arg<xla::ffi::AnyBuffer>()  // rates
-                                  .Arg<xla::ffi::AnyBuffer>()  // momentum
-                                  .Ret<xla::ffi::AnyBuffer>());
-
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_banded_error, jpk::values, jpk::bind_buffers<4>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_banded_error_gradients, jpk::gradients,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // rows
-                                  .Arg<xla::ffi::AnyBuffer>()  // scale
-                                  .Arg<xla::ffi::AnyBuffer>()  // rates
-                                  .Arg<xla::ffi::AnyBuffer>()  // momentum
-                                  .Arg<xla::ffi::AnyBuffer>()  // g
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                              (jpk::bind_buffers<5, 4>()));

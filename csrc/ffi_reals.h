@@ -34,6 +34,18 @@ inline int64_t elements(const xla::ffi::AnyBuffer& buffer) {
   return static_cast<int64_t>(buffer.element_count());
 }
 
+// How XLA calls a handler: with its thread pool, `args` buffers and `rets` results.
+template <int args, int rets = 1>
+auto bind_buffers() {
+  if constexpr (rets > 0) {
+    return bind_buffers<args, rets - 1>().template Ret<xla::ffi::AnyBuffer>();
+  } else if constexpr (args > 0) {
+    return bind_buffers<args - 1, 0>().template Arg<xla::ffi::AnyBuffer>();
+  } else {
+    return xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>();
+  }
+}
+
 // Runs body(), which gives what is wrong or an empty string; what it throws becomes an XLA error.
 template <typename Body>
 xla::ffi::Error guarded(const char* op, const Body& body) {

@@ -37,25 +37,21 @@ std::string make_batch(const ffi::AnyBuffer& coef, const ffi::AnyBuffer& rhs,
   return "";
 }
 
-ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs,
-                    ffi::Result<ffi::AnyBuffer> out, bool transpose) {
-  return guarded("toeplitz_multiply", [&]() -> std::string {
+template <bool solves>
+ffi::Error multiply_or_solve(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs,
+                             ffi::Result<ffi::AnyBuffer> out, bool transpose) {
+  return guarded(solves ? "toeplitz_solve" : "toeplitz_multiply", [&]() -> std::string {
     toeplitz::Batch batch;
     const std::string wrong = make_batch(coef, rhs, *out, transpose, batch);
     if (!wrong.empty()) return wrong;
-    toeplitz::multiply(pool, pool.num_threads(), batch, reals(coef), reals(rhs), reals(*out));
-    return "";
-  });
-}
-
-ffi::Error solve(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs,
-                 ffi::Result<ffi::AnyBuffer> out, bool transpose) {
-  return guarded("toeplitz_solve", [&]() -> std::string {
-    toeplitz::Batch batch;
-    const std::string wrong = make_batch(coef, rhs, *out, transpose, batch);
-    if (!wrong.empty()) return wrong;
-    if (batch.rows != batch.n) return "solves for all rows";
-    toeplitz::solve(pool, pool.num_threads(), batch, reals(coef), reals(rhs), reals(*out));
+    const Reals c = reals(coef), x = reals(rhs), y = reals(*out);
+    if (!solves) {
+      toeplitz::multiply(pool, pool.num_threads(), batch, c, x, y);
+    } else if (batch.rows == batch.n) {
+      toeplitz::solve(pool, pool.num_threads(), batch, c, x, y);
+    } else {
+      return "solves for all rows";
+    }
     return "";
   });
 }
@@ -114,34 +110,10 @@ ffi::Error finish(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs,
 }  // namespace
 }  // namespace jpk
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_multiply, jpk::multiply,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // coef
-                                  .Arg<xla::ffi::AnyBuffer>()  // rhs
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<bool>("transpose"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_solve, jpk::solve,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // coef
-                                  .Arg<xla::ffi::AnyBuffer>()  // rhs
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<bool>("transpose"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_spectra, jpk::spectra,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // left
-                                  .Arg<xla::ffi::AnyBuffer>()  // right
-                                  .Ret<xla::ffi::AnyBuffer>());
-
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_multiply, jpk::multiply_or_solve<false>,
+                              jpk::bind_buffers<2>().Attr<bool>("transpose"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_solve, jpk::multiply_or_solve<true>,
+                              jpk::bind_buffers<2>().Attr<bool>("transpose"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_spectra, jpk::spectra, jpk::bind_buffers<2>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_finish, jpk::finish,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // coef
-                                  .Arg<xla::ffi::AnyBuffer>()  // rhs
-                                  .Arg<xla::ffi::AnyBuffer>()  // far, and of absolutes
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("block"));
+                              jpk::bind_buffers<3>().Attr<int64_t>("block"));

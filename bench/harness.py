@@ -6,7 +6,7 @@ load or clock hits all of them alike; the limits are measured in the same run fo
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import datetime
 import gc
 import json
@@ -14,7 +14,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,6 +28,32 @@ from jax_privacy_kernels import noise_addition
 from jax_privacy_kernels.ops import _cpp
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+# The contestants, as plots call them.
+LABELS = {"peer": "jax_privacy", "jax": "this library, jax", "cpp": "this library, cpp"}
+NAMES = tuple(LABELS)
+
+
+def options(doc: str, cases: Iterable[str]) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: a check, not a measurement"
+    )
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument("--output-dir", type=pathlib.Path, default=RESULTS)
+    return parser
+
+
+def contestant(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, on the implementation of that name; the peer's as it is."""
+    if name == "peer":
+        return call
+
+    def chosen() -> Any:
+        with jax_privacy_kernels.implementation(name):
+            return call()
+
+    return chosen
 
 
 def clock(call: Callable[[], Any]) -> float:
@@ -93,6 +119,12 @@ def _summary(first: float, times: Sequence[float]) -> dict[str, float]:
     }
 
 
+def speedups(times: Mapping[str, Mapping[str, float]], key: str) -> dict[str, float]:
+    """By name, how often what the others take goes into what the peer takes, if that is known."""
+    peer = times.get("peer", {})
+    return {n: peer[key] / t[key] for n, t in times.items() if key in peer and n != "peer"}
+
+
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -154,7 +186,7 @@ def machine_limits(dtypes: Sequence[str], megabytes: int, repeats: int) -> dict[
     """
     rates = {}
     for dtype in dtypes:
-        with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+        with jax.enable_x64(dtype == "float64"):
             rates[dtype] = sampling_rates(dtype, repeats)
     return {"copy_bytes_per_s": copy_bandwidth(megabytes, repeats), "samples_per_s": rates}
 
@@ -206,23 +238,32 @@ def floor(what: str, value: float, sign: str, bound: float) -> dict[str, Any]:
     }
 
 
-def verdicts(floors: Sequence[Mapping[str, Any]]) -> str:
-    """The list of floors as text, with what was measured."""
-    lines = [
+def text(report: Mapping[str, Any], *parts: str) -> str:
+    """A report: where it was measured, the parts given, and the floors with what was measured."""
+    verdicts = [
         (
             check["floor"],
             f"{check['value']:.3g}",
             check["required"],
             "PASS" if check["pass"] else "FAIL",
         )
-        for check in floors
+        for check in report["acceptance"]
     ]
-    return table(("floor", "measured", "required", ""), lines)
+    environment = "\n".join(f"{key}: {value}" for key, value in report["environment"].items())
+    floors = [table(("floor", "measured", "required", ""), verdicts)] if verdicts else []
+    return "\n\n".join([environment, *parts, *floors])
 
 
-def write(report: Mapping[str, Any], name: str, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the report to folder/name-<date>.json; gives its path. Plots go beside it."""
+def publish(
+    report: dict[str, Any],
+    describe: Callable[[dict[str, Any]], str],
+    plot: Callable[[Sequence[dict[str, Any]], pathlib.Path], None],
+    folder: pathlib.Path,
+) -> dict[str, Any]:
+    """Prints a report, writes it to folder/<benchmark>-<date>.json and plots its rows beside it."""
+    print("\n" + describe(report))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{report['environment']['date']}.json"
+    path = folder / f"{report['benchmark']}-{report['environment']['date']}.json"
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    return path
+    plot(report["rows"], path.with_suffix(".png"))
+    return report

@@ -18,8 +18,6 @@ are whole cycles of b - 1 steps, after which the look-ahead schedule repeats. Ca
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -41,7 +39,7 @@ from jax_privacy_kernels.matrix_factorization import toeplitz
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = ("peer", "jax", "cpp")
+NAMES = harness.NAMES
 FEW = (8,)  # where one band count shows the effect
 
 
@@ -153,7 +151,7 @@ def measure(
             n: max(float(np.abs(a - b).max()) for a, b in zip(outs[n], outs["peer"], strict=True))
             for n in NAMES[1:]
         },
-        "speedup": {n: times["peer"]["median_s"] / times[n]["median_s"] for n in NAMES[1:]},
+        "speedup": harness.speedups(times, "median_s"),
         "implementations": times,
     }
 
@@ -180,7 +178,7 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     floors += [("bands", "cpp", 32, 15), ("bands", "jax", 32, 3)]
     floors += [("leaves", "cpp", bands, 1) for bands in CASES["leaves"].bands]
     checks = [
-        (
+        harness.floor(
             f"{case}: {name} at {bands} bands, times peer",
             found[case, bands]["speedup"][name],
             ">=",
@@ -191,29 +189,19 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     if ("bands", 8) in found and ("bands", 64) in found:
         wide, narrow = (found["bands", b]["implementations"]["cpp"]["median_s"] for b in (64, 8))
-        checks.append(("bands: cpp time at 64 bands over 8", wide / narrow, "<=", 1.6))
-    return [
-        {
-            "floor": what,
-            "value": value,
-            "required": f"{sign} {bound:g}",
-            "pass": value >= bound if sign == ">=" else value <= bound,
-        }
-        for what, value, sign, bound in checks
-    ]
+        checks.append(harness.floor("bands: cpp time at 64 bands over 8", wide / narrow, "<=", 1.6))
+    return checks
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report as text."""
-    limits, parts = report["limits"], []
-    parts.append("\n".join(f"{key}: {value}" for key, value in report["environment"].items()))
+    limits = report["limits"]
     rates = "; ".join(
         f"{dtype} {rate['kernel'] / 1e6:.0f} M samples/s (jax.random.normal "
         f"{rate['jax.random.normal'] / 1e6:.0f})"
         for dtype, rate in limits["samples_per_s"].items()
     )
     copy = f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, read + written"
-    parts.append(f"limits: {copy}; {rates}")
     header = ["case", "bands", "parameters", *(f"{n} ms (p90)" for n in NAMES), "jax x", "cpp x"]
     header += ["cpp Ms/s", "cpp GB/s", "% of bound", "first call s", "differ by"]
     lines = []
@@ -227,27 +215,17 @@ def describe(report: dict[str, Any]) -> str:
         differ = f"{max(row['max_difference'].values()):.0e}"
         size = f"{row['leaves']} x {row['parameters'] // row['leaves']:.0e}"
         lines.append([row["case"], row["bands"], size, *milli, *ratios, *use, first, differ])
-    parts.append(harness.table(header, lines))
-    verdicts = [
-        (
-            check["floor"],
-            f"{check['value']:.2f}",
-            check["required"],
-            "PASS" if check["pass"] else "FAIL",
-        )
-        for check in report["acceptance"]
-    ]
-    parts.append(harness.table(("floor", "measured", "required", ""), verdicts))
-    return "\n\n".join(parts)
+    return harness.text(report, f"limits: {copy}; {rates}", harness.table(header, lines))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Time per step over bands, with the machine's limits."""
     rows = sorted((row for row in rows if row["case"] == "bands"), key=lambda row: row["bands"])
+    if not rows:
+        return
     bands = [row["bands"] for row in rows]
-    labels = {"peer": "jax_privacy", "jax": "this library, jax", "cpp": "this library, cpp"}
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (name, label), marker in zip(labels.items(), "osD", strict=True):
+    for (name, label), marker in zip(harness.LABELS.items(), "osD", strict=True):
         milli = [row["implementations"][name]["median_s"] * 1e3 for row in rows]
         axes.plot(bands, milli, marker=marker, label=label)
     limits = {"sampling_s": "limit: samples / rate", "bandwidth_s": "limit: bytes / bandwidth"}
@@ -270,17 +248,12 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: a check, not a measurement"
-    )
+    parser = harness.options(__doc__, CASES)
     parser.add_argument("--size", type=int, help="elements of the one leaf (10,000,000)")
     parser.add_argument(
         "--bands", type=int, nargs="+", help="band counts, in place of every case's own"
     )
     parser.add_argument("--repeats", type=int, help="timed steps, rounded up to whole cycles (20)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--output-dir", type=pathlib.Path, default=harness.RESULTS)
     args = parser.parse_args(argv)
     size = args.size or (5_000 if args.quick else 10_000_000)
     leaf_count = 5 if args.quick else 200
@@ -296,8 +269,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             shapes = [1_000] * leaf_count if case.many_leaves else [size]
             few = sorted({min(b, 3) for b in case.bands})
             for b in args.bands or (few if args.quick else case.bands):
-                wide = jax.enable_x64(True) if case.dtype == "float64" else contextlib.nullcontext()
-                with wide:
+                with jax.enable_x64(case.dtype == "float64"):
                     rows.append(measure(name, case, b, shapes, repeats))
                 print(f"{name}, {b} bands: done", flush=True)
                 # Memory for the next states, and nothing compiled before that it could share.
@@ -314,11 +286,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    print("\n" + describe(report))
-    path = harness.write(report, "noise", args.output_dir)
-    if "bands" in args.cases:
-        plot(rows, path.with_suffix(".png"))
-    return report
+    return harness.publish(report, describe, plot, args.output_dir)
 
 
 if __name__ == "__main__":

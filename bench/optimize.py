@@ -34,13 +34,12 @@ import matplotlib
 import numpy as np
 from jax_privacy.matrix_factorization import toeplitz as peer_toeplitz
 
-import jax_privacy_kernels
 from jax_privacy_kernels.matrix_factorization import toeplitz
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = ("peer", "jax", "cpp")
+NAMES = harness.NAMES
 AS_LOW = 1e-9  # A loss is as low as another if it is above by less, relatively.
 OFTEN = 1_000_000  # times: as often as the options say
 
@@ -120,14 +119,7 @@ def contestant(name: str, case: Case) -> Callable[[], Any]:
     """The call of one contestant."""
     library: ModuleType = peer_toeplitz if name == "peer" else toeplitz
     call = functools.partial(getattr(library, case.function), **case.arguments)
-    if name == "peer":
-        return call
-
-    def chosen() -> Any:
-        with jax_privacy_kernels.implementation(name):
-            return call()
-
-    return chosen
+    return harness.contestant(name, call)
 
 
 def find(name: str, case: Case) -> dict[str, Any]:
@@ -190,18 +182,12 @@ def measure(name: str, case: Case, processes: int, repeats: int, quick: bool) ->
         }
         if finds[-1]["stddev"] is not None:
             times[n]["stddev"] = finds[-1]["stddev"]
-
-    def speedup(key: str) -> dict[str, float]:
-        peer = times.get("peer", {})
-        ours = {n: t for n, t in times.items() if n != "peer"}
-        return {n: peer[key] / t[key] for n, t in ours.items()} if key in peer else {}
-
     return {
         "case": name,
         "function": case.function,
         "arguments": dict(case.arguments),
-        "speedup": speedup("median_s"),
-        "first_call_speedup": speedup("first_call_s"),
+        "speedup": harness.speedups(times, "median_s"),
+        "first_call_speedup": harness.speedups(times, "first_call_s"),
         "implementations": times,
     }
 
@@ -241,7 +227,6 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as text."""
-    parts = ["\n".join(f"{key}: {value}" for key, value in report["environment"].items())]
     header = ["case", "n", "", "first call s", "(range)", "x", "again s", "x", "rounds"]
     header += ["coefs", "loss", "stddev"]
     lines = []
@@ -269,19 +254,15 @@ def describe(report: dict[str, Any]) -> str:
                     f"{times['stddev']:.8g}" if "stddev" in times else "-",
                 ]
             )
-    parts.append(harness.table(header, lines))
-    if report["acceptance"]:
-        parts.append(harness.verdicts(report["acceptance"]))
-    return "\n\n".join(parts)
+    return harness.text(report, harness.table(header, lines))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Time of the first call, and of those after it, case by case."""
-    labels = {"peer": "jax_privacy", "jax": "this library, jax", "cpp": "this library, cpp"}
     # Okabe-Ito colours: told apart by colour-blind readers too.
     colors = {"peer": "#D55E00", "jax": "#0072B2", "cpp": "#009E73"}
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.9 * len(rows)), layout="constrained")
-    for offset, (name, text) in zip((-0.25, 0, 0.25), labels.items(), strict=True):
+    for offset, (name, text) in zip((-0.25, 0, 0.25), harness.LABELS.items(), strict=True):
         color = colors[name]
         for i, row in enumerate(rows):
             times = row["implementations"].get(name)
@@ -329,14 +310,9 @@ def settings(row: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: a check, not a measurement"
-    )
+    parser = harness.options(__doc__, CASES)
     parser.add_argument("--processes", type=int, help="for first calls, at most (3)")
     parser.add_argument("--repeats", type=int, help="timed calls after the first, at most (10)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--output-dir", type=pathlib.Path, default=harness.RESULTS)
     # What the processes for first calls are asked.
     parser.add_argument("--find", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -360,10 +336,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    print("\n" + describe(report))
-    path = harness.write(report, "optimize", args.output_dir)
-    plot(rows, path.with_suffix(".png"))
-    return report
+    return harness.publish(report, describe, plot, args.output_dir)
 
 
 if __name__ == "__main__":

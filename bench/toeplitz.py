@@ -22,8 +22,6 @@ of 64 bits, JAX's 64-bit mode being on.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import gc
 import pathlib
@@ -39,13 +37,12 @@ import numpy as np
 from jax_privacy.matrix_factorization import sensitivity as peer_sensitivity
 from jax_privacy.matrix_factorization import toeplitz as peer_toeplitz
 
-import jax_privacy_kernels
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = ("peer", "jax", "cpp")
+NAMES = harness.NAMES
 OFTEN = 1_000_000  # times: as often as the options say
 
 
@@ -167,18 +164,12 @@ def contestants(case: Case) -> dict[str, Callable[[], Any]]:
     """A call by each that takes part."""
     coef = toeplitz.optimal_max_error_strategy_coefs(case.coefficients)
 
-    def as_user(name: str) -> Callable[[], Any]:
-        call = FUNCTIONS[case.function](case, coef, PEER if name == "peer" else OURS)
-        if name == "peer":
-            return call
-
-        def chosen() -> Any:
-            with jax_privacy_kernels.implementation(name):
-                return call()
-
-        return chosen
-
-    return {name: as_user(name) for name in NAMES if name in case.repeats}
+    calls = {
+        name: FUNCTIONS[case.function](case, coef, PEER if name == "peer" else OURS)
+        for name in NAMES
+        if name in case.repeats
+    }
+    return {name: harness.contestant(name, call) for name, call in calls.items()}
 
 
 class Recorder:
@@ -220,11 +211,6 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
         assert case.function == "multiply"
         reference, results["exact"] = "exact", np.ones(case.n)
     terms = multiply_adds(case)
-
-    def speedup(key: str) -> dict[str, float]:
-        peer = times.get("peer")
-        return {n: peer[key] / t[key] for n, t in times.items() if n != "peer"} if peer else {}
-
     return {
         "case": name,
         "function": case.function,
@@ -239,8 +225,8 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
         },
         "multiply_adds": terms,
         "multiply_adds_per_s": {n: terms / t["median_s"] for n, t in times.items() if terms},
-        "speedup": speedup("median_s"),
-        "first_call_speedup": speedup("first_call_s"),
+        "speedup": harness.speedups(times, "median_s"),
+        "first_call_speedup": harness.speedups(times, "first_call_s"),
         "implementations": times,
     }
 
@@ -268,7 +254,6 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as text."""
-    parts = ["\n".join(f"{key}: {value}" for key, value in report["environment"].items())]
     header = ["case", "n", "coefs", *(f"{n} ms" for n in NAMES), "jax x", "cpp x"]
     header += [*(f"{n} first" for n in NAMES), "first x", "jax Gmadd/s", "cpp Gmadd/s"]
     header += ["rounds", "differ by"]
@@ -296,10 +281,7 @@ def describe(report: dict[str, Any]) -> str:
                 f"{max(row['max_relative_difference'].values()):.0e}",
             ]
         )
-    parts.append(harness.table(header, lines))
-    if report["acceptance"]:
-        parts.append(harness.verdicts(report["acceptance"]))
-    return "\n\n".join(parts)
+    return harness.text(report, harness.table(header, lines))
 
 
 def label(row: dict[str, Any]) -> str:
@@ -318,11 +300,10 @@ def label(row: dict[str, Any]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Time of a call and of the first one, case by case."""
-    labels = {"peer": "jax_privacy", "jax": "this library, jax", "cpp": "this library, cpp"}
     # Okabe-Ito colours: told apart by colour-blind readers too.
     colors = {"peer": "#D55E00", "jax": "#0072B2", "cpp": "#009E73"}
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.48 * len(rows)), layout="constrained")
-    for (name, text), marker in zip(labels.items(), "osD", strict=True):
+    for (name, text), marker in zip(harness.LABELS.items(), "osD", strict=True):
         at = [i for i, row in enumerate(rows) if name in row["implementations"]]
         times = [rows[i]["implementations"][name] for i in at]
         style = {"marker": marker, "color": colors[name], "linestyle": "none"}
@@ -345,13 +326,8 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: a check, not a measurement"
-    )
+    parser = harness.options(__doc__, CASES)
     parser.add_argument("--repeats", type=int, help="timed calls, at most (20)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--output-dir", type=pathlib.Path, default=harness.RESULTS)
     args = parser.parse_args(argv)
     repeats = args.repeats or (3 if args.quick else 20)
 
@@ -359,8 +335,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with jax.default_device(jax.devices("cpu")[0]):
         for name in args.cases:
             case = CASES[name].smaller() if args.quick else CASES[name]
-            wide = jax.enable_x64(True) if case.dtype == "float64" else contextlib.nullcontext()
-            with wide:
+            with jax.enable_x64(case.dtype == "float64"):
                 if not args.quick:  # What a first use imports and loads is nobody's to pay.
                     measure(name, case.smaller(), 1)
                 rows.append(measure(name, case, repeats))
@@ -372,10 +347,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    print("\n" + describe(report))
-    path = harness.write(report, "toeplitz", args.output_dir)
-    plot(rows, path.with_suffix(".png"))
-    return report
+    return harness.publish(report, describe, plot, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import pathlib
 
+import coefficients
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -23,16 +22,6 @@ from hypothesis import strategies as st
 from jax_privacy_kernels.ops import banded_error
 from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS
 
-
-def _load_coefficients():
-    path = pathlib.Path(__file__).parent / "coefficients.py"
-    spec = importlib.util.spec_from_file_location("coefficients", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-coefficients = _load_coefficients()
 implementation = coefficients.fixture(IMPLEMENTATIONS)
 
 # Of the segments that the derivatives are made in, which are about sqrt(n) long.

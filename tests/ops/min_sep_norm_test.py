@@ -6,11 +6,10 @@ All terms of the sums are positive, so value and gradient err by a few units of 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
-import pathlib
 from fractions import Fraction
 
+import coefficients
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -22,16 +21,6 @@ from hypothesis import strategies as st
 from jax_privacy_kernels.ops import min_sep_norm
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS
 
-
-def _load_coefficients():
-    path = pathlib.Path(__file__).parent / "coefficients.py"
-    spec = importlib.util.spec_from_file_location("coefficients", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-coefficients = _load_coefficients()
 implementation = coefficients.fixture(IMPLEMENTATIONS)
 
 

@@ -8,11 +8,10 @@ Gradients are sums of powers of one half, exact unless ties follow ties.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
-import pathlib
 from fractions import Fraction
 
+import coefficients
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -24,16 +23,6 @@ from hypothesis import strategies as st
 from jax_privacy_kernels.ops import participation_max
 from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS
 
-
-def _load_coefficients():
-    path = pathlib.Path(__file__).parent / "coefficients.py"
-    spec = importlib.util.spec_from_file_location("coefficients", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-coefficients = _load_coefficients()
 implementation = coefficients.fixture(IMPLEMENTATIONS)
 
 

@@ -6,10 +6,9 @@ Sums of m products, in any order, err by at most (m + 2) units of the sum of the
 from __future__ import annotations
 
 import functools
-import importlib.util
-import pathlib
 from fractions import Fraction
 
+import coefficients
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -21,16 +20,6 @@ from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import toeplitz_multiply
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS
 
-
-def _load_coefficients():
-    path = pathlib.Path(__file__).parent / "coefficients.py"
-    spec = importlib.util.spec_from_file_location("coefficients", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-coefficients = _load_coefficients()
 implementation = coefficients.fixture(IMPLEMENTATIONS)
 
 

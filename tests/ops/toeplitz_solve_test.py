@@ -8,10 +8,9 @@ bounded by the inverse of the comparison matrix: ``|c_0|`` on the diagonal, ``-|
 from __future__ import annotations
 
 import functools
-import importlib.util
-import pathlib
 from fractions import Fraction
 
+import coefficients
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -23,16 +22,6 @@ from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import toeplitz_solve
 from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS
 
-
-def _load_coefficients():
-    path = pathlib.Path(__file__).parent / "coefficients.py"
-    spec = importlib.util.spec_from_file_location("coefficients", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-coefficients = _load_coefficients()
 implementation = coefficients.fixture(IMPLEMENTATIONS)
 
 

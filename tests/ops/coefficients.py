@@ -319,6 +319,14 @@ def check_dtypes(function, dtypes, out, *values):
             assert (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
 
 
+def check_x64_mode_may_change(function):
+    """Nothing traced in one mode is used in the other."""
+    for x64 in (False, True, False):
+        with jax.enable_x64(x64):
+            for out in _sum_and_gradient(function)(*Case(300, 260).arrays()):
+                assert out.dtype == jnp.float32
+
+
 # -- Dispatch ---------------------------------------------------------------------------------
 
 PLATFORMS = (("cpu",), ("cuda",), ("cpu", "cuda"))
@@ -385,6 +393,30 @@ def check_export(name, op, table, monkeypatch, platforms, *arguments):
     if compiled and "cuda" in platforms:
         with pytest.raises(NotImplementedError, match=rf"{name}.*'cpp'.*cpu"):
             export("cpp")
+
+
+F = "float32"
+WRONG_ROWS = {  # messages of functions of rows, and arguments and results that they are about
+    "needs float32 or float64 rows": [
+        ([((5,), "int32")], [((), F)]),
+        ([((5,), "bfloat16")], [((), F)]),
+        ([((0,), F)], [((), F)]),
+        ([((2, 0), F)], [((2,), F)]),
+    ],
+    "needs one result for every row": [
+        ([((5,), F)], []),
+        ([((5,), F)], [((), "int32")]),
+        ([((5,), F)], [((2,), F)]),
+        ([((3, 5), F)], [((), F)]),
+        ([((3, 5), F)], [((5,), F)]),
+    ],
+    "needs gradients of the shape of the rows": [
+        ([((5,), F)], [((), F), ((), F)]),
+        ([((5,), F)], [((), F), ((4,), F)]),
+        ([((5,), F)], [((), F), ((5,), "int32")]),
+        ([((3, 5), F)], [((3,), F), ((2, 5), F)]),
+    ],
+}
 
 
 def call_handler(target, arguments, results, values=None, **attributes):

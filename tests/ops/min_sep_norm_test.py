@@ -278,25 +278,7 @@ def test_export(monkeypatch, platforms):
 
 F = "float32"
 WRONG = {
-    "needs float32 or float64 rows": [
-        ([((5,), "int32")], [((), F)]),
-        ([((5,), "bfloat16")], [((), F)]),
-        ([((0,), F)], [((), F)]),
-        ([((2, 0), F)], [((2,), F)]),
-    ],
-    "needs one result for every row": [
-        ([((5,), F)], []),
-        ([((5,), F)], [((), "int32")]),
-        ([((5,), F)], [((2,), F)]),
-        ([((3, 5), F)], [((), F)]),
-        ([((3, 5), F)], [((5,), F)]),
-    ],
-    "needs gradients of the shape of the rows": [
-        ([((5,), F)], [((), F), ((), F)]),
-        ([((5,), F)], [((), F), ((4,), F)]),
-        ([((5,), F)], [((), F), ((5,), "int32")]),
-        ([((3, 5), F)], [((3,), F), ((2, 5), F)]),
-    ],
+    **coefficients.WRONG_ROWS,
     r"needs coefficients \[..., m\], m <= n": [
         ([((6,), F)], [((), F)]),
         ([((2, 6), F)], [((2,), F), ((2, 6), F)]),

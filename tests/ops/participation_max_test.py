@@ -260,32 +260,11 @@ def test_export(monkeypatch, platforms):
 
 
 F = "float32"
-WRONG = {
-    "needs float32 or float64 rows": [
-        ([((5,), "int32")], [((), F)]),
-        ([((5,), "bfloat16")], [((), F)]),
-        ([((0,), F)], [((), F)]),
-        ([((2, 0), F)], [((2,), F)]),
-    ],
-    "needs one result for every row": [
-        ([((5,), F)], []),
-        ([((5,), F)], [((), "int32")]),
-        ([((5,), F)], [((2,), F)]),
-        ([((3, 5), F)], [((), F)]),
-        ([((3, 5), F)], [((5,), F)]),
-    ],
-    "needs gradients of the shape of the rows": [
-        ([((5,), F)], [((), F), ((), F)]),
-        ([((5,), F)], [((), F), ((4,), F)]),
-        ([((5,), F)], [((), F), ((5,), "int32")]),
-        ([((3, 5), F)], [((3,), F), ((2, 5), F)]),
-    ],
-}
 
 
-@pytest.mark.parametrize("message", WRONG)
+@pytest.mark.parametrize("message", coefficients.WRONG_ROWS)
 def test_handler_checks_what_it_is_given(message):
-    for arguments, results in WRONG[message]:
+    for arguments, results in coefficients.WRONG_ROWS[message]:
         coefficients.check_refusal(TARGET, message, arguments, results, **LIMIT)
 
 

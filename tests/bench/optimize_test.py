@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
 import pathlib
 from typing import Any
 
+import benchmarks
 import numpy as np
 import pytest
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
-from jax_privacy_kernels.ops import _cpp
 
-for _module in ("matplotlib", "jax_privacy"):
-    pytest.importorskip(_module, reason=f"{_module} is missing; install the bench extra")
-if _cpp.unavailable():
-    pytest.skip("the compiled extension is missing", allow_module_level=True)
-
-BENCH = pathlib.Path(__file__).parents[2] / "bench"
 CASES = ("banded", "inverse")
 
-
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))  # The scripts find the harness beside them.
-        return importlib.import_module("optimize")
+bench = benchmarks.fixture("optimize")
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +32,6 @@ def run(bench, tmp_path_factory) -> tuple[dict, pathlib.Path]:
     return json.loads(path.read_text()), path
 
 
-def _numbers(tree: Any) -> list[float]:
-    if isinstance(tree, dict | list):
-        return [n for v in (tree.values() if isinstance(tree, dict) else tree) for n in _numbers(v)]
-    return [tree] if isinstance(tree, int | float) else []
-
-
 def _matrix(coef: np.ndarray, n: int) -> np.ndarray:
     lags = np.subtract.outer(np.arange(n), np.arange(n))
     padded = np.pad(coef, (0, n - coef.size))
@@ -59,20 +40,17 @@ def _matrix(coef: np.ndarray, n: int) -> np.ndarray:
 
 def test_report_is_complete_and_finite(run, bench):
     report, _ = run
-    assert all(map(math.isfinite, _numbers(report)))
+    benchmarks.check_report(report)
     assert tuple(row["case"] for row in report["rows"]) == CASES
     for row in report["rows"]:
         names = set(bench.CASES[row["case"]].first)
         assert set(row["implementations"]) == names
         for times in row["implementations"].values():
-            assert 0 < times["min_s"] <= times["median_s"] <= times["p90_s"] <= times["max_s"]
             assert times["first_calls_s"] == [times["first_call_s"]]
-            assert times["first_call_s"] > 0
             assert times["rounds"] == 2
             assert times["coefficients"] == 4
         compared = names - {"peer"} if "peer" in names else set()
         assert set(row["speedup"]) == set(row["first_call_speedup"]) == compared
-    assert all(report["environment"].values())
 
 
 def test_what_is_found_is_as_good_as_the_peers(run):

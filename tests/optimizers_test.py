@@ -231,11 +231,44 @@ def test_without_eps_gradients_of_zero_moments_come_back():
     np.testing.assert_allclose(back, g, rtol=1e-6)
 
 
-def test_not_a_number_stays():
-    transform = scale_then_privatize(adam()).pre_clipping_transform
-    for inverse in (False, True):
-        actual = transform(moments_of(jnp.ones(2)), inverse=inverse)(jnp.array([np.nan, 1]))
-        np.testing.assert_array_equal(np.isnan(actual), [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("eps", [0.0, 1e-8, 1e8])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_what_is_not_finite_stays(dtype, eps, inverse):
+    """Otherwise clipping would not find it."""
+    transform = scale_then_privatize(adam(), eps).pre_clipping_transform
+    g = jnp.array([np.nan, np.inf, -np.inf, 1], dtype)
+    for v in (0.0, 1.0, 6e4):
+        actual = transform(moments_of(jnp.full(4, v, dtype)), inverse=inverse)(g)
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(actual, np.float32)[:3], [np.nan, np.inf, -np.inf])
+        assert np.isfinite(np.asarray(actual, np.float32)[3])
+
+
+def test_small_numbers_may_vanish():
+    """Of narrow dtypes, with large eps."""
+    transform = scale_then_privatize(adam(), eps=1e4).pre_clipping_transform
+    state, g = moments_of(jnp.zeros(2)), jnp.array([1.0, 1e-4], jnp.float16)
+    np.testing.assert_allclose(transform(state)(g), [1e-4, 0], rtol=1e-2)
+    back = transform(state, inverse=True)(transform(state)(g))
+    np.testing.assert_allclose(back, [1, 0], rtol=1e-2)
+    wide = g.astype(jnp.float32)
+    back = transform(state, inverse=True)(transform(state)(wide))
+    np.testing.assert_allclose(back, wide, rtol=1e-6)
+
+
+def test_clipping_in_float16():
+    """Clipping drops what is too large for it, and not what was converted before."""
+    clip_pytree = pytest.importorskip("jax_privacy.clipping").clip_pytree
+    state, g = moments_of(jnp.zeros(2)), jnp.array([3.0, -4.0], jnp.float16)
+    transform = scale_then_privatize(adam()).pre_clipping_transform(state)
+    clipped, norm = clip_pytree(transform(g), clip_norm=1.0)
+    np.testing.assert_array_equal(clipped, [0, 0])
+    assert norm == np.inf
+    clipped, norm = clip_pytree(transform(optax.tree.cast(g, jnp.float32)), clip_norm=1.0)
+    np.testing.assert_allclose(clipped, [0.6, -0.8], rtol=1e-6)
+    clipped, _ = clip_pytree(transform(g.at[0].set(jnp.inf)), clip_norm=1.0)
+    assert clipped[0] == 0
 
 
 # -- Updates ----------------------------------------------------------------------------------

@@ -71,8 +71,14 @@ def scale_then_privatize(
 
     Scaling is done in float32 at least. At the first step v is 0 and s is 1 / eps, so that a
     scaled gradient may not fit its dtype (the largest float16 is 65504): it then becomes the
-    largest finite number of its sign. Otherwise dividing by s gives back the gradient up to
-    rounding.
+    largest finite number of its sign. Infinities and NaN stay what they are, for clipping to find.
+    Dividing by s gives back the gradient up to rounding, if it has neither become the largest
+    number nor, with large eps, too small a one (the smallest float16 is 6e-8).
+
+    Gradients in float16 are best converted before they are scaled, as in
+    ``lambda grads: transform(optax.tree.cast(grads, jnp.float32))``. Otherwise clipping that takes
+    norms in float16, as `jax_privacy.clipped_grad` does, finds an infinite norm from 256 on, and
+    drops the example. That costs accuracy, not privacy.
 
     Args:
       base_optimizer: An optax optimizer with second moments in its state, also inside of chains:
@@ -107,7 +113,8 @@ def scale_then_privatize(
             x = update.astype(wide)
             x = x / scale if inverse else x * scale
             most = jnp.finfo(update.dtype).max.astype(wide)
-            return jnp.clip(x, -most, most).astype(update.dtype)
+            saturated = jnp.clip(x, -most, most)
+            return jnp.where(jnp.isfinite(update), saturated, x).astype(update.dtype)
 
         return lambda updates: jax.tree.map(scaled, updates, moments)
 

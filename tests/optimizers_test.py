@@ -430,6 +430,7 @@ def test_plain_optimizers_get_the_identity(base):
     assert isinstance(optimizer, AugmentedGradientTransformation)
     state, grads = optimizer.init(PARAMS), gradients(0)
     assert optimizer.pre_clipping_transform(state)(grads) is grads
+    assert optimizer.pre_clipping_transform(state, inverse=True)(grads) is grads
     trees_close(optimizer.update(grads, state, PARAMS), base.update(grads, state, PARAMS))
     trees_close(state, base.init(PARAMS))
 

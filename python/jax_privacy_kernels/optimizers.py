@@ -32,10 +32,10 @@ __all__ = [
 
 
 class PreClippingTransform(Protocol):
-    """Makes a transform of gradients from the state of an optimizer."""
+    """Transforms the gradients of one example before they are clipped."""
 
-    def __call__(self, state: optax.OptState) -> Callable[[optax.Updates], optax.Updates]:
-        """Returns what to apply to every per-example gradient of this step."""
+    def __call__(self, updates: optax.Updates) -> optax.Updates:
+        """Returns the tree to clip in place of ``updates``, a tree like the parameters."""
         ...
 
 
@@ -46,13 +46,13 @@ class AugmentedGradientTransformation(NamedTuple):
       init: ``init(params) -> state``, as of an `optax.GradientTransformation`.
       update: ``update(updates, state, params=None, **extra_args) -> (updates, state)``. Takes the
         privatized sum of transformed gradients, and undoes the transform.
-      pre_clipping_transform: ``pre_clipping_transform(state)`` gives a function from gradients to
-        gradients.
+      pre_clipping_transform: ``pre_clipping_transform(state, inverse=False)`` gives the
+        `PreClippingTransform` of this step, or what undoes it.
     """
 
     init: optax.TransformInitFn
     update: Callable[..., tuple[optax.Updates, optax.OptState]]
-    pre_clipping_transform: PreClippingTransform
+    pre_clipping_transform: Callable[..., PreClippingTransform]
 
 
 def scale_then_privatize(
@@ -103,7 +103,7 @@ def scale_then_privatize(
 
     def pre_clipping_transform(
         state: optax.OptState, inverse: bool = False
-    ) -> Callable[[optax.Updates], optax.Updates]:
+    ) -> PreClippingTransform:
         moments = extract(state)
 
         def scaled(update: jax.Array, v: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def as_augmented_optimizer(
     if isinstance(optimizer, AugmentedGradientTransformation):
         return optimizer
     return AugmentedGradientTransformation(
-        optimizer.init, optimizer.update, lambda state: lambda updates: updates
+        optimizer.init, optimizer.update, lambda state, inverse=False: lambda updates: updates
     )
 
 

@@ -20,6 +20,11 @@ PARAMS = {"w": np.ones((2, 3), np.float32), "b": np.full(2, -0.5, np.float32)}
 
 adam = optax.scale_by_adam
 
+
+def variance(state):
+    return jax.tree.map(lambda nu, mu: nu - mu * mu, state.nu, state.mu)
+
+
 # Optimizers, and where their states keep the second moments.
 ADAPTIVE = {
     "adam": (optax.adam(0.1), lambda s: s[0].nu),
@@ -27,6 +32,15 @@ ADAPTIVE = {
     "amsgrad": (optax.amsgrad(0.1), lambda s: s[0].nu_max),
     "rmsprop": (optax.rmsprop(0.1), lambda s: s[0].nu),
     "rmsprop with momentum": (optax.rmsprop(0.1, momentum=0.9), lambda s: s[0].nu),
+    "rmsprop with bias correction": (
+        optax.rmsprop(0.1, bias_correction=True, eps_in_sqrt=False),
+        lambda s: s[0].nu,
+    ),
+    "centered rmsprop": (optax.rmsprop(0.1, centered=True), lambda s: variance(s[0])),
+    "centered rmsprop with bias correction": (
+        optax.rmsprop(0.1, eps=1e-2, centered=True, bias_correction=True),
+        lambda s: variance(s[0]),
+    ),
     "adagrad": (optax.adagrad(0.1), lambda s: s[0].sum_of_squares),
     "alone": (adam(), lambda s: s.nu),
     "after states without moments": (
@@ -159,6 +173,15 @@ def test_moments_of_other_trees():
     actual = scale_then_privatize(adam(), 1, 1).pre_clipping_transform(moments_of(v))(g)
     expected = [np.float32(1 / 3), (np.array([0.25]), {"x": np.array([[0.5]])})]
     trees_close(actual, jax.tree.map(lambda x: x.astype(np.float32), expected))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_variances_are_not_negative(dtype):
+    mu = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1, 1000), dtype)
+    state = optax.ScaleByRStdDevState(mu=mu, nu=mu * mu)  # of constant gradients
+    transform = scale_then_privatize(optax.rmsprop(0.1, centered=True), eps=1e-2)
+    scaled = np.asarray(transform.pre_clipping_transform(state)(jnp.ones(1000)))
+    assert np.all((scaled > 9) & (scaled <= 100))
 
 
 # -- Where v is 0 -----------------------------------------------------------------------------

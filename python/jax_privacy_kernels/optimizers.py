@@ -82,7 +82,7 @@ def scale_then_privatize(
 
     Args:
       base_optimizer: An optax optimizer with second moments in its state, also inside of chains:
-        Adam, AdamW, AMSGrad, RMSProp, AdaGrad.
+        Adam, AdamW, AMSGrad, RMSProp, AdaGrad. Of centered RMSProp v is the variance.
       eps: Added to the root; finite, at least 0.
       eps_root: Added to v; finite, at least 0.
       extract_preconditioner_from_state_fn: Gives v, a tree like the gradients, from a state of the
@@ -141,13 +141,26 @@ def as_augmented_optimizer(
     )
 
 
-# Where the states of adaptive optimizers keep their second moments.
-_MOMENTS = (
-    (optax.ScaleByAdamState, "nu"),
-    (optax.ScaleByAmsgradState, "nu_max"),
-    (optax.ScaleByRmsState, "nu"),
-    (optax.ScaleByRssState, "sum_of_squares"),
-)
+def _variance(state: Any) -> optax.Updates:
+    """Second moments about the mean; rounding makes none negative."""
+
+    def of(nu: jax.Array, mu: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(nu.dtype, jnp.float32)
+        return jnp.maximum(nu.astype(wide) - mu.astype(wide) ** 2, 0)
+
+    return jax.tree.map(of, state.nu, state.mu)
+
+
+# The second moments in the states of adaptive optimizers, by class; optax does not export them all.
+_MOMENTS: dict[str, Callable[[Any], optax.Updates]] = {
+    "ScaleByAdamState": lambda state: state.nu,
+    "ScaleByAmsgradState": lambda state: state.nu_max,
+    "ScaleByRmsState": lambda state: state.nu,
+    "ScaleByRmsWithCountState": lambda state: state.nu,
+    "ScaleByRStdDevState": _variance,
+    "ScaleByRStdDevWithCountState": _variance,
+    "ScaleByRssState": lambda state: state.sum_of_squares,
+}
 
 
 def _second_moments(state: optax.OptState) -> optax.Updates:
@@ -163,9 +176,9 @@ def _second_moments(state: optax.OptState) -> optax.Updates:
 
 def _find_second_moments(state: Any) -> optax.Updates | None:
     """The second moments in the first state that has some, in the order of a chain."""
-    for kind, name in _MOMENTS:
-        if isinstance(state, kind):
-            return getattr(state, name)
+    moments_of = _MOMENTS.get(type(state).__name__)
+    if moments_of is not None:
+        return moments_of(state)
     parts = state.values() if isinstance(state, dict) else state
     if isinstance(state, tuple | list | dict):
         for part in parts:

@@ -404,6 +404,87 @@ def test_moments_in_lists_and_dicts():
         trees_close(actual, {"w": np.full((2, 3), 0.5, "f"), "b": np.full(2, 0.25, "f")})
 
 
+DEEP = {"a": {"w": np.ones(3, np.float32), "b": np.ones(2, np.float32)}, "c": np.ones(2, "f")}
+
+
+@pytest.mark.parametrize(
+    ("base", "moments"),
+    [
+        (  # of a leaf
+            optax.masked(adam(), {"a": {"w": False, "b": True}, "c": True}),
+            lambda s: {"b": s.inner_state.nu["a"]["b"], "c": s.inner_state.nu["c"]},
+        ),
+        (  # of a part of the tree
+            optax.chain(optax.masked(adam(), {"a": False, "c": True}), optax.scale(-0.1)),
+            lambda s: {"c": s[0].inner_state.nu["c"]},
+        ),
+        (
+            optax.chain(
+                optax.masked(adam(), {"a": False, "c": True}),
+                optax.masked(optax.scale_by_rms(), {"a": {"w": True, "b": False}, "c": True}),
+            ),
+            lambda s: {"w": s[1].inner_state.nu["a"]["w"], "c": s[0].inner_state.nu["c"]},
+        ),
+        (
+            optax.chain(
+                optax.masked(adam(), {"a": True, "c": False}), optax.scale_by_rms(), adam()
+            ),
+            lambda s: {**s[0].inner_state.nu["a"], "c": s[1].nu["c"]},
+        ),
+        (
+            optax.multi_transform(
+                {"adam": optax.adam(0.1), "rss": optax.adagrad(0.1), "sgd": optax.sgd(0.1)},
+                {"a": {"w": "sgd", "b": "adam"}, "c": "rss"},
+            ),
+            lambda s: {
+                "b": s.inner_states["adam"].inner_state[0].nu["a"]["b"],
+                "c": s.inner_states["rss"].inner_state[0].sum_of_squares["c"],
+            },
+        ),
+        (
+            optax.multi_transform(
+                {"train": optax.amsgrad(0.1), "freeze": optax.set_to_zero()},
+                {"a": "freeze", "c": "train"},
+            ),
+            lambda s: {"c": s.inner_states["train"].inner_state[0].nu_max["c"]},
+        ),
+        (optax.masked(optax.rmsprop(0.1, centered=True), False), lambda s: {}),
+    ],
+)
+def test_masked_leaves_are_not_scaled(base, moments):
+    optimizer, grads = scale_then_privatize(base, 0.1), gradients(3, DEEP)
+    _, state = base.update(gradients(0, DEEP), base.init(DEEP), DEEP)
+
+    def scales(state):
+        found = {name: np.sqrt(v) + 0.1 for name, v in moments(state).items()}
+        return {"a": {k: found.get(k, 1) for k in "wb"}, "c": found.get("c", 1)}
+
+    expected = jax.tree.map(lambda g, s: g / s, grads, scales(state))
+    actual = jax.jit(lambda state, g: optimizer.pre_clipping_transform(state)(g))(state, grads)
+    trees_close(actual, expected)
+    actual = jax.jit(optimizer.update)(actual, state, DEEP)
+    trees_close(actual, base.update(grads, state, DEEP), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "v", [1.0, [1.0], {"a": 1.0, "c": 1.0}, {"a": {"w": 1.0, "b": 1.0}}], ids=str
+)
+def test_second_moments_have_to_fit(v):
+    """Only a MaskedNode stands for a part of the tree."""
+    optimizer = scale_then_privatize(adam(), extract_preconditioner_from_state_fn=lambda _: v)
+    with pytest.raises(ValueError, match=r"[Tt]ree|structure|[Mm]ismatch"):
+        optimizer.pre_clipping_transform(())(gradients(0, DEEP))
+
+
+def test_custom_extractor_may_mask():
+    v = {"a": optax.MaskedNode(), "c": jnp.full(2, 4.0)}
+    optimizer = scale_then_privatize(
+        optax.sgd(0.1), 0, extract_preconditioner_from_state_fn=lambda _: v
+    )
+    g = gradients(0, DEEP)
+    trees_close(optimizer.pre_clipping_transform(())(g), {"a": g["a"], "c": g["c"] / 2})
+
+
 @pytest.mark.parametrize(
     ("base", "found"),
     [

@@ -16,7 +16,7 @@ its second moments makes clipping and noise fit the size of each coordinate. An
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -82,11 +82,14 @@ def scale_then_privatize(
 
     Args:
       base_optimizer: An optax optimizer with second moments in its state, also inside of chains:
-        Adam, AdamW, AMSGrad, RMSProp, AdaGrad. Of centered RMSProp v is the variance.
+        Adam, AdamW, AMSGrad, RMSProp, AdaGrad. Of centered RMSProp v is the variance. Every leaf
+        goes by the first in a chain that does not mask it out; one that all mask out, or that
+        `optax.multi_transform` gives to an optimizer without second moments, is not scaled.
       eps: Added to the root; finite, at least 0.
       eps_root: Added to v; finite, at least 0.
       extract_preconditioner_from_state_fn: Gives v, a tree like the gradients, from a state of the
-        optimizer. None finds it for the optimizers above.
+        optimizer, with an `optax.MaskedNode` for parts that are not to be scaled. None finds it for
+        the optimizers above.
 
     Returns:
       The optimizer with its transform. ``pre_clipping_transform(state, inverse=True)`` gives the
@@ -94,19 +97,23 @@ def scale_then_privatize(
 
     Raises:
       ValueError: If eps or eps_root is out of range; and when the transform is made or the
-        optimizer updated, if no second moments are found in its state.
+        optimizer updated, if no second moments are found in its state; or when gradients are
+        scaled, if v is not a tree like them.
     """
     for name, value in (("eps", eps), ("eps_root", eps_root)):
         if not 0 <= value < math.inf:
             raise ValueError(f"expected 0 <= {name} < inf, found {name}={value}")
-    extract = extract_preconditioner_from_state_fn or _second_moments
+    extract = extract_preconditioner_from_state_fn
 
     def pre_clipping_transform(
         state: optax.OptState, inverse: bool = False
     ) -> PreClippingTransform:
-        moments = extract(state)
+        found = _second_moments(state) if extract is None else [extract(state)]
 
-        def scaled(update: jax.Array, v: jax.Array) -> jax.Array:
+        def scaled(update: jax.Array, *moments: Any) -> jax.Array:
+            v = next((v for v in moments if not _is_masked(v)), None)
+            if v is None:
+                return update
             wide = jnp.promote_types(jnp.result_type(update, v), jnp.float32)
             scale = 1 / (jnp.sqrt(v.astype(wide) + eps_root) + eps)
             scale = jnp.minimum(scale, jnp.finfo(wide).max)  # without any eps
@@ -116,7 +123,10 @@ def scale_then_privatize(
             saturated = jnp.clip(x, -most, most)
             return jnp.where(jnp.isfinite(update), saturated, x).astype(update.dtype)
 
-        return lambda updates: jax.tree.map(scaled, updates, moments)
+        def transform(updates: optax.Updates) -> optax.Updates:
+            return jax.tree.map(scaled, updates, *(_unfold(v, updates) for v in found))
+
+        return transform
 
     def update(
         updates: optax.Updates,
@@ -163,29 +173,43 @@ _MOMENTS: dict[str, Callable[[Any], optax.Updates]] = {
 }
 
 
-def _second_moments(state: optax.OptState) -> optax.Updates:
-    moments = _find_second_moments(state)
-    if moments is None:
+def _second_moments(state: optax.OptState) -> list[optax.Updates]:
+    """Trees of second moments in the order of a chain, up to the first that masks no leaf out."""
+    found = []
+    for moments in _search(state):
+        found.append(moments)
+        if not any(map(_is_masked, jax.tree.leaves(moments, is_leaf=_is_masked))):
+            break
+    if not found:
         raise ValueError(
             "expected the state of an adaptive optimizer (Adam, AdamW, AMSGrad, RMSProp, AdaGrad), "
             f"found no second moments in {_names(state)}; for another optimizer pass "
             "extract_preconditioner_from_state_fn"
         )
-    return moments
+    return found
 
 
-def _find_second_moments(state: Any) -> optax.Updates | None:
-    """The second moments in the first state that has some, in the order of a chain."""
+def _search(state: Any) -> Iterator[optax.Updates]:
     moments_of = _MOMENTS.get(type(state).__name__)
     if moments_of is not None:
-        return moments_of(state)
-    parts = state.values() if isinstance(state, dict) else state
-    if isinstance(state, tuple | list | dict):
-        for part in parts:
-            moments = _find_second_moments(part)
-            if moments is not None:
-                return moments
-    return None
+        yield moments_of(state)
+    elif isinstance(state, tuple | list | dict):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _search(part)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _unfold(moments: optax.Updates, updates: optax.Updates) -> optax.Updates:
+    """The moments with a MaskedNode for every leaf, where one stands for a part of the tree."""
+    return jax.tree.map(
+        lambda v, part: jax.tree.map(lambda _: v, part) if _is_masked(v) else v,
+        moments,
+        updates,
+        is_leaf=_is_masked,
+    )
 
 
 def _names(state: Any) -> str:

@@ -509,6 +509,52 @@ def test_optimizers_that_are_not_adaptive(base, found):
         optimizer.update(gradients(0), state, PARAMS)
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        optax.scale_by_adamax(),
+        optax.adamax(0.1),
+        optax.adamaxw(0.1),
+        optax.chain(optax.clip(1.0), optax.chain(optax.trace(0.9), optax.adamax(0.1))),
+        optax.named_chain(("a", optax.adamax(0.1))),
+        optax.masked(optax.adamax(0.1), True),
+        optax.multi_transform({"a": adam(), "b": optax.adamax(0.1)}, {"w": "a", "b": "b"}),
+        optax.inject_hyperparams(optax.adamax)(learning_rate=0.1),
+        optax.apply_if_finite(optax.adamax(0.1), 3),
+        optax.MultiSteps(optax.adamax(0.1), 2).gradient_transformation(),
+        optax.GradientTransformation(*optax.adamax(0.1)),
+    ],
+)
+def test_adamax_is_not_taken_for_adam(base):
+    message = "found optax.adamax, which keeps an infinity norm.*pass extract_preconditioner"
+    with pytest.raises(ValueError, match=message):
+        scale_then_privatize(base)
+
+
+def test_adamax_by_what_the_error_says():
+    def squares(state):
+        return jax.tree.map(jnp.square, state[0].nu)
+
+    base = optax.adamax(0.1)
+    optimizer = scale_then_privatize(base, 0.1, extract_preconditioner_from_state_fn=squares)
+    _, state = base.update(gradients(0), base.init(PARAMS))
+    actual = optimizer.pre_clipping_transform(state)(gradients(1))
+    expected = jax.tree.map(lambda g, n: g / (n + 0.1), gradients(1), state[0].nu)
+    trees_close(actual, expected)
+
+
+def test_optimizers_may_refer_to_themselves():
+    """And to what they do not have: neither ends or fails the search for AdaMax."""
+    base = optax.adam(0.1)
+
+    def update(updates, state, params=None):
+        assert callable(update)
+        return base.update(updates, state, params) if params is None else missing
+
+    scale_then_privatize(optax.GradientTransformation(base.init, update))
+    missing = None
+
+
 @pytest.mark.parametrize("value", [-1e-9, -1.0, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["eps", "eps_root"])
 def test_eps_is_checked(name, value):

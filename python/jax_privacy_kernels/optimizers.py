@@ -15,7 +15,9 @@ its second moments makes clipping and noise fit the size of each coordinate. An
 
 from __future__ import annotations
 
+import inspect
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -96,7 +98,8 @@ def scale_then_privatize(
       division by s.
 
     Raises:
-      ValueError: If eps or eps_root is out of range; and when the transform is made or the
+      ValueError: If eps or eps_root is out of range, or the optimizer is AdaMax, whose state looks
+        like Adam's but keeps an infinity norm; when the transform is made or the
         optimizer updated, if no second moments are found in its state; or when gradients are
         scaled, if v is not a tree like them.
     """
@@ -104,6 +107,11 @@ def scale_then_privatize(
         if not 0 <= value < math.inf:
             raise ValueError(f"expected 0 <= {name} < inf, found {name}={value}")
     extract = extract_preconditioner_from_state_fn
+    if extract is None and _uses_adamax(base_optimizer):
+        raise ValueError(
+            "expected an optimizer with second moments, found optax.adamax, which keeps an "
+            "infinity norm; pass extract_preconditioner_from_state_fn that gives its square"
+        )
 
     def pre_clipping_transform(
         state: optax.OptState, inverse: bool = False
@@ -159,6 +167,31 @@ def _variance(state: Any) -> optax.Updates:
         return jnp.maximum(nu.astype(wide) - mu.astype(wide) ** 2, 0)
 
     return jax.tree.map(of, state.nu, state.mu)
+
+
+def _uses_adamax(optimizer: Any) -> bool:
+    """Whether an optimizer is, or holds, one that optax makes for AdaMax.
+
+    The class of its state is Adam's. What tells are the names of functions: of its own, and of
+    those that they hold, as the functions of a chain hold those of its parts.
+    """
+    seen: dict[int, Any] = {}
+    parts = [optimizer]
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        if inspect.isfunction(part):
+            if "adamax" in part.__qualname__:
+                return True
+            cells = part.__closure__ or ()
+            parts += [cell.cell_contents for cell in cells if cell != types.CellType()]
+        elif inspect.ismethod(part):
+            parts += [part.__func__, vars(part.__self__)]
+        elif isinstance(part, tuple | list | dict):
+            parts += part.values() if isinstance(part, dict) else part
+    return False
 
 
 # The second moments in the states of adaptive optimizers, by class; optax does not export them all.

@@ -89,19 +89,19 @@ def scale_then_privatize(
         `optax.multi_transform` gives to an optimizer without second moments, is not scaled.
       eps: Added to the root; finite, at least 0.
       eps_root: Added to v; finite, at least 0.
-      extract_preconditioner_from_state_fn: Gives v, a tree like the gradients, from a state of the
-        optimizer, with an `optax.MaskedNode` for parts that are not to be scaled. None finds it for
-        the optimizers above.
+      extract_preconditioner_from_state_fn: Gives v from a state of the optimizer: a tree like the
+        gradients, of floating arrays of their shapes, with an `optax.MaskedNode` for parts that are
+        not to be scaled. None finds it for the optimizers above.
 
     Returns:
-      The optimizer with its transform. ``pre_clipping_transform(state, inverse=True)`` gives the
-      division by s.
+      The optimizer with its transform, from trees of floating arrays to trees of the same shapes
+      and dtypes. ``pre_clipping_transform(state, inverse=True)`` gives the division by s.
 
     Raises:
       ValueError: If eps or eps_root is out of range, or the optimizer is AdaMax, whose state looks
-        like Adam's but keeps an infinity norm; when the transform is made or the
-        optimizer updated, if no second moments are found in its state; or when gradients are
-        scaled, if v is not a tree like them.
+        like Adam's but holds an infinity norm. When the transform is made or the optimizer updated:
+        if no second moments are found in its state. When gradients are scaled: if v is not a tree
+        like them.
     """
     for name, value in (("eps", eps), ("eps_root", eps_root)):
         if not 0 <= value < math.inf:

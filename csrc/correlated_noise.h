@@ -1,10 +1,9 @@
 // One step of correlated noise for many leaves: sample, correlate, add to the gradients.
 //
-// With S = b - 1 slots of history, a visit to a tile either runs its recurrence S steps ahead
-// (`refresh`), or, in the first S steps of a run, one step (`warm_up`), or only reads one slot.
-// Which of them is a function of the step and the tile's position in the tree; ops/_lookahead.py
-// states it for all implementations, and they must agree: it is the meaning of the state that they
-// share.
+// A leaf may keep a ring of S terms to come. A visit to a tile then makes the terms of S steps
+// (`advance` by S), or, in the first S steps of a run, of one step, or only reads one slot. Which
+// of them is a function of the step and the tile's position in the tree; ops/_lookahead.py states
+// it for all implementations, and they must agree: it is the meaning of the state that they share.
 #ifndef JPK_CORRELATED_NOISE_H_
 #define JPK_CORRELATED_NOISE_H_
 
@@ -25,7 +24,7 @@ namespace jpk {
 inline constexpr int64_t kTile = 1024;
 static_assert(kTile % kBlock == 0);
 
-// Rows are added up in groups, one load and store of x for several multiply-adds; history is padded
+// Rows are added up in groups, one load and store of x for several multiply-adds; they are padded
 // with rows of zeros to a multiple of the smaller group.
 inline constexpr int64_t kRows = 4;
 
@@ -34,62 +33,133 @@ JPK_INLINE int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kR
 struct Leaf {
   const void* grad;  // [size]
   void* out;         // [size]
-  void* ring;        // [slots, size], null if there are no slots
+  void* ring;        // [hidden + slots, size], null if there are no rows
   int64_t size;
   int64_t first_tile;  // tiles of the leaves before this one
   uint32_t index;      // position among the leaves of the tree
   FloatType grad_type;
   FloatType noise_type;  // kFloat32 or kFloat64: what is sampled
-  FloatType ring_type;   // kFloat32 or kFloat64, at least as wide as noise_type
+  FloatType ring_type;   // kFloat32 or kFloat64, at least as wide as noise_type: what is computed
 
   int64_t tiles() const { return (size + kTile - 1) / kTile; }
 };
 
-// What every leaf shares at step t.
-struct Step {
-  int64_t slots;       // S
-  int64_t time;        // min(t, S): how many terms of the past there are
-  int64_t now;         // t mod S: the slot of x_t
-  const Key* subkeys;  // [max(S, 1)] by slot: the keys of steps t .. t + S - 1
-  // [2 S + kRows]: past[S + m - s] is the weight of slot m in the new x of slot s
-  std::vector<double> past;
-  double input_weight;  // of z_t in x_t
-  double output_scale;  // of x_t in what is added to the gradients
-  bool accurate;        // see Gaussian::any
+// How x is made of the samples z.
+enum class Filter {
+  kRecurrence,      // sum_l c_l x_{t-l} = z_t; the coefficients may differ from row to row
+  kMovingAverage,   // x_t = sum_l w_l z_{t-l}
+  kRow,             // x = sum_j w_j z_j, of samples with keys of their own; no slots
+  kBuffers,         // x_t = z_t + w.u_t, u_{t+1} = decay u_t + z_t
+  kInverseBuffers,  // x_t = z_t - w.u_t, u_{t+1} = decay u_t + x_t
 };
 
-inline Step make_step(int64_t t, const Key* subkeys, const double* coef, int64_t bands,
-                      double output_scale, bool accurate) {
-  const int64_t slots = bands - 1;
-  Step step{slots,
-            std::min(t, slots),
-            slots ? t % slots : 0,
-            subkeys,
-            std::vector<double>(2 * slots + kRows),
-            1.0 / coef[0],
-            output_scale,
-            accurate};
-  for (int64_t lag = 1; lag <= slots; ++lag) {
-    step.past[slots - lag] = -coef[lag] / coef[0];
-    if (lag < slots) step.past[2 * slots - lag] = -coef[lag] / coef[0];
+// What every leaf shares at step t.
+struct Step {
+  Filter filter;
+  int64_t t;
+  int64_t slots;   // S: how many terms a visit makes, if it is not 0
+  int64_t hidden;  // rows of the ring that come before the slots: the buffers
+  int64_t behind;  // how many samples before z_t there are in x_t
+  int64_t now;     // t mod S: the slot of x_t
+  // Of steps t - behind .. t + max(S, 1) - 1: a leaf's key is split(key of the step, leaf). kRow
+  // has one, and the key of a leaf's sample j is split(split(key, leaf), j).
+  const Key* keys;
+  // kRecurrence: see set_recurrence. kMovingAverage: of z_{t-behind} .. z_t, and zeros up to
+  // padded(behind + 1). Buffers: the decays, then the weights of the buffers in x_t.
+  std::vector<double> weights;
+  std::vector<double> input_weight;  // of z in x; kRecurrence may have one for every step
+  bool by_row;                       // kRecurrence: the coefficients differ from row to row
+  double output_scale;               // of x_t in what is added to the gradients
+  bool accurate;                     // see Gaussian::any
+
+  int64_t most_steps() const { return std::max<int64_t>(slots, 1); }
+  int64_t samples() const { return behind + most_steps(); }  // that a visit may make
+  int64_t key_count() const { return filter == Filter::kRow ? 1 : samples(); }
+  int64_t slot(int64_t ahead) const {
+    return now + ahead < slots ? now + ahead : now + ahead - slots;
   }
-  if (slots) step.past[slots] = step.past[0];  // x_{t-S} lies where x_t goes
+  // Rows of a block that an advance works in.
+  int64_t block_rows() const {
+    if (filter == Filter::kRecurrence) return padded(slots);
+    if (filter == Filter::kMovingAverage && slots) return samples() + kRows;
+    return hidden;
+  }
+};
+
+inline Step make_step(Filter filter, int64_t t, int64_t slots, const Key* keys, double output_scale,
+                      bool accurate) {
+  Step step{};
+  step.filter = filter;
+  step.t = t;
+  step.slots = slots;
+  step.now = slots ? t % slots : 0;
+  step.keys = keys;
+  step.input_weight = {1.0};
+  step.output_scale = output_scale;
+  step.accurate = accurate;
   return step;
+}
+
+// coef is [rows, S + 1]: one row for all steps, or one for each of t .. t + max(S, 1) - 1.
+inline void set_recurrence(Step& step, const double* coef, int64_t rows) {
+  const int64_t slots = step.slots, bands = slots + 1;
+  step.by_row = rows > 1;
+  step.input_weight.resize(static_cast<size_t>(rows));
+  if (!step.by_row) {
+    // [2 S + kRows]: weights[S + m - s] is the weight of slot m in the new x of slot s.
+    step.weights.assign(static_cast<size_t>(2 * slots + kRows), 0.0);
+    step.input_weight[0] = 1.0 / coef[0];
+    for (int64_t lag = 1; lag <= slots; ++lag) {
+      step.weights[slots - lag] = -coef[lag] / coef[0];
+      if (lag < slots) step.weights[2 * slots - lag] = -coef[lag] / coef[0];
+    }
+    if (slots) step.weights[slots] = step.weights[0];  // x_{t-S} lies where x_t goes
+    return;
+  }
+  // [S, padded(S)]: the weight of every slot in the new x of a step.
+  const int64_t stride = padded(slots);
+  step.weights.assign(static_cast<size_t>(slots * stride), 0.0);
+  for (int64_t ahead = 0; ahead < rows; ++ahead) {
+    const double* row = coef + ahead * bands;
+    step.input_weight[ahead] = 1.0 / row[0];
+    for (int64_t lag = 1; lag <= slots; ++lag) {
+      const int64_t from = step.slot((ahead - lag + slots) % slots);
+      step.weights[ahead * stride + from] = -row[lag] / row[0];
+    }
+  }
+}
+
+// weights is [behind + 1], in the order of time.
+inline void set_moving_average(Step& step, const double* weights, int64_t behind) {
+  step.behind = behind;
+  step.weights.assign(weights, weights + behind + 1);
+  step.weights.resize(static_cast<size_t>(padded(behind + 1)), 0.0);
+}
+
+// parameters is [2, buffers]: the decays and the output scales.
+inline void set_buffers(Step& step, const double* parameters, int64_t buffers) {
+  step.hidden = buffers;
+  step.weights.assign(parameters, parameters + 2 * buffers);
+  if (step.filter == Filter::kInverseBuffers) {
+    for (int64_t i = 0; i < buffers; ++i) step.weights[buffers + i] *= -1;
+  }
 }
 
 // Buffers of one worker, made before any thread starts.
 class Scratch {
  public:
-  explicit Scratch(int64_t slots)
-      : slots_(slots), keys_(static_cast<size_t>(slots)), bytes_(allocate(slots)) {}
-  Key* keys() { return keys_.data(); }  // [slots]: the leaf's keys
+  explicit Scratch(const Step& step)
+      : block_rows_(step.block_rows()),
+        keys_(static_cast<size_t>(step.samples())),
+        bytes_(allocate(block_rows_ * kBlock + static_cast<int64_t>(step.weights.size()))) {}
+  Key* keys() { return keys_.data(); }  // the leaf's keys, like Step::keys
   template <typename X>
-  X* weights() {  // [2 slots + kRows]: Step::past
-    return reinterpret_cast<X*>(bytes_.get()) + padded(slots_) * kBlock;
+  X* block() {  // [Step::block_rows(), kBlock]
+    return reinterpret_cast<X*>(bytes_.get());
   }
   template <typename X>
-  X* history() {  // [padded(slots), kBlock]: the ring of one block of elements
-    return reinterpret_cast<X*>(bytes_.get());
+  X* weights() {  // Step::weights
+    return reinterpret_cast<X*>(bytes_.get()) + block_rows_ * kBlock;
   }
 
  private:
@@ -97,14 +167,25 @@ class Scratch {
   struct Free {
     void operator()(void* p) const { ::operator delete(p, kAlignment); }
   };
-  static void* allocate(int64_t slots) {
-    return ::operator new(
-        static_cast<size_t>(padded(slots) * kBlock + 2 * slots + kRows) * sizeof(double),
-        kAlignment);
+  static void* allocate(int64_t numbers) {
+    return ::operator new(static_cast<size_t>(numbers) * sizeof(double), kAlignment);
   }
-  int64_t slots_;
+  int64_t block_rows_;
   std::vector<Key> keys_;
   std::unique_ptr<void, Free> bytes_;
+};
+
+// Elements [first, first + count) of a leaf, count <= kBlock, and what a visit to them needs.
+template <typename X>
+struct Visit {
+  const Step& step;
+  const Leaf& leaf;
+  const Key* keys;
+  const X* weights;
+  X* block;
+  int64_t first, count;
+
+  X* ring(int64_t row) const { return static_cast<X*>(leaf.ring) + row * leaf.size + first; }
 };
 
 // x[i] += sum_m weight[m] * history[m * kBlock + i], 0 <= i < kBlock, over N rows.
@@ -127,55 +208,117 @@ JPK_INLINE void accumulate(int64_t rows, const X* weight, const X* history, X* _
   for (; m < rows; m += kRows) accumulate_group<kRows>(weight + m, history + m * kBlock, x);
 }
 
-// Copies elements [first, first + count) of the ring's first rows to history, and pads it with
-// zeros.
+// Copies the first rows of the ring to the block, and pads it with zeros.
 template <typename X>
-JPK_INLINE void gather(const Leaf& leaf, int64_t first, int64_t count, int64_t rows, X* history) {
-  const X* ring = static_cast<const X*>(leaf.ring) + first;
+JPK_INLINE void gather(const Visit<X>& at, int64_t rows) {
   for (int64_t m = 0; m < rows; ++m) {
-    std::copy_n(ring + m * leaf.size, count, history + m * kBlock);
-    std::fill(history + m * kBlock + count, history + (m + 1) * kBlock, X(0));
+    std::copy_n(at.ring(m), at.count, at.block + m * kBlock);
+    std::fill(at.block + m * kBlock + at.count, at.block + (m + 1) * kBlock, X(0));
   }
-  std::fill(history + rows * kBlock, history + padded(rows) * kBlock, X(0));
 }
 
-// x[i] = input_weight * normal(key, first + i).
+// x[i] = weight * normal(key, first + i).
 template <typename Z, typename X>
-JPK_INLINE void sample(const Step& step, Key key, int64_t first, X* __restrict x) {
+JPK_INLINE void sample(const Visit<X>& at, Key key, X weight, X* __restrict x) {
   Z z[kBlock];
-  normal_block<Z>(key, static_cast<uint64_t>(first), step.accurate, z);
-  const X weight = static_cast<X>(step.input_weight);
+  normal_block<Z>(key, static_cast<uint64_t>(at.first), at.step.accurate, z);
   for (int i = 0; i < kBlock; ++i) x[i] = weight * static_cast<X>(z[i]);
 }
 
-// Overwrites elements [first, first + count) of all slots with x_t .. x_{t+S-1}; count <= kBlock.
+// Makes x_t .. x_{t+steps-1}, steps being S or 1, in the ring's slots; without slots, x_t in x.
+// So do the two functions that follow.
 template <typename Z, typename X>
-JPK_INLINE void refresh(const Step& step, const Leaf& leaf, int64_t first, int64_t count,
-                        const Key* keys, const X* weights, X* history) {
+JPK_INLINE void advance_recurrence(const Visit<X>& at, int64_t steps, X* __restrict x) {
+  const Step& step = at.step;
   const int64_t slots = step.slots;
-  gather(leaf, first, count, slots, history);
-  for (int64_t ahead = 0; ahead < slots; ++ahead) {
-    const int64_t slot = step.now + ahead < slots ? step.now + ahead : step.now + ahead - slots;
-    X x[kBlock];
-    sample<Z, X>(step, keys[slot], first, x);
-    accumulate<X>(padded(slots), weights + slots - slot, history, x);
-    std::copy_n(x, kBlock, history + slot * kBlock);
+  if (slots == 0) {
+    return sample<Z, X>(at, at.keys[0], static_cast<X>(step.input_weight[0]), x);
   }
-  X* ring = static_cast<X*>(leaf.ring) + first;
-  for (int64_t m = 0; m < slots; ++m) {
-    std::copy_n(history + m * kBlock, count, ring + m * leaf.size);
+  // A single step of a run's first S reads the slots that have been written.
+  const int64_t rows = steps == slots ? slots : std::min(step.t, slots);
+  gather(at, rows);
+  std::fill(at.block + rows * kBlock, at.block + padded(rows) * kBlock, X(0));
+  for (int64_t ahead = 0; ahead < steps; ++ahead) {
+    const int64_t slot = step.slot(ahead);
+    const X* weights = step.by_row ? at.weights + ahead * padded(slots) : at.weights + slots - slot;
+    sample<Z, X>(at, at.keys[ahead], static_cast<X>(step.input_weight[step.by_row ? ahead : 0]), x);
+    accumulate<X>(padded(rows), weights, at.block, x);
+    if (steps == slots) std::copy_n(x, kBlock, at.block + slot * kBlock);
+  }
+  if (steps != slots) {
+    std::copy_n(x, at.count, at.ring(step.now));
+    return;
+  }
+  for (int64_t m = 0; m < slots; ++m) std::copy_n(at.block + m * kBlock, at.count, at.ring(m));
+}
+
+template <typename Z, typename X>
+JPK_INLINE void advance_moving_average(const Visit<X>& at, int64_t steps, X* __restrict x) {
+  const Step& step = at.step;
+  const int64_t samples = step.behind + steps;
+  if (step.slots == 0) {
+    std::fill(x, x + kBlock, X(0));
+    for (int64_t j = 0; j < samples; ++j) {
+      const bool happened = step.filter == Filter::kRow || step.t - step.behind + j >= 0;
+      if (at.weights[j] == 0 || !happened) continue;
+      X z[kBlock];
+      sample<Z, X>(at, at.keys[j], at.weights[j], z);
+      for (int i = 0; i < kBlock; ++i) x[i] += z[i];
+    }
+    return;
+  }
+  for (int64_t j = 0; j < samples; ++j) {
+    X* z = at.block + j * kBlock;
+    if (step.t - step.behind + j < 0) {
+      std::fill(z, z + kBlock, X(0));  // nothing came before step 0
+    } else {
+      sample<Z, X>(at, at.keys[j], X(1), z);
+    }
+  }
+  std::fill(at.block + samples * kBlock, at.block + (samples + kRows) * kBlock, X(0));
+  for (int64_t ahead = 0; ahead < steps; ++ahead) {
+    std::fill(x, x + kBlock, X(0));
+    accumulate<X>(padded(step.behind + 1), at.weights, at.block + ahead * kBlock, x);
+    std::copy_n(x, at.count, at.ring(step.slot(ahead)));
   }
 }
 
-// Writes x_t of elements [first, first + count) to its slot, from the t < S terms before it.
 template <typename Z, typename X>
-JPK_INLINE void warm_up(const Step& step, const Leaf& leaf, int64_t first, int64_t count, Key key,
-                        const X* weights, X* history) {
-  gather(leaf, first, count, step.time, history);
-  X x[kBlock];
-  sample<Z, X>(step, key, first, x);
-  accumulate<X>(padded(step.time), weights + step.slots - step.now, history, x);
-  std::copy_n(x, count, static_cast<X*>(leaf.ring) + step.now * leaf.size + first);
+JPK_INLINE void advance_buffers(const Visit<X>& at, int64_t steps, X* __restrict x) {
+  const Step& step = at.step;
+  const int64_t buffers = step.hidden;
+  const X *decay = at.weights, *weight = at.weights + buffers;
+  gather(at, buffers);
+  for (int64_t ahead = 0; ahead < steps; ++ahead) {
+    X z[kBlock];
+    sample<Z, X>(at, at.keys[ahead], X(1), z);
+    std::copy_n(z, kBlock, x);
+    for (int64_t m = 0; m < buffers; ++m) {
+      const X* u = at.block + m * kBlock;
+      for (int i = 0; i < kBlock; ++i) x[i] += weight[m] * u[i];
+    }
+    const X* input = step.filter == Filter::kInverseBuffers ? x : z;
+    for (int64_t m = 0; m < buffers; ++m) {
+      X* u = at.block + m * kBlock;
+      for (int i = 0; i < kBlock; ++i) u[i] = decay[m] * u[i] + input[i];
+    }
+    if (step.slots) std::copy_n(x, at.count, at.ring(buffers + step.slot(ahead)));
+  }
+  for (int64_t m = 0; m < buffers; ++m) std::copy_n(at.block + m * kBlock, at.count, at.ring(m));
+}
+
+template <typename Z, typename X>
+JPK_INLINE void advance(const Visit<X>& at, int64_t steps, X* x) {
+  switch (at.step.filter) {
+    case Filter::kRecurrence:
+      return advance_recurrence<Z, X>(at, steps, x);
+    case Filter::kMovingAverage:
+    case Filter::kRow:
+      return advance_moving_average<Z, X>(at, steps, x);
+    case Filter::kBuffers:
+    case Filter::kInverseBuffers:
+      return advance_buffers<Z, X>(at, steps, x);
+  }
 }
 
 // out = grad + scale * x, added in the wider of the two types and rounded to the gradient's.
@@ -201,49 +344,38 @@ JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X scale, co
   }
 }
 
+inline void leaf_keys(const Step& step, uint32_t leaf, Key* keys) {
+  for (int64_t j = 0; j < step.samples(); ++j) {
+    keys[j] = step.filter == Filter::kRow
+                  ? split(split(step.keys[0], leaf), static_cast<uint32_t>(j))
+                  : split(step.keys[j], leaf);
+  }
+}
+
 // One step of tiles [begin, end) of one leaf, sampled as Z, kept as X.
 template <typename Z, typename X>
 JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
                            Scratch& scratch) {
   const int64_t slots = step.slots;
   const X scale = static_cast<X>(step.output_scale);
-  const Key key_now = split(step.subkeys[step.now], leaf.index);
+  X* weights = scratch.weights<X>();
+  for (size_t i = 0; i < step.weights.size(); ++i) weights[i] = static_cast<X>(step.weights[i]);
+  leaf_keys(step, leaf.index, scratch.keys());
+  Visit<X> at{step, leaf, scratch.keys(), weights, scratch.block<X>(), 0, 0};
+  X x[kBlock];
 
-  if (slots == 0) {
-    const int64_t stop = std::min(end * kTile, leaf.size);
-    for (int64_t first = begin * kTile; first < stop; first += kBlock) {
-      X x[kBlock];
-      sample<Z, X>(step, key_now, first, x);
-      emit<X>(leaf, first, std::min<int64_t>(kBlock, stop - first), scale, x);
-    }
-    return;
-  }
-
-  Key* keys = scratch.keys();
-  X *weights = scratch.weights<X>(), *history = scratch.history<X>();
-  for (size_t i = 0; i < step.past.size(); ++i) weights[i] = static_cast<X>(step.past[i]);
-  const X* ring_now = static_cast<const X*>(leaf.ring) + step.now * leaf.size;
-
-  bool have_keys = false;
-  int64_t phase = (begin + leaf.first_tile) % slots;
-  for (int64_t tile = begin; tile < end; ++tile, phase = phase + 1 == slots ? 0 : phase + 1) {
+  const X* ring_now = static_cast<const X*>(leaf.ring) + (step.hidden + step.now) * leaf.size;
+  int64_t phase = slots ? (begin + leaf.first_tile) % slots : 0;
+  for (int64_t tile = begin; tile < end; ++tile, phase = phase + 1 >= slots ? 0 : phase + 1) {
     const int64_t start = tile * kTile, stop = std::min(start + kTile, leaf.size);
-    if (phase == step.now) {
-      if (!have_keys) {
-        for (int64_t s = 0; s < slots; ++s) keys[s] = split(step.subkeys[s], leaf.index);
-        have_keys = true;
-      }
-      for (int64_t first = start; first < stop; first += kBlock) {
-        refresh<Z, X>(step, leaf, first, std::min<int64_t>(kBlock, stop - first), keys, weights,
-                      history);
-      }
-    } else if (step.time < phase) {
-      for (int64_t first = start; first < stop; first += kBlock) {
-        warm_up<Z, X>(step, leaf, first, std::min<int64_t>(kBlock, stop - first), key_now, weights,
-                      history);
+    if (phase == step.now || step.t < phase) {
+      for (at.first = start; at.first < stop; at.first += kBlock) {
+        at.count = std::min<int64_t>(kBlock, stop - at.first);
+        advance<Z, X>(at, phase == step.now ? step.most_steps() : 1, x);
+        if (slots == 0) emit<X>(leaf, at.first, at.count, scale, x);
       }
     }
-    emit<X>(leaf, start, stop - start, scale, ring_now + start);
+    if (slots) emit<X>(leaf, start, stop - start, scale, ring_now + start);
   }
 }
 
@@ -287,7 +419,7 @@ void correlated_noise(Pool& pool, int64_t workers, const Step& step,
   const int64_t chunk = std::clamp<int64_t>(tiles / (8 * workers), 1, 64);
 
   std::vector<Scratch> scratch;
-  for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(step.slots);
+  for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(step);
 
   parallel_for(pool, (tiles + chunk - 1) / chunk, workers, [&](int64_t i, int64_t worker) {
     int64_t tile = i * chunk;

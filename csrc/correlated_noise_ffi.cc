@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <exception>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "correlated_noise.h"
@@ -13,6 +14,9 @@ namespace jpk {
 namespace {
 
 namespace ffi = xla::ffi;
+
+// So that sizes computed from it do not overflow.
+constexpr int64_t kMostSlots = int64_t{1} << 30;
 
 ffi::Error invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("correlated_noise: " + what);
@@ -47,30 +51,71 @@ bool read_doubles(const ffi::AnyBuffer& buffer, std::vector<double>& to) {
   return true;
 }
 
-// Operands: step, subkeys, coef, output_scale, then (gradient, ring) of every leaf; results:
-// (output, ring) of every leaf, the ring in the operand's memory. Without slots there are no rings.
-ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
-                     ffi::Buffer<ffi::U32>& subkeys, ffi::AnyBuffer& coef_buffer,
-                     ffi::AnyBuffer& scale_buffer, ffi::RemainingArgs& args,
-                     ffi::RemainingRets& rets, ffi::Span<const int64_t> leaf_index,
-                     ffi::Span<const int64_t> first_tile, ffi::Span<const int64_t> noise_bits,
-                     bool accurate) {
-  std::vector<double> coef, scale;
-  if (!read_doubles(coef_buffer, coef) || coef.empty() || coef[0] == 0.0) {
-    return invalid("coef must be float32 or float64 with c_0 != 0");
+// What the coefficients are, [rows, columns], says the filter:
+//   "recurrence"       [1 or max(S, 1), S + 1], see set_recurrence
+//   "moving_average", "row"   [1, behind + 1], see set_moving_average
+//   "buffers", "inverse_buffers"   [2, buffers], see set_buffers
+// Gives what is wrong, or nothing.
+std::string set_filter(std::string_view filter, int64_t slots, const ffi::AnyBuffer& coef_buffer,
+                       Step& step) {
+  std::vector<double> coef;
+  if (!read_doubles(coef_buffer, coef) || coef_buffer.dimensions().size() != 2 || coef.empty()) {
+    return "coef must be float32 or float64, of two dimensions and not empty";
   }
+  const int64_t rows = coef_buffer.dimensions()[0], columns = coef_buffer.dimensions()[1];
+  if (filter == "recurrence") {
+    if (columns != slots + 1 || (rows != 1 && rows != std::max<int64_t>(slots, 1))) {
+      return "a recurrence needs coef of shape [1 or max(b - 1, 1), b]";
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      if (coef[static_cast<size_t>(row * columns)] == 0.0) return "c_0 must not be 0";
+    }
+    step.filter = Filter::kRecurrence;
+    set_recurrence(step, coef.data(), rows);
+  } else if (filter == "moving_average" || filter == "row") {
+    if (rows != 1 || (filter == "row" && slots)) return "a moving average needs coef of one row";
+    step.filter = filter == "row" ? Filter::kRow : Filter::kMovingAverage;
+    set_moving_average(step, coef.data(), columns - 1);
+  } else if (filter == "buffers" || filter == "inverse_buffers") {
+    if (rows != 2) return "buffers need coef of two rows";
+    step.filter = filter == "buffers" ? Filter::kBuffers : Filter::kInverseBuffers;
+    set_buffers(step, coef.data(), columns);
+  } else {
+    return "there is no filter " + std::string(filter);
+  }
+  return "";
+}
+
+// Operands: step, keys, coef, output_scale, then (gradient, ring) of every leaf; results: (output,
+// ring) of every leaf, the ring in the operand's memory. Without rows there are no rings.
+ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t, ffi::Buffer<ffi::U32>& keys,
+                     ffi::AnyBuffer& coef, ffi::AnyBuffer& scale_buffer, ffi::RemainingArgs& args,
+                     ffi::RemainingRets& rets, std::string_view filter, int64_t slots,
+                     ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
+                     ffi::Span<const int64_t> noise_bits, ffi::Span<const int64_t> ring_bits,
+                     bool accurate) {
+  std::vector<double> scale;
   if (!read_doubles(scale_buffer, scale) || scale.size() != 1) {
     return invalid("output_scale must be a float32 or float64 scalar");
   }
-  const int64_t bands = static_cast<int64_t>(coef.size()), slots = bands - 1;
   if (t.element_count() != 1 || t.typed_data()[0] < 0)
     return invalid("step must be one integer >= 0");
-  if (static_cast<int64_t>(subkeys.element_count()) != 2 * std::max<int64_t>(slots, 1)) {
-    return invalid("subkeys must have shape [max(b - 1, 1), 2]");
+  if (slots < 0 || slots > kMostSlots) return invalid("slots must be >= 0 and in bounds");
+  if (keys.dimensions().size() != 2 || keys.dimensions()[1] != 2) {
+    return invalid("keys must have shape [.., 2]");
+  }
+  Step step = make_step(Filter::kRecurrence, t.typed_data()[0], slots,
+                        reinterpret_cast<const Key*>(keys.typed_data()), scale[0], accurate);
+  if (const std::string wrong = set_filter(filter, slots, coef, step); !wrong.empty()) {
+    return invalid(wrong);
+  }
+  if (keys.dimensions()[0] != step.key_count()) {
+    return invalid("keys must be one for each of the steps that are sampled");
   }
 
-  const size_t leaves = leaf_index.size(), per_leaf = slots ? 2 : 1;
-  if (first_tile.size() != leaves || noise_bits.size() != leaves ||
+  const int64_t rows = step.hidden + slots;
+  const size_t leaves = leaf_index.size(), per_leaf = rows ? 2 : 1;
+  if (first_tile.size() != leaves || noise_bits.size() != leaves || ring_bits.size() != leaves ||
       args.size() != per_leaf * leaves || rets.size() != per_leaf * leaves) {
     return invalid("operands, results and attributes disagree on the number of leaves");
   }
@@ -91,10 +136,11 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
     leaf.index = static_cast<uint32_t>(leaf_index[l]);
     leaf.first_tile = first_tile[l];
     leaf.noise_type = noise_bits[l] == 64 ? FloatType::kFloat64 : FloatType::kFloat32;
-    leaf.ring_type = leaf.noise_type;
+    leaf.ring_type = ring_bits[l] == 64 ? FloatType::kFloat64 : FloatType::kFloat32;
     if (!float_type(grad->element_type(), leaf.grad_type) || first_tile[l] < 0 ||
         first_tile[l] > INT64_MAX / 2 || leaf_index[l] < 0 || leaf_index[l] > int64_t{UINT32_MAX} ||
-        (noise_bits[l] != 32 && noise_bits[l] != 64)) {
+        (noise_bits[l] != 32 && noise_bits[l] != 64) || ring_bits[l] < noise_bits[l] ||
+        (ring_bits[l] != 32 && ring_bits[l] != 64)) {
       return invalid(name + " has an unsupported gradient type or attribute");
     }
     if ((*out)->element_type() != grad->element_type() ||
@@ -102,17 +148,17 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
       return invalid(name + " has an output unlike its gradient");
     }
     prefer_huge_pages(leaf.out, (*out)->size_bytes());
-    if (slots == 0) continue;
+    if (rows == 0) continue;
 
     auto ring = args.get<ffi::AnyBuffer>(2 * l + 1);
     auto ring_out = rets.get<ffi::AnyBuffer>(2 * l + 1);
     if (ring.has_error()) return ring.error();
     if (ring_out.has_error()) return ring_out.error();
     leaf.ring = ring->untyped_data();
-    if (!float_type(ring->element_type(), leaf.ring_type) || leaf.ring_type < leaf.noise_type ||
-        static_cast<int64_t>(ring->element_count()) != slots * leaf.size) {
-      return invalid(name +
-                     " needs a ring of shape [b - 1, ...] and a type no narrower than its noise");
+    FloatType ring_type;
+    if (!float_type(ring->element_type(), ring_type) || ring_type != leaf.ring_type ||
+        static_cast<int64_t>(ring->element_count()) != rows * leaf.size) {
+      return invalid(name + " needs a ring of shape [rows, ...] and the type it is said to have");
     }
     if ((*ring_out)->untyped_data() != leaf.ring && leaf.size) {
       return ffi::Error::Internal("correlated_noise: the ring of " + name +
@@ -120,20 +166,19 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t,
     }
   }
 
-  const Step step = make_step(t.typed_data()[0], reinterpret_cast<const Key*>(subkeys.typed_data()),
-                              coef.data(), bands, scale[0], accurate);
   correlated_noise(pool, pool.num_threads(), step, list);
   return ffi::Error::Success();
 }
 
-ffi::Error step(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Buffer<ffi::U32> subkeys,
+ffi::Error step(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Buffer<ffi::U32> keys,
                 ffi::AnyBuffer coef, ffi::AnyBuffer output_scale, ffi::RemainingArgs args,
-                ffi::RemainingRets rets, ffi::Span<const int64_t> leaf_index,
-                ffi::Span<const int64_t> first_tile, ffi::Span<const int64_t> noise_bits,
+                ffi::RemainingRets rets, std::string_view filter, int64_t slots,
+                ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
+                ffi::Span<const int64_t> noise_bits, ffi::Span<const int64_t> ring_bits,
                 bool accurate) {
   try {
-    return step_impl(pool, t, subkeys, coef, output_scale, args, rets, leaf_index, first_tile,
-                     noise_bits, accurate);
+    return step_impl(pool, t, keys, coef, output_scale, args, rets, filter, slots, leaf_index,
+                     first_tile, noise_bits, ring_bits, accurate);
   } catch (const std::exception& error) {  // out of memory, at worst
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       std::string("correlated_noise: ") + error.what());
@@ -147,12 +192,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_correlated_noise, jpk::step,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // step
-                                  .Arg<xla::ffi::Buffer<xla::ffi::U32>>()  // subkeys
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U32>>()  // keys
                                   .Arg<xla::ffi::AnyBuffer>()              // coef
                                   .Arg<xla::ffi::AnyBuffer>()              // output_scale
                                   .RemainingArgs()
                                   .RemainingRets()
+                                  .Attr<std::string_view>("filter")
+                                  .Attr<int64_t>("slots")
                                   .Attr<xla::ffi::Span<const int64_t>>("leaf_index")
                                   .Attr<xla::ffi::Span<const int64_t>>("first_tile")
                                   .Attr<xla::ffi::Span<const int64_t>>("noise_bits")
+                                  .Attr<xla::ffi::Span<const int64_t>>("ring_bits")
                                   .Attr<bool>("accurate"));

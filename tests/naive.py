@@ -46,19 +46,41 @@ def independent(key, shapes, dtypes, steps):
 
 
 def solve(coef, z):
-    """x with C x = z, row by row."""
+    """x with C x = z, row by row; coef is ``[b]``, or ``[n, b]`` with those of every row."""
     coef = np.asarray(coef, np.float64)
     x = np.zeros(z.shape)
     for t in range(len(z)):
-        lags = min(t, len(coef) - 1)
-        past = np.tensordot(coef[1 : lags + 1], x[t - lags : t][::-1], axes=1) if lags else 0.0
-        x[t] = (z[t] - past) / coef[0]
+        c = coef[min(t, len(coef) - 1)] if coef.ndim == 2 else coef
+        lags = min(t, len(c) - 1)
+        past = np.tensordot(c[1 : lags + 1], x[t - lags : t][::-1], axes=1) if lags else 0.0
+        x[t] = (z[t] - past) / c[0]
     return x
 
 
-def gain(coef, steps):
-    """The most that ``C^-1`` can magnify an error in z: the L1 norm of its last row."""
-    return np.abs(solve(coef, np.eye(steps, 1))).sum()
+def moving_average(weights, z):
+    """x_t = sum_l w_l z_{t-l}."""
+    x = np.zeros(z.shape)
+    for t in range(len(z)):
+        for lag, weight in enumerate(weights[: t + 1]):
+            x[t] += weight * z[t - lag]
+    return x
+
+
+def buffers(decay, scale, inverse, z):
+    """x, and the buffers before every step and after the last, ``[steps + 1, m, ...]``."""
+    column = (-1, *[1] * (z.ndim - 1))
+    decay, scale = (np.asarray(v, np.float64).reshape(column) for v in (decay, scale))
+    x, u = np.zeros(z.shape), np.zeros((len(z) + 1, len(decay), *z.shape[1:]))
+    for t in range(len(z)):
+        read = (scale * u[t]).sum(axis=0)
+        x[t] = z[t] - read if inverse else z[t] + read
+        u[t + 1] = decay * u[t] + (x[t] if inverse else z[t])
+    return x, u
+
+
+def gain(matrix):
+    """The most that a matrix can magnify an error: the largest L1 norm of a row."""
+    return np.abs(matrix).sum(axis=-1).max(initial=0)
 
 
 def scaled(row_scale, stddev, x):
@@ -87,15 +109,24 @@ def terms(slots, size, first_tile, step, *, ahead=True):
     return np.repeat(tiles, TILE, axis=1)[:, :size]
 
 
-def ring(x, slots, first_tile, step, *, ahead=True):
-    """The ring of a leaf before a step, from its x_0 .. x_{step + S - 1}."""
+def ring(x, slots, first_tile, step, *, ahead=True, hidden=None):
+    """The ring of a leaf before a step, from its x_0 .. x_{step + S - 1}.
+
+    ``hidden`` holds the rows before the slots, as they are before every step.
+    """
     shape = x.shape[1:]
     size = math.prod(shape)
-    if slots == 0 or size == 0:
-        return np.zeros((slots, *shape))
+    hidden = np.zeros((len(x) + 1, 0, *shape)) if hidden is None else hidden
+    if size == 0:
+        return np.zeros((hidden.shape[1] + slots, *shape))
+    if slots == 0:
+        return hidden[step]
     index = terms(slots, size, first_tile, step, ahead=ahead)
     flat = np.concatenate([x.reshape(len(x), size), np.zeros((1, size))])  # row -1
-    return flat[index, np.arange(size)].reshape(slots, *shape)
+    in_slots = flat[index, np.arange(size)]
+    made = index.max(axis=0) + 1  # the first step that each element has not made
+    before = hidden.reshape(len(hidden), -1, size)[made, :, np.arange(size)].T
+    return np.concatenate([before, in_slots]).reshape(-1, *shape)
 
 
 def first_tiles(shapes):

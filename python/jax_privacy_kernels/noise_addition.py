@@ -38,13 +38,13 @@ import optax
 from jax_privacy_kernels._checks import check_like, is_concrete
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
-    BandedRecurrence,
     NoiseState,
+    NoisingMatrix,
     check_noise_dtype,
     correlated_noise,
+    dense_noise,
     init_correlated_noise,
     looks_ahead,
-    normal,
 )
 
 __all__ = [
@@ -147,11 +147,11 @@ def matrix_factorization_privatizer(
     key = _as_key(prng_key)
     if hasattr(noising_matrix, "multiply_next"):
         structure = getattr(noising_matrix, "structure", None)
-        if isinstance(structure, BandedRecurrence):
+        if isinstance(structure, NoisingMatrix):
             return _fused(structure, stddev, key, dtype, implementation)
         return _streaming(noising_matrix, stddev, key, dtype, implementation)
     if isinstance(noising_matrix, jax.typing.ArrayLike):
-        return _dense(noising_matrix, stddev, key, dtype)
+        return _dense(noising_matrix, stddev, key, dtype, implementation)
     raise TypeError(
         f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
     )
@@ -181,14 +181,14 @@ def gaussian_privatizer(
 
 
 def _fused(
-    recurrence: BandedRecurrence,
+    matrix: NoisingMatrix,
     stddev: Any,
     key: jax.Array,
     dtype: Any,
     implementation: str | None,
 ) -> optax.GradientTransformation:
     def init(model: Any) -> NoiseState:
-        return init_correlated_noise(model, recurrence, key=key, dtype=dtype)
+        return init_correlated_noise(model, matrix, key=key, dtype=dtype)
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
@@ -197,7 +197,7 @@ def _fused(
         return correlated_noise(
             sum_of_clipped_grads,
             noise_state,
-            recurrence,
+            matrix,
             stddev=stddev,
             key_impl=jax.random.key_impl(key),
             dtype=dtype,
@@ -242,7 +242,11 @@ def _streaming(
 
 
 def _dense(
-    matrix: jax.typing.ArrayLike, stddev: Any, key: jax.Array, dtype: Any
+    matrix: jax.typing.ArrayLike,
+    stddev: Any,
+    key: jax.Array,
+    dtype: Any,
+    implementation: str | None,
 ) -> optax.GradientTransformation:
     # Approach 2 of Section 4.4.5 of https://arxiv.org/abs/2506.08201.
     rows = jnp.asarray(matrix)
@@ -281,37 +285,16 @@ def _dense(
             )
         # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
         row = jnp.where((step >= 0) & (step < n), rows[step] * stddev, jnp.nan)
-        tree: Any
-        paths_and_grads, tree = jax.tree_util.tree_flatten_with_path(sum_of_clipped_grads)
-        state_key = jax.random.wrap_key_data(noise_state.key, impl=jax.random.key_impl(key))
-        keys = jax.random.split(state_key, max(len(paths_and_grads), 1))
-        noisy = [
-            _add(g, _combination(row, k, g.shape, check_noise_dtype(path, g, dtype)))
-            for (path, g), k in zip(paths_and_grads, keys, strict=False)
-        ]
-        return tree.unflatten(noisy), noise_state._replace(step=step + 1)
+        noisy = dense_noise(
+            sum_of_clipped_grads,
+            row,
+            key=jax.random.wrap_key_data(noise_state.key, impl=jax.random.key_impl(key)),
+            dtype=dtype,
+            implementation=implementation,
+        )
+        return noisy, noise_state._replace(step=step + 1)
 
     return optax.GradientTransformation(init, update)
-
-
-def _combination(
-    row: jax.Array, key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """sum_j row[j] z_j, z_j the normal array of key j; zeros at both ends are not sampled.
-
-    z is sampled in dtype; the sum is formed in 32 bits at least.
-    """
-    row = row.astype(jnp.promote_types(dtype, jnp.float32))
-    used = row != 0
-    first, last = jnp.argmax(used), row.shape[0] - jnp.argmax(used[::-1])
-
-    def add(j: jax.Array, total: jax.Array) -> jax.Array:
-        z = normal(jax.random.fold_in(key, j), shape, dtype)
-        return total + row[j] * z.astype(row.dtype)
-
-    return jax.lax.fori_loop(
-        first, jnp.where(used.any(), last, first), add, jnp.zeros(shape, row.dtype)
-    )
 
 
 def _add(value: jax.Array, noise: jax.Array) -> jax.Array:

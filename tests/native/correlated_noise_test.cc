@@ -1,6 +1,5 @@
-// correlated_noise against the definition, x_t = (z_t - sum_l c_l x_{t-l}) / c_0, evaluated one
-// element at a time in double, with nothing looked ahead and nothing forgotten. Shares no code with
-// the kernel.
+// correlated_noise against the definitions of its filters, evaluated one element at a time in
+// double, with nothing looked ahead and nothing forgotten. Shares no code with the kernel.
 #include "correlated_noise.h"
 
 #include <algorithm>
@@ -15,6 +14,7 @@
 
 namespace {
 
+using jpk::Filter;
 using jpk::FloatType;
 using jpk::Key;
 
@@ -181,10 +181,10 @@ struct Types {
 
 // Everything of one leaf, for one number of workers.
 struct LeafMemory {
-  LeafMemory(int64_t size, int64_t slots, const Types& types)
+  LeafMemory(int64_t size, int64_t rows, const Types& types)
       : grad(size * bytes_of(types.grad)),
         out(size * bytes_of(types.grad)),
-        ring(slots * size * bytes_of(types.ring)) {
+        ring(rows * size * bytes_of(types.ring)) {
     for (int64_t i = 0; i < size; ++i) write_gradient(grad.data(), types.grad, i);
     ring.fill(0);
   }
@@ -202,21 +202,94 @@ struct Worst {
   }
 };
 
-struct Problem {
+// By what a filter turns z into x. All its numbers matter and differ, yet errors do not build up.
+struct Definition {
+  Filter filter;
   int64_t slots;
+  bool by_row = false;  // a recurrence of coefficients that differ from row to row
+  int64_t terms = 0;    // of a moving average or a row; or the number of buffers
+
+  int64_t hidden() const {
+    return filter == Filter::kBuffers || filter == Filter::kInverseBuffers ? terms : 0;
+  }
+  int64_t behind() const {
+    return filter == Filter::kMovingAverage || filter == Filter::kRow ? terms - 1 : 0;
+  }
+  // C[t, t - lag]: sum_l |c_l| < 0.9 c_0.
+  double coef(int64_t t, int64_t lag) const {
+    const double c_0 = by_row ? 1.25 + 0.125 * (t % 5) : 1.25;
+    if (lag == 0) return c_0;
+    const double sign = (by_row ? lag + t : lag) % 3 ? 1 : -1;
+    return sign * 0.9 * c_0 * (0.5 + 0.5 * lag / (slots + 1)) / slots;
+  }
+  double weight(int64_t lag) const { return (lag % 3 ? -1.0 : 1.5) / (lag + 1); }
+  double decay(int64_t i) const { return 0.9 / (i + 1); }
+  double scale(int64_t i) const { return 0.25 / (i + 2); }
+
+  // What the kernel is told at step t.
+  jpk::Step step(int64_t t, const std::vector<Key>& keys, double output_scale,
+                 bool accurate) const {
+    jpk::Step made = jpk::make_step(filter, t, slots, keys.data(), output_scale, accurate);
+    std::vector<double> numbers;
+    if (filter == Filter::kRecurrence) {
+      const int64_t rows = by_row ? std::max<int64_t>(slots, 1) : 1;
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t lag = 0; lag <= slots; ++lag) numbers.push_back(coef(t + row, lag));
+      }
+      jpk::set_recurrence(made, numbers.data(), rows);
+    } else if (behind() || terms == 1) {
+      for (int64_t lag = terms - 1; lag >= 0; --lag) numbers.push_back(weight(lag));
+      jpk::set_moving_average(made, numbers.data(), terms - 1);
+    }
+    if (hidden()) {
+      numbers.clear();
+      for (int64_t i = 0; i < terms; ++i) numbers.push_back(decay(i));
+      for (int64_t i = 0; i < terms; ++i) numbers.push_back(scale(i));
+      jpk::set_buffers(made, numbers.data(), terms);
+    }
+    return made;
+  }
+
+  // x and the buffers before every step, [steps] and [steps + 1][hidden], from z.
+  void apply(const std::vector<double>& z, std::vector<double>& x,
+             std::vector<std::vector<double>>& u) const {
+    const int64_t steps = static_cast<int64_t>(z.size());
+    x.assign(z.size(), 0.0);
+    u.assign(z.size() + 1, std::vector<double>(hidden(), 0.0));
+    for (int64_t t = 0; t < steps; ++t) {
+      if (filter == Filter::kRecurrence) {
+        double sum = z[t];
+        for (int64_t lag = 1; lag <= std::min(t, slots); ++lag) sum -= coef(t, lag) * x[t - lag];
+        x[t] = sum / coef(t, 0);
+      } else if (hidden()) {
+        double read = 0;
+        for (int64_t i = 0; i < terms; ++i) read += scale(i) * u[t][i];
+        const bool inverse = filter == Filter::kInverseBuffers;
+        x[t] = inverse ? z[t] - read : z[t] + read;
+        for (int64_t i = 0; i < terms; ++i) {
+          u[t + 1][i] = decay(i) * u[t][i] + (inverse ? x[t] : z[t]);
+        }
+      } else {
+        for (int64_t lag = 0; lag < std::min(t + 1, terms); ++lag) x[t] += weight(lag) * z[t - lag];
+      }
+    }
+  }
+};
+
+struct Problem {
+  Definition definition;
   bool accurate;
   std::vector<int64_t> sizes;
   std::vector<Types> types;
 };
 
 void run(ThreadPool& pool, const Problem& problem) {
-  const int64_t slots = problem.slots, bands = slots + 1, steps = 3 * slots + 2;
+  const Definition& definition = problem.definition;
+  const int64_t slots = definition.slots, hidden = definition.hidden(), rows = hidden + slots;
+  const int64_t ahead = std::max<int64_t>(slots, 1), behind = definition.behind();
+  const bool row = definition.filter == Filter::kRow;
+  const int64_t steps = row ? 1 : 3 * slots + 2;
   const int64_t workers[] = {1, 2, 5};
-  // All bands matter and differ, yet errors do not build up: sum |c_l| < 0.9 c_0.
-  std::vector<double> coef(bands, 1.25);
-  for (int64_t l = 1; l < bands; ++l) {
-    coef[l] = (l % 3 ? 1 : -1) * 0.9 * coef[0] * (0.5 + 0.5 * l / bands) / slots;
-  }
 
   const size_t leaves = problem.sizes.size();
   std::vector<int64_t> first_tile(1, 0);
@@ -226,45 +299,52 @@ void run(ThreadPool& pool, const Problem& problem) {
   // Positions need not be 0, 1, ..: a step may be asked for some leaves of a tree.
   auto index = [](size_t l) { return static_cast<uint32_t>(3 * l + 1); };
 
-  // x[l][t * size + i], also of the steps that the last ring looks ahead to.
-  std::vector<std::vector<double>> x(leaves);
+  // x[l][t * size + i], also of the steps that the last ring looks ahead to, and the buffers
+  // u[l][(t * hidden + m) * size + i].
+  std::vector<std::vector<double>> x(leaves), u(leaves);
   for (size_t l = 0; l < leaves; ++l) {
-    const int64_t size = problem.sizes[l];
-    x[l].resize((steps + slots) * size);
-    double* xl = x[l].data();
-    for (int64_t t = 0; t < steps + slots; ++t) {
-      uint32_t leaf_key[2] = {0, index(l)};
-      encrypt(step_key(t), leaf_key);
-      for (int64_t i = 0; i < size; ++i) {
-        double sum = normal({leaf_key[0], leaf_key[1]}, i, problem.types[l].noise);
-        for (int64_t lag = 1; lag <= std::min(t, slots); ++lag) {
-          sum -= coef[lag] * xl[(t - lag) * size + i];
-        }
-        xl[t * size + i] = sum / coef[0];
+    const int64_t size = problem.sizes[l], horizon = row ? definition.terms : steps + slots;
+    x[l].resize(horizon * size);
+    u[l].resize((horizon + 1) * hidden * size);
+    std::vector<Key> keys;
+    for (int64_t t = 0; t < horizon; ++t) {
+      uint32_t key[2] = {0, index(l)};
+      encrypt(step_key(row ? 0 : t), key);
+      uint32_t folded[2] = {0, static_cast<uint32_t>(t)};
+      encrypt({key[0], key[1]}, folded);
+      keys.push_back(row ? Key{folded[0], folded[1]} : Key{key[0], key[1]});
+    }
+    std::vector<double> z(horizon), of_element;
+    std::vector<std::vector<double>> buffers;
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t t = 0; t < horizon; ++t) z[t] = normal(keys[t], i, problem.types[l].noise);
+      definition.apply(z, of_element, buffers);
+      for (int64_t t = 0; t < horizon; ++t) x[l][t * size + i] = of_element[t];
+      if (row) x[l][i] = of_element.back();  // all of its samples are there at once
+      for (int64_t t = 0; t <= horizon; ++t) {
+        for (int64_t m = 0; m < hidden; ++m) u[l][(t * hidden + m) * size + i] = buffers[t][m];
       }
     }
   }
 
   std::vector<Buffer> grads;  // as they must stay
   for (size_t l = 0; l < leaves; ++l) {
-    grads.push_back(std::move(LeafMemory(problem.sizes[l], slots, problem.types[l]).grad));
+    grads.push_back(std::move(LeafMemory(problem.sizes[l], rows, problem.types[l]).grad));
   }
   std::vector<std::vector<LeafMemory>> memory(std::size(workers));  // [workers][leaf]
   for (auto& of_leaves : memory) {
     for (size_t l = 0; l < leaves; ++l) {
-      of_leaves.emplace_back(problem.sizes[l], slots, problem.types[l]);
+      of_leaves.emplace_back(problem.sizes[l], rows, problem.types[l]);
     }
   }
 
   double largest[2] = {0, 0};  // of float32 and float64 noise
   for (int64_t t = 0; t < steps; ++t) {
-    std::vector<Key> subkeys(std::max<int64_t>(slots, 1));
-    for (int64_t tau = t; tau < t + std::max<int64_t>(slots, 1); ++tau) {
-      subkeys[tau % subkeys.size()] = step_key(tau);
-    }
+    std::vector<Key> keys;
+    for (int64_t tau = t - behind; tau < t + ahead; ++tau) keys.push_back(step_key(tau));
+    if (row) keys = {step_key(0)};
     const double scale = 1 + 0.25 * (t % 3);
-    const jpk::Step step =
-        jpk::make_step(t, subkeys.data(), coef.data(), bands, scale, problem.accurate);
+    const jpk::Step step = definition.step(t, keys, scale, problem.accurate);
 
     // The whole ring is compared at some steps; the slot of x_t at all.
     const bool whole_ring = t <= 1 || t == slots / 2 || t % std::max<int64_t>(slots - 1, 1) == 0;
@@ -275,7 +355,7 @@ void run(ThreadPool& pool, const Problem& problem) {
         memory[w][l].out.fill(0xFF);  // a NaN in every type
         list[l] = {memory[w][l].grad.data(),
                    memory[w][l].out.data(),
-                   slots ? memory[w][l].ring.data() : nullptr,
+                   rows ? memory[w][l].ring.data() : nullptr,
                    problem.sizes[l],
                    first_tile[l],
                    index(l),
@@ -319,7 +399,20 @@ void run(ThreadPool& pool, const Problem& problem) {
           const int64_t tau = t < phase ? slot : r + (slot - r % slots + slots) % slots;
           const double want = t < phase && slot > t ? 0 : x[l][tau * size + i];
           x_error.update(
-              std::fabs(read(one.ring.data(), types.ring, slot * size + i) - want) / tolerance, i);
+              std::fabs(read(one.ring.data(), types.ring, (hidden + slot) * size + i) - want) /
+                  tolerance,
+              i);
+        }
+      }
+      for (int64_t m = 0; m < hidden; ++m) {
+        for (int64_t i = 0; i < size; ++i) {
+          // The buffers stand where the terms made so far end.
+          const int64_t phase = slots ? (i / jpk::kTile + first_tile[l]) % slots : 0;
+          const int64_t refreshed = t - (slots ? (t - phase) % slots : 0);
+          const int64_t made = t < phase ? t + 1 : refreshed + ahead;
+          const double want = u[l][(made * hidden + m) * size + i];
+          x_error.update(
+              std::fabs(read(one.ring.data(), types.ring, m * size + i) - want) / tolerance, i);
         }
       }
       CHECK(out_error.value <= 1,
@@ -331,9 +424,9 @@ void run(ThreadPool& pool, const Problem& problem) {
       largest[wide] = std::max(largest[wide], x_error.value * tolerance);
     }
   }
-  if (slots == 0) return;
-  std::printf("%d slots: x differs by up to %.1e (float32), %.1e (float64) standard deviations\n",
-              int(slots), largest[0], largest[1]);
+  if (rows == 0) return;
+  std::printf("filter %d, %d slots: x differs by up to %.1e (float32), %.1e (float64)\n",
+              int(definition.filter), int(slots), largest[0], largest[1]);
 }
 
 }  // namespace
@@ -350,9 +443,32 @@ int main() {
   }
 
   ThreadPool pool(3);
-  for (int64_t slots : {0, 1, 2, 7, 31}) {
-    const int64_t full = slots * jpk::kTile;
-    Problem problem{slots, slots != 2, {}, {}};
+  const Definition definitions[] = {
+      {Filter::kRecurrence, 0},
+      {Filter::kRecurrence, 1},
+      {Filter::kRecurrence, 2},
+      {Filter::kRecurrence, 7},
+      {Filter::kRecurrence, 31},
+      {Filter::kRecurrence, 0, true},
+      {Filter::kRecurrence, 1, true},
+      {Filter::kRecurrence, 5, true},
+      {Filter::kMovingAverage, 0, false, 1},
+      {Filter::kMovingAverage, 0, false, 3},
+      {Filter::kMovingAverage, 1, false, 2},
+      {Filter::kMovingAverage, 3, false, 7},
+      {Filter::kMovingAverage, 7, false, 3},
+      {Filter::kRow, 0, false, 1},
+      {Filter::kRow, 0, false, 9},
+      {Filter::kBuffers, 0, false, 1},
+      {Filter::kBuffers, 3, false, 4},
+      {Filter::kInverseBuffers, 0, false, 3},
+      {Filter::kInverseBuffers, 1, false, 2},
+      {Filter::kInverseBuffers, 5, false, 2},
+  };
+  int count = 0;
+  for (const Definition& definition : definitions) {
+    const int64_t slots = definition.slots, full = slots * jpk::kTile;
+    Problem problem{definition, count++ != 2, {}, {}};
     if (slots <= 2) {
       for (const Types& types : all_types) {
         for (int64_t size : {int64_t{0}, int64_t{1}, int64_t{1023}, int64_t{1024}, int64_t{1025},

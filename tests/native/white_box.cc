@@ -64,11 +64,11 @@ struct DeafPool {
 // One step on leaves (grad, out, ring, {grad type, noise type, ring type}); out and ring are
 // written. Types are positions in FloatType, arrays of 16-bit floats are viewed as uint16.
 void step(
-    int64_t t, const std::vector<std::tuple<uint32_t, uint32_t>>& subkeys,
+    int64_t t, const std::vector<std::tuple<uint32_t, uint32_t>>& step_keys,
     const std::vector<double>& coef, double output_scale, bool accurate,
     const std::vector<std::tuple<py::array, py::array, py::array, std::vector<int>>>& leaves) {
   std::vector<Key> keys;
-  for (auto [k0, k1] : subkeys) keys.push_back({k0, k1});
+  for (auto [k0, k1] : step_keys) keys.push_back({k0, k1});
   std::vector<Leaf> list;
   int64_t first_tile = 0;
   for (auto [grad, out, ring, types] : leaves) {
@@ -78,10 +78,10 @@ void step(
     first_tile += list.back().tiles();
   }
   DeafPool pool;
-  correlated_noise(pool, 1,
-                   make_step(t, keys.data(), coef.data(), static_cast<int64_t>(coef.size()),
-                             output_scale, accurate),
-                   list);
+  Step step = make_step(Filter::kRecurrence, t, static_cast<int64_t>(coef.size()) - 1, keys.data(),
+                        output_scale, accurate);
+  set_recurrence(step, coef.data(), 1);
+  correlated_noise(pool, 1, step, list);
 }
 
 using Vector = py::array_t<double, py::array::c_style>;

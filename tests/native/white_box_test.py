@@ -259,7 +259,7 @@ def test_narrow(kernels, name):
     assert_same(getattr(kernels, f"narrow_{name}")(x).view(dtype), x.astype(dtype))
 
 
-def run_step(kernels, t, subkeys, coef, leaves, *, scale=1.0, accurate=False):
+def run_step(kernels, t, keys, coef, leaves, *, scale=1.0, accurate=False):
     """Runs one step on leaves (grad, noise dtype, ring); returns the outputs, updates the rings."""
     outs, arguments = [], []
     for grad, noise, ring in leaves:
@@ -267,7 +267,7 @@ def run_step(kernels, t, subkeys, coef, leaves, *, scale=1.0, accurate=False):
         arrays = [a.view(np.uint16) if a.itemsize == 2 else a for a in (grad, outs[-1])]
         types = [FLOAT_TYPES.index(np.dtype(t)) for t in (grad.dtype, noise, ring.dtype)]
         arguments.append((*arrays, ring, types))
-    kernels.step(t, subkeys, coef, scale, accurate, arguments)
+    kernels.step(t, keys, coef, scale, accurate, arguments)
     return outs
 
 
@@ -277,19 +277,19 @@ def test_conversions_in_a_step(kernels, dtype, noise, ring):
     """Those above again, where they are vectorized: out = g + x with g = -0, then with x = -0."""
     # With more slots than tiles there is a step that is no tile's turn and only reads x's slot.
     slots, size = 16, 15 * 1024 - 1
-    t, coef, subkeys = 2 * slots - 1, [1.0] * (slots + 1), [(0, 0)] * slots
+    t, coef, keys = 2 * slots - 1, [1.0] * (slots + 1), [(0, 0)] * slots
     rows = np.zeros((slots, size), ring)
 
     x = to_narrow().astype(ring)
     for rows[-1] in np.resize(x, (-(-x.size // size), size)):
-        (out,) = run_step(kernels, t, subkeys, coef, [(np.full(size, -0.0, dtype), noise, rows)])
+        (out,) = run_step(kernels, t, keys, coef, [(np.full(size, -0.0, dtype), noise, rows)])
         assert_same(out, rows[-1].astype(dtype))
 
     rows[-1] = -0.0
     bits = EVERY_16_BITS if dtype.itemsize == 2 else EVERY_16_BITS.view(np.float16)
     grads = bits.view(dtype) if dtype.itemsize == 2 else bits.astype(dtype)
     for grad in np.resize(grads, (-(-grads.size // size), size)):
-        (out,) = run_step(kernels, t, subkeys, coef, [(grad, noise, rows)])
+        (out,) = run_step(kernels, t, keys, coef, [(grad, noise, rows)])
         assert_same(out, grad)
 
 
@@ -307,8 +307,7 @@ def run(kernels, slots, accurate):
     tolerances = [1e-5 if noise == "f4" else 1e-12 for _, noise, _ in leaves]
     results = []
     for t in range(steps):
-        subkeys = [keys[t + (m - t) % ahead] for m in range(ahead)]
-        outs = run_step(kernels, t, subkeys, coef, leaves, scale=0.7, accurate=accurate)
+        outs = run_step(kernels, t, keys[t : t + ahead], coef, leaves, scale=0.7, accurate=accurate)
         for out, tolerance in zip(outs, tolerances, strict=True):
             results.append((out, max(tolerance, float(ml_dtypes.finfo(out.dtype).eps))))
     return results + [(ring, tol) for (_, _, ring), tol in zip(leaves, tolerances, strict=True)]

@@ -26,8 +26,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
-from jax_privacy_kernels.ops import BandedRecurrence, correlated_noise, init_correlated_noise
+from jax_privacy_kernels.ops import (
+    BandedRecurrence,
+    Buffers,
+    MovingAverage,
+    correlated_noise,
+    dense_noise,
+    init_correlated_noise,
+)
 from jax_privacy_kernels.ops import _lookahead as lookahead
+from jax_privacy_kernels.ops._recurrence import Layout
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
 
 
@@ -49,7 +57,9 @@ TARGET = "jpk_correlated_noise"
 class Case:
     shapes: tuple[tuple[int, ...], ...]
     grad_dtypes: tuple[str, ...]
-    coef: tuple[float, ...] = (1.0,)
+    coef: tuple = (1.0,)  # or rows of them; of buffers the decays and the scales
+    filter: str = "recurrence"
+    look_ahead: int = 0  # the slots, of any other filter than recurrences
     coef_dtype: str = "float32"
     noise_dtype: str | None = None
     row_scale: tuple[float, ...] | None = None
@@ -59,8 +69,12 @@ class Case:
     key_impl: str = "threefry2x32"
 
     @property
+    def layout(self):
+        return self.matrix.layout(True)
+
+    @property
     def slots(self):
-        return len(self.coef) - 1
+        return self.layout.slots
 
     @property
     def noise_dtypes(self):
@@ -75,12 +89,25 @@ class Case:
         return jax.random.key(self.seed, impl=self.key_impl)
 
     @functools.cached_property
-    def recurrence(self):
+    def matrix(self):
         scale = self.row_scale
-        return BandedRecurrence(
-            jnp.asarray(self.coef, self.coef_dtype),
-            None if scale is None else jnp.asarray(scale, self.coef_dtype),
-        )
+        scale = None if scale is None else jnp.asarray(scale, self.coef_dtype)
+        coef = jnp.asarray(self.coef, self.coef_dtype)
+        if self.filter == "recurrence":
+            return BandedRecurrence(coef, scale)
+        if self.filter == "moving_average":
+            return MovingAverage(coef, self.look_ahead, scale)
+        return Buffers(*coef, self.filter == "inverse_buffers", self.look_ahead, scale)
+
+    def apply(self, z):
+        """x, and what the rows before the slots hold before every step."""
+        coef = np.asarray(jnp.asarray(self.coef, self.coef_dtype), np.float64)
+        nothing = np.zeros((len(z) + 1, 0, *z.shape[1:]))
+        if self.filter == "recurrence":
+            return naive.solve(coef, z), nothing
+        if self.filter == "moving_average":
+            return naive.moving_average(coef, z), nothing
+        return naive.buffers(*coef, self.filter == "inverse_buffers", z)
 
     @functools.cached_property
     def grads(self):
@@ -96,14 +123,14 @@ class Case:
 
     def init(self):
         structs = [jax.ShapeDtypeStruct(g.shape[1:], g.dtype) for g in self.grads]
-        return init_correlated_noise(structs, self.recurrence, key=self.key, dtype=self.noise_dtype)
+        return init_correlated_noise(structs, self.matrix, key=self.key, dtype=self.noise_dtype)
 
     def update(self, implementation):
         def update(grads, state):
             return correlated_noise(
                 grads,
                 state,
-                self.recurrence,
+                self.matrix,
                 stddev=self.stddev,
                 key_impl=jax.random.key_impl(self.key),
                 dtype=self.noise_dtype,
@@ -135,15 +162,18 @@ class Expected:
 
     def __post_init__(self):
         case = self.case
-        self.horizon = case.steps + case.slots
-        coef = np.asarray(case.recurrence.coef, np.float64)
+        self.layout = case.matrix.layout(self.ahead)
+        self.horizon = case.steps + self.layout.slots
         z = naive.independent(case.key, case.shapes, case.noise_dtypes, self.horizon)
-        self.x = [naive.solve(coef, leaf) for leaf in z]
-        gain = naive.gain(coef, self.horizon)
+        applied = [case.apply(leaf) for leaf in z]
+        self.x, self.hidden = [list(each) for each in zip(*applied, strict=True)] or ([], [])
+        of_x, of_hidden = case.apply(np.eye(self.horizon))
+        gain = max(naive.gain(of_x), naive.gain(of_hidden))
+        terms = np.asarray(case.coef).size
         self.tolerance = []
         for leaf, dtype in zip(z, case.noise_dtypes, strict=True):
             eps = float(jnp.finfo(jnp.promote_types(dtype, case.coef_dtype)).eps)
-            relative = SAMPLE_RTOL[dtype] + 4 * math.sqrt(len(coef)) * eps
+            relative = SAMPLE_RTOL[dtype] + 4 * math.sqrt(terms) * eps
             largest = max(np.abs(leaf).max(initial=0), 1)
             self.tolerance.append(gain * largest * relative)
 
@@ -152,10 +182,10 @@ class Expected:
         case = self.case
         scale = case.stddev
         if case.row_scale is not None:
-            scale *= np.abs(case.row_scale).max()
+            scale *= np.nanmax(np.abs(case.row_scale))
         for i, out in enumerate(outs):
             assert out.dtype == case.grad_dtypes[i]
-            x = naive.scaled(case.recurrence.row_scale, case.stddev, self.x[i])[: case.steps]
+            x = naive.scaled(case.matrix.row_scale, case.stddev, self.x[i])[: case.steps]
             expected = np.asarray(case.grads[i]).astype(np.float64) + x
             np.testing.assert_allclose(
                 np.asarray(out).astype(np.float64),
@@ -174,17 +204,27 @@ class Expected:
             assert actual.dtype == jnp.promote_types(case.noise_dtypes[i], case.coef_dtype)
             np.testing.assert_allclose(
                 np.asarray(actual).astype(np.float64),
-                naive.ring(self.x[i], case.slots, first_tile, step, ahead=self.ahead),
+                naive.ring(
+                    self.x[i],
+                    self.layout.slots,
+                    first_tile,
+                    step,
+                    ahead=self.ahead,
+                    hidden=self.hidden[i],
+                ),
                 rtol=0,
                 atol=self.tolerance[i],
                 err_msg=f"ring of leaf {i} before step {step}",
             )
         assert state.clock.step == step
-        ahead = case.slots if self.ahead else 0
-        after, of_step = naive.step_keys(case.key, step + ahead)
-        np.testing.assert_array_equal(state.clock.key, after[-1])
-        for tau in range(step, step + ahead):
-            np.testing.assert_array_equal(state.clock.subkeys[tau % ahead], of_step[tau])
+        ahead = self.layout.steps if self.ahead else 0
+        after, of_step = naive.step_keys(case.key, step + max(ahead, 1))
+        key = case.key if step + ahead == 0 else after[step + ahead - 1]
+        np.testing.assert_array_equal(state.clock.key, key)
+        window = range(step - self.layout.behind, step + ahead)
+        zero = np.zeros_like(of_step[0])
+        known = [of_step[tau] if tau >= 0 else zero for tau in window]
+        np.testing.assert_array_equal(state.clock.subkeys, np.reshape(known, (-1, zero.size)))
 
 
 def check(case, implementation):
@@ -251,6 +291,89 @@ CORNERS = {
         row_scale=(0.3, 3.0),
         steps=9,
     ),
+    "coefficients by row, fewer rows than steps": Case(
+        ((3 * 1024 + 5,), (1000,), (2, 1024)),
+        f32 * 3,
+        coef=((1.0, 0.0, 0.0), (0.8, 0.4, 0.0), (1.1, -0.3, 0.5), (0.9, 0.2, 0.3), (1.3, 0.1, 0.6)),
+        row_scale=(1.0, 2.0, 0.5, 1.5, math.nan),
+        steps=5,
+    ),
+    "coefficients by row, one band": Case(
+        ((1500,), ()), f32 * 2, coef=((1.0,), (0.5,), (2.0,)), steps=5
+    ),
+    "coefficients by row, two bands": Case(
+        ((2500,), ()), f32 * 2, coef=((1.0, 0.0), (0.5, 0.3), (2.0, 1.0)), steps=7
+    ),
+    "moving average without state": Case(
+        ((2100,), (3, 5), (0,)), f32 * 3, (1.0, -0.6, -0.2), "moving_average", steps=6
+    ),
+    "moving average of one sample": Case(((1030,),), f32, (0.5,), "moving_average", 3, steps=7),
+    "moving average, one slot": Case(((2100,),), f32, (1.0, -0.5), "moving_average", 1, steps=5),
+    "moving average, fewer slots than samples": Case(
+        ((5 * 1024 + 1,), (7,), (3 * 1024,)),
+        f32 * 3,
+        (0.9, -0.5, -0.1, 0.05, -0.1, 0.2, -0.3),
+        "moving_average",
+        3,
+        steps=20,
+    ),
+    "moving average, more slots than samples": Case(
+        ((9 * 1024 - 1,), (30, 5)),
+        ("float32", "float16"),
+        (1.0, -0.5, -0.25),
+        "moving_average",
+        8,
+        noise_dtype="float32",
+        row_scale=(2.0, 1.0),
+        steps=20,
+    ),
+    "moving average in float64": Case(
+        ((1025,), (7,)),
+        ("float64", "float32"),
+        (1.0, -0.5, -0.25, -0.1),
+        "moving_average",
+        0,
+        coef_dtype="float64",
+        noise_dtype="float32",
+        steps=6,
+    ),
+    "buffers": Case(
+        ((2100,), (0,), (4, 5)),
+        f32 * 3,
+        ((0.9, 0.5, 0.1), (0.3, 0.1, 0.4)),
+        "buffers",
+        steps=7,
+    ),
+    "buffers of an inverse": Case(
+        ((2100,), (0,), (4, 5)),
+        ("float32", "float32", "bfloat16"),
+        ((0.95, 0.4), (0.3, 0.1)),
+        "inverse_buffers",
+        noise_dtype="float32",
+        row_scale=(0.5, 3.0),
+        steps=7,
+    ),
+    "buffers, looking ahead": Case(
+        ((5 * 1024 + 1,), (7,), (3 * 1024,)),
+        f32 * 3,
+        ((0.9, 0.5, 0.1), (0.3, 0.1, 0.4)),
+        "buffers",
+        4,
+        steps=15,
+    ),
+    "buffers of an inverse, looking ahead": Case(
+        ((7 * 1024 - 1,), (1030,)), f32 * 2, ((0.999,), (0.6,)), "inverse_buffers", 3, steps=13
+    ),
+    "buffers, one slot": Case(((1030,),), f32, ((0.7,), (0.6,)), "inverse_buffers", 1, steps=4),
+    "buffers in float64": Case(
+        ((2100,), (4, 5)),
+        ("float64",) * 2,
+        ((0.95, 0.4), (0.3, 0.1)),
+        "inverse_buffers",
+        2,
+        coef_dtype="float64",
+        steps=7,
+    ),
     "float64": Case(
         ((1025,), (2, 1500)),
         ("float64",) * 2,
@@ -309,10 +432,24 @@ def cases(noise_dtypes):
             ),
         )
         scale = st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=8).map(tuple)
+        name = draw(
+            st.sampled_from(
+                ["recurrence", "by row", "moving_average", "buffers", "inverse_buffers"]
+            )
+        )
+        if name == "by row":
+            rows = [draw(coef) for _ in range(draw(st.integers(2, 5)))]
+            coef = st.just(tuple(c[:t] + (0.0,) * len(c[t:]) for t, c in enumerate(rows, 1)))
+        elif "buffers" in name:
+            buffers = draw(st.integers(1, 5))
+            decay = np.linspace(0.9, 0.1, buffers)
+            coef = st.just((tuple(decay), tuple(0.5 * (1 - decay))))
         return Case(
             shapes,
             tuple(draw(grad_dtype) for _ in shapes),
             coef=draw(coef),
+            filter="recurrence" if name == "by row" else name,
+            look_ahead=draw(st.integers(0, 12)),
             coef_dtype=draw(st.sampled_from(["float32", "float64"])) if x64 else "float32",
             noise_dtype=noise_dtype,
             row_scale=draw(st.none() | scale),
@@ -328,7 +465,8 @@ def takes(implementation):
     """Noise dtypes that an implementation samples."""
     refuse = IMPLEMENTATIONS[implementation].refuse
     leaf = functools.partial(lookahead.Leaf, 0, 1, 1, 0)
-    return [d for d in SAMPLE_RTOL if refuse(leaf(jnp.dtype(d)), True) is None]
+    layout = Layout("recurrence", ahead=True, slots=0)
+    return [d for d in SAMPLE_RTOL if refuse(leaf(jnp.dtype(d)), layout) is None]
 
 
 @pytest.fixture(scope="module", params=list(IMPLEMENTATIONS))
@@ -364,6 +502,25 @@ def trees_allclose(actual, expected, rtol=0.0, atol=0.0):
 
 
 SMALL = Case(((2500,), (3, 5), (0,)), f32 * 3, coef=(1.0, 0.4, -0.2, 0.1), steps=10)
+FILTERS = {
+    "recurrence": SMALL,
+    "by row": dataclasses.replace(
+        SMALL, coef=((1.0, 0.0, 0.0, 0.0), (0.9, 0.3, 0.0, 0.0), (1.1, 0.2, -0.3, 0.1))
+    ),
+    "moving average": dataclasses.replace(SMALL, filter="moving_average", look_ahead=3),
+    "moving average without state": dataclasses.replace(SMALL, filter="moving_average"),
+    "buffers": dataclasses.replace(
+        SMALL, filter="inverse_buffers", coef=((0.9, 0.3), (0.2, 0.4)), look_ahead=3
+    ),
+    "buffers without slots": dataclasses.replace(
+        SMALL, filter="buffers", coef=((0.9, 0.3), (0.2, 0.4))
+    ),
+}
+
+
+@pytest.fixture(params=FILTERS.values(), ids=FILTERS)
+def small(request):
+    return request.param
 
 
 class TestImplementation:
@@ -406,8 +563,8 @@ class TestImplementation:
             _, state = update(case.grads_at(t), state)
         expected.check_state(state)
 
-    def test_state_continues_in_another_implementation(self, implementation):
-        case = Case(((6000,), (5,)), f32 * 2, coef=optimal_coefs(6), steps=17)
+    def test_state_continues_in_another_implementation(self, implementation, small):
+        case = dataclasses.replace(small, shapes=((6000,), (5,)), grad_dtypes=f32 * 2, steps=13)
         expected = Expected(case)
         others = [
             name
@@ -418,7 +575,7 @@ class TestImplementation:
             pytest.skip("there is only one implementation here")
         for other in others:
             before, after = (jax.jit(case.update(name)) for name in (implementation, other))
-            for switch in (1, 3, case.slots, 7, 12):
+            for switch in (1, 2, 3, 4, 7):
                 state, outs = case.init(), []
                 for t in range(case.steps):
                     update = before if t < switch else after
@@ -428,8 +585,8 @@ class TestImplementation:
                 expected.check_outputs(stacked)
                 expected.check_state(state)
 
-    def test_eager_jit_and_scan_agree(self, implementation):
-        case = dataclasses.replace(SMALL, steps=5)
+    def test_eager_jit_and_scan_agree(self, implementation, small):
+        case = dataclasses.replace(small, steps=5)
         update = case.update(implementation)
         jitted = jax.jit(update)
         outs, last = case.run(implementation)
@@ -446,8 +603,8 @@ class TestImplementation:
         trees_allclose(eager_state, last, atol=1e-5)
         trees_allclose(jit_state, last, atol=1e-5)
 
-    def test_vmap_is_a_loop(self, implementation):
-        case = dataclasses.replace(SMALL, steps=3)
+    def test_vmap_is_a_loop(self, implementation, small):
+        case = dataclasses.replace(small, steps=3)
         update = case.update(implementation)
         batch = [(dataclasses.replace(case, seed=seed).grads_at(0)) for seed in range(3)]
         states = []
@@ -489,8 +646,8 @@ class TestImplementation:
                 atol=float(info.smallest_subnormal),
             )
 
-    def test_donated_state_is_updated_in_place(self, implementation):
-        case = dataclasses.replace(SMALL, shapes=((50_000,), (300,)), grad_dtypes=f32 * 2)
+    def test_donated_state_is_updated_in_place(self, implementation, small):
+        case = dataclasses.replace(small, shapes=((50_000,), (300,)), grad_dtypes=f32 * 2)
         update = jax.jit(case.update(implementation), donate_argnums=1)
         state = case.init()
         _, state = update(case.grads_at(0), state)
@@ -509,14 +666,15 @@ class TestImplementation:
         jax.tree.map(np.testing.assert_array_equal, state, kept)
         jax.tree.map(np.testing.assert_array_equal, first, update(case.grads_at(1), state))
 
-    def test_program_is_one_call_without_copies(self, compiled):
-        case = dataclasses.replace(SMALL, shapes=((5000,), (70, 30), (9,)))
+    def test_program_is_one_call_without_copies(self, compiled, small):
+        case = dataclasses.replace(small, shapes=((5000,), (70, 30), (9,)))
         update = case.update(compiled)
 
         def scan(grads, state):
             return jax.lax.scan(lambda state, grads: update(grads, state)[::-1], state, grads)
 
-        rings = [f"f32[3,{','.join(map(str, shape))}]" for shape in case.shapes]
+        rows = case.layout.rows
+        rings = [f"f32[{rows},{','.join(map(str, shape))}]" for shape in case.shapes if rows]
         for function, grads in ((update, case.grads_at(0)), (scan, case.grads)):
             lowered = jax.jit(function, donate_argnums=1).lower(grads, case.init())
             hlo = lowered.compile().as_text()
@@ -524,6 +682,29 @@ class TestImplementation:
             assert hlo.count(f'custom_call_target="{TARGET}"') == (compiled == "cpp")
             copies = [line for line in hlo.splitlines() if " copy(" in line or "copy-start" in line]
             assert not [line for line in copies if any(ring in line for ring in rings)]
+
+    @pytest.mark.parametrize(
+        "row", [(0.0, 0.5, 0.0, -2.0, 0.0), (0.0, 0.0), (3.0,), tuple(np.linspace(-1, 1, 100))]
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_dense_row(self, implementation, row, dtype):
+        case = Case(((2100,), (3, 5), ()), (dtype, "float32", dtype), steps=1)
+        with jax.enable_x64(case.x64):
+            grads = case.grads_at(0)
+            coef = jnp.asarray(row, dtype)
+            outs = dense_noise(grads, coef, key=case.key, implementation=implementation)
+            keys = jax.random.split(case.key, 3)
+            for grad, out, key in zip(grads, outs, keys, strict=True):
+                z = [
+                    jax.random.normal(jax.random.fold_in(key, j), grad.shape, grad.dtype)
+                    for j in range(len(row))
+                ]
+                z = np.asarray(z, np.float64)
+                expected = np.asarray(grad, np.float64) + np.tensordot(row, z, axes=1)
+                relative = SAMPLE_RTOL[grad.dtype.name]
+                tolerance = relative * max(1, np.abs(z).max()) * np.abs(row).sum()
+                np.testing.assert_allclose(out, expected, rtol=relative, atol=tolerance + relative)
+                assert out.dtype == grad.dtype
 
     # -- Statistics: fixed keys, so these either always pass or always fail.
 
@@ -632,16 +813,22 @@ def test_export_by_a_name_that_the_platform_lacks(platforms):
 PLAIN = dataclasses.replace(SMALL, coef=(1.0, 0.5, -0.3), row_scale=(1.0, 2.0, 3.0), steps=8)
 
 
-@pytest.mark.parametrize("bands", [1, 2, 3])
+PLAIN_CASES = {
+    **{f"{b} bands": dataclasses.replace(PLAIN, coef=PLAIN.coef[:b]) for b in (1, 2, 3)},
+    **{name: dataclasses.replace(case, steps=8) for name, case in FILTERS.items()},
+}
+
+
+@pytest.mark.parametrize("case", PLAIN_CASES.values(), ids=PLAIN_CASES)
 @pytest.mark.parametrize("key_impl", ["rbg", "unsafe_rbg", "threefry2x32"])
-def test_plain_schedule(key_impl, bands):
-    case = dataclasses.replace(PLAIN, key_impl=key_impl, coef=PLAIN.coef[:bands])
+def test_plain_schedule(key_impl, case):
+    case = dataclasses.replace(case, key_impl=key_impl)
     with jax.threefry_partitionable(key_impl != "threefry2x32"):
         outs, state = case.run(None)
         expected = Expected(case, ahead=False)
         expected.check_outputs(outs)
         expected.check_state(state)
-        assert state.clock.subkeys.shape[0] == 0
+        assert state.clock.subkeys.shape[0] == case.matrix.layout(False).behind
 
 
 def test_plain_schedule_is_not_the_compiled_ones():
@@ -652,14 +839,15 @@ def test_plain_schedule_is_not_the_compiled_ones():
         case.update("cpp")(case.grads_at(0), case.init())
 
 
-def test_states_of_one_schedule_are_refused_by_the_other():
-    ahead = PLAIN.init()
+@pytest.mark.parametrize("case", PLAIN_CASES.values(), ids=PLAIN_CASES)
+def test_states_of_one_schedule_are_refused_by_the_other(case):
+    ahead = case.init()
     with jax.threefry_partitionable(False):
-        plain = PLAIN.init()
-        with pytest.raises(ValueError, match=r"noise_state.*subkeys.*\(0, 2\).*\(2, 2\)"):
-            PLAIN.update(None)(PLAIN.grads_at(0), ahead)
-    with pytest.raises(ValueError, match=r"noise_state.*subkeys.*\(2, 2\).*\(0, 2\)"):
-        PLAIN.update(None)(PLAIN.grads_at(0), plain)
-    rbg = dataclasses.replace(PLAIN, key_impl="rbg")
+        plain = case.init()
+        with pytest.raises(ValueError, match=r"noise_state.*subkeys.*\(\d, 2\).*\(\d, 2\)"):
+            case.update(None)(case.grads_at(0), ahead)
+    with pytest.raises(ValueError, match=r"noise_state.*subkeys.*\(\d, 2\).*\(\d, 2\)"):
+        case.update(None)(case.grads_at(0), plain)
+    rbg = dataclasses.replace(case, key_impl="rbg")
     with pytest.raises(ValueError, match=r"noise_state.*key.*\(4,\).*\(2,\)"):
-        rbg.update(None)(PLAIN.grads_at(0), ahead)
+        rbg.update(None)(case.grads_at(0), ahead)

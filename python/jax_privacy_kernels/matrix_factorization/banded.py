@@ -98,6 +98,7 @@ class ColumnNormalizedBanded:
 
         Its state is the step and the last b - 1 rows of ``P^-1 z``, newest first, where P is C
         before its columns are scaled. C has n rows: rows of the product from the n-th on are NaN.
+        Privatizers have a fused kernel for it, as for Toeplitz strategies.
 
         Raises:
           ValueError: If ``params`` is not as the class says.
@@ -122,7 +123,11 @@ class ColumnNormalizedBanded:
             norm = norms.at[t].get(mode="fill", fill_value=jnp.nan)
             return x * norm, (t + 1, history)
 
-        return StreamingMatrix.from_array_implementation(init_multiply, multiply_next)
+        beyond = jnp.full(1, jnp.nan, norms.dtype)
+        structure = ops.BandedRecurrence(rows, row_scale=jnp.concatenate([norms, beyond]))
+        return StreamingMatrix.from_array_implementation(
+            init_multiply, multiply_next, structure=structure
+        )
 
 
 def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels._checks import check_int, check_vector
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum
+from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum, NoisingMatrix
 
 __all__ = [
     "State",
@@ -215,18 +215,18 @@ def _with_structure(matrix: StreamingMatrix, structure: Any) -> StreamingMatrix:
     return matrix
 
 
-def _scale_structure(structure: Any, scale: jax.Array) -> BandedRecurrence | None:
+def _scale_structure(structure: Any, scale: jax.Array) -> NoisingMatrix | None:
     """Describes ``diag(scale) @ matrix`` for a matrix of this structure; None if that is too hard.
 
     A scale of size 1 is a constant, since indices clip at the last entry.
     """
-    if not isinstance(structure, BandedRecurrence) or jnp.iscomplexobj(scale):
+    if not isinstance(structure, NoisingMatrix) or jnp.iscomplexobj(scale):
         return None
     old = structure.row_scale
     if old is not None and old.shape != scale.shape and 1 not in (old.size, scale.size):
         return None
     product = scale if old is None else old * scale
-    dtype = jnp.promote_types(product.dtype, structure.coef.dtype)
+    dtype = jnp.promote_types(product.dtype, structure.dtype)
     return dataclasses.replace(structure, row_scale=product.astype(dtype))
 
 

@@ -34,7 +34,7 @@ from jax_privacy_kernels.matrix_factorization.streaming_matrix import (
     StreamingMatrix,
     scale_rows_and_columns,
 )
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence
+from jax_privacy_kernels.ops._recurrence import BandedRecurrence, MovingAverage
 
 __all__ = [
     "banded_inverse_square_root_noising_coefs",
@@ -45,6 +45,7 @@ __all__ = [
     "materialize_lower_triangular",
     "minsep_sensitivity_squared",
     "multiply",
+    "noising_coef_as_streaming_matrix",
     "optimal_max_error_noising_coefs",
     "optimal_max_error_strategy_coefs",
     "optimize_banded_inverse_toeplitz",
@@ -238,6 +239,56 @@ def inverse_as_streaming_matrix(
         init_multiply, multiply_next, structure=BandedRecurrence(coef=c)
     )
     return Cinv if n is None else scale_rows_and_columns(Cinv, row_scale=_column_norms(c, n))
+
+
+def noising_coef_as_streaming_matrix(
+    noising_coef: jax.Array, *, look_ahead: int | None = None
+) -> StreamingMatrix:
+    """Returns the noising matrix ``C^-1`` that is itself banded Toeplitz.
+
+    Row t of ``x = C^-1 z`` is ``x_t = sum_{l=0}^{p-1} w_l z_{t-l}``. Such matrices are those of the
+    banded inverse square root (:func:`banded_inverse_square_root_noising_coefs`,
+    https://arxiv.org/abs/2505.12128) and of BandInvMF (:func:`optimize_banded_inverse_toeplitz`).
+    With two coefficients ``(1, -lambda)`` it is the noise of DP-lambda-CGD
+    (https://arxiv.org/abs/2601.22334), which takes no more memory than independent noise.
+
+    A privatizer need not keep the samples of the past, for it can make them again from their keys:
+    it keeps k terms to come for every parameter, and draws (k + p - 1) / k samples for each at
+    every step. Without look-ahead, k = 0, it keeps nothing and draws p samples.
+
+    As a :class:`StreamingMatrix`, apart from privatizers, it keeps ``z_{t-1} .. z_{t-p+1}``, newest
+    first: an array ``(p - 1,) + shape`` for each leaf.
+
+    Args:
+      noising_coef: ``[p]`` coefficients w of ``C^-1``, ``w_0 != 0``.
+      look_ahead: k, by default p - 1. A look-ahead of 1 saves nothing over 0.
+
+    Returns:
+      ``C^-1``, with the structure that fused kernels look for. The sensitivity of C is that of
+      :func:`compute_banded_inverse_sensitivity_squared`.
+
+    Raises:
+      ValueError: if the coefficients are not 1-D, empty or not finite, the first is 0, or k < 0.
+      TypeError: if k is not an integer, or the coefficients are not real.
+    """
+    w = check_coef("noising_coef", noising_coef, invertible=True)
+    p = w.size
+    slots = p - 1 if look_ahead is None else check_int("look_ahead", look_ahead, minimum=0)
+
+    def init_multiply(abstract_value: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+        dtype = jnp.promote_types(abstract_value.dtype, w.dtype)
+        zero = jnp.zeros_like(abstract_value, dtype=dtype)  # keeps the sharding of the value
+        return jnp.broadcast_to(zero, (p - 1, *zero.shape))
+
+    def multiply_next(z: jax.Array, history: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if p == 1:
+            return w[0] * z, history
+        x = w[0] * z + jnp.tensordot(w[1:], history, axes=1, precision="highest")
+        return x, jnp.concatenate([z[None].astype(history.dtype), history[:-1]])
+
+    return StreamingMatrix.from_array_implementation(
+        init_multiply, multiply_next, structure=MovingAverage(w, slots)
+    )
 
 
 def _column_norms(coef: jax.Array, n: int) -> jax.Array:

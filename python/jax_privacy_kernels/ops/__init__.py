@@ -3,12 +3,19 @@
 from jax_privacy_kernels.ops._counter_prng import normal
 from jax_privacy_kernels.ops._dispatch import asked, implementation
 from jax_privacy_kernels.ops._lookahead import looks_ahead
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum
+from jax_privacy_kernels.ops._recurrence import (
+    BandedRecurrence,
+    Buffers,
+    Momentum,
+    MovingAverage,
+    NoisingMatrix,
+)
 from jax_privacy_kernels.ops.banded_error import banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
     check_noise_dtype,
     correlated_noise,
+    dense_noise,
     init_correlated_noise,
 )
 from jax_privacy_kernels.ops.min_sep_norm import min_sep_norm
@@ -18,12 +25,16 @@ from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
 __all__ = [
     "BandedRecurrence",
+    "Buffers",
     "Momentum",
+    "MovingAverage",
     "NoiseState",
+    "NoisingMatrix",
     "asked",
     "banded_error",
     "check_noise_dtype",
     "correlated_noise",
+    "dense_noise",
     "implementation",
     "init_correlated_noise",
     "looks_ahead",

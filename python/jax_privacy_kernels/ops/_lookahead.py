@@ -13,10 +13,15 @@ one slot each. The visits are spread over the steps:
   are 0.
 * Then x_t stands in slot ``t mod S`` of every tile.
 
+Other noising matrices follow the same schedule, for as many slots as one likes: a moving average
+makes its terms from samples alone, some of them of steps gone by, made again from their keys;
+buffers stand in rows of the ring before the slots, as they are before the first step that the tile
+has not made yet. Without slots, all tiles make x_t at step t and nothing of it is kept.
+
 A key whose bits are not a function of the element's index alone (any but threefry2x32 with
 ``jax_threefry_partitionable``) cannot be sampled tile by tile. Its schedule is the plain one: at
-every step all tiles compute x_t into slot ``t mod S``. The state then has no keys of future steps,
-so the two kinds of state have different shapes.
+every step all tiles compute x_t, recurrences into slot ``t mod S``, the others without slots. The
+state then has no keys of future steps, so the two kinds of state have different shapes.
 
 What a slot holds at step t therefore depends on this schedule: it is the meaning of the state, and
 every implementation follows it exactly.
@@ -31,6 +36,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jax_privacy_kernels.ops._recurrence import Layout
 
 __all__ = [
     "TILE",
@@ -52,10 +59,11 @@ class Clock(NamedTuple):
 
     Attributes:
       step: int32 scalar, t.
-      key: ``[kw]`` uint32, data of the key that steps t + S and later are split from (t,
-        not t + S, for the plain schedule).
-      subkeys: ``[S, kw]`` uint32, data of the keys of steps t .. t + S - 1, step tau in row tau
-        mod S (``[0, kw]`` for the plain schedule).
+      key: ``[kw]`` uint32, data of the key that steps t + max(S, 1) and later are split from (t and
+        later, for the plain schedule).
+      subkeys: ``[behind + max(S, 1), kw]`` uint32, data of the keys of steps t - behind ..
+        t + max(S, 1) - 1 (``[behind, kw]``, up to step t - 1, for the plain schedule); zeros for
+        steps before the first.
     """
 
     step: jax.Array
@@ -72,11 +80,14 @@ class NoiseState(NamedTuple):
 
     Attributes:
       clock: the `Clock`.
-      buffers: mirrors the parameters; each leaf the ring, ``(S,) + shape``.
+      buffers: mirrors the parameters; each leaf the ring, ``(rows,) + shape``.
+      samples: mirrors the parameters, each leaf an empty array of the dtype that its noise is
+        sampled as, where samples of the past are made again; there they must be the same. Else ().
     """
 
     clock: Clock
     buffers: Any
+    samples: Any = ()
 
 
 def looks_ahead(key_impl: Any) -> bool:
@@ -114,44 +125,40 @@ def plan(shapes: Sequence[tuple[int, ...]], noise_dtypes: Sequence[jnp.dtype]) -
     return tuple(leaves)
 
 
-def abstract_clock(key_impl: Any, slots: int) -> Clock:
+def abstract_clock(key_impl: Any, layout: Layout) -> Clock:
     """Shapes and dtypes of a clock."""
     words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl))).shape
-    ahead = slots if looks_ahead(key_impl) else 0
+    stored = layout.behind + (layout.steps if layout.ahead else 0)
     struct: Any = jax.ShapeDtypeStruct
     return Clock(
-        struct((), jnp.int32), struct(words, jnp.uint32), struct((ahead, *words), jnp.uint32)
+        struct((), jnp.int32), struct(words, jnp.uint32), struct((stored, *words), jnp.uint32)
     )
 
 
-def init_clock(key: jax.Array, slots: int) -> Clock:
+def init_clock(key: jax.Array, layout: Layout) -> Clock:
     """The clock before step 0, for a typed key of shape ()."""
-    clock = abstract_clock(jax.random.key_impl(key), slots)
+    clock = abstract_clock(jax.random.key_impl(key), layout)
+    subkeys = jnp.zeros(clock.subkeys.shape, clock.subkeys.dtype)
 
     def split(key: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         key, subkey = jax.random.split(key)
         return key, jax.random.key_data(subkey)
 
-    if clock.subkeys.size:
-        key, subkeys = jax.lax.scan(split, key, length=slots)
-    else:
-        subkeys = jnp.zeros(clock.subkeys.shape, clock.subkeys.dtype)
+    if layout.ahead:
+        key, to_come = jax.lax.scan(split, key, length=layout.steps)
+        subkeys = subkeys.at[layout.behind :].set(to_come)
     # A copy: the state is there to be donated, the caller's key is not.
     return Clock(jnp.zeros((), jnp.int32), jnp.copy(jax.random.key_data(key)), subkeys)
 
 
-def tick(clock: Clock, key_impl: Any) -> tuple[jax.Array, Clock]:
+def tick(clock: Clock, key_impl: Any, layout: Layout) -> tuple[jax.Array, Clock]:
     """The keys to sample step t with, and the clock before step t + 1.
 
-    The keys are typed: those of steps t .. t + S - 1 by slot, ``[S]``, or, where none is ahead, the
-    one of step t, ``[1]``.
+    The keys are typed, ``[behind + layout.steps]``: those of steps t - behind .. t + max(S, 1) - 1,
+    or up to t for the plain schedule.
     """
     key, subkey = jax.random.split(jax.random.wrap_key_data(clock.key, impl=key_impl))
-    subkey_data = jax.random.key_data(subkey)
-    ahead = clock.subkeys.shape[0]
-    if ahead:
-        now, subkeys = clock.subkeys, clock.subkeys.at[clock.step % ahead].set(subkey_data)
-    else:
-        now, subkeys = subkey_data[None], clock.subkeys
+    known = jnp.concatenate([clock.subkeys, jax.random.key_data(subkey)[None]])
+    now = clock.subkeys if layout.ahead else known
     keys = jax.random.wrap_key_data(now, impl=key_impl)
-    return keys, Clock(clock.step + 1, jax.random.key_data(key), subkeys)
+    return keys, Clock(clock.step + 1, jax.random.key_data(key), known[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +16,35 @@ from jax_privacy_kernels.ops import (
     correlated_noise_cpp,
     correlated_noise_jax,
 )
-from jax_privacy_kernels.ops._lookahead import Leaf, NoiseState
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence
+from jax_privacy_kernels.ops._lookahead import Clock, Leaf, NoiseState
+from jax_privacy_kernels.ops._recurrence import Layout, NoisingMatrix
 
 __all__ = [
     "IMPLEMENTATIONS",
     "NoiseState",
     "check_noise_dtype",
     "correlated_noise",
+    "dense_noise",
     "init_correlated_noise",
 ]
 
 # Fastest first. An implementation is a module with two functions:
 #
-#   refuse(leaf, ahead) -> why it cannot take the leaf under this schedule, or None
-#   run(leaves, ahead, step, keys, coef, scale, grads, rings) -> (outs, rings)
+#   refuse(leaf, layout) -> why it cannot take the leaf in this layout, or None
+#   run(layout, leaves, step, keys, coef, scale, grads, rings) -> (outs, rings)
 #
 # run takes step t of some or all leaves of the tree, in the schedule of _lookahead.py, and gives
 # outs = grads + scale x_t and the rings after the step, which hold the x of unit variance.
 #
+#   layout   the Layout (static)
 #   leaves   a Leaf for each of grads, rings and outs (static)
-#   ahead    whether the look-ahead schedule or the plain one is followed (static)
 #   step     int32 scalar, t
-#   keys     typed keys of steps t .. t + S - 1 by slot, [max(S, 1)]; plain schedule: t's, [1]
-#   coef     [b], float32 or float64
+#   keys     typed keys of the steps that are sampled, [layout.behind + layout.steps]; for a "row"
+#            one, [1], and the key of sample j of a leaf is fold_in(key of the leaf, j)
+#   coef     as coef_at of _recurrence.py gives it, float32 or float64
 #   scale    scalar
 #   grads    any shapes, not empty, and floating dtypes
-#   rings    (S,) + shape; their dtype is the one x is computed in
+#   rings    (layout.rows,) + shape; their dtype is the one x is computed in
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",),
@@ -63,18 +65,19 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def init_correlated_noise(
-    model: Any, recurrence: BandedRecurrence, *, key: jax.Array, dtype: Any = None
+    model: Any, matrix: NoisingMatrix, *, key: jax.Array, dtype: Any = None
 ) -> NoiseState:
     """The state before step 0.
 
     Args:
       model: tree of arrays or ShapeDtypeStructs, shaped and typed like the gradients.
-      recurrence: the rows of ``C^-1``, b bands.
+      matrix: the rows of ``C^-1``.
       key: typed key, shape ().
       dtype: what noise is sampled as; None for each leaf's own dtype.
 
     Returns:
-      A `NoiseState`: b - 1 slots for every parameter, and some hundred bytes.
+      A `NoiseState`: the rows of the matrix's layout for every parameter (b - 1 slots for b bands),
+      and 12 bytes and 8 for every key.
 
     Raises:
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
@@ -84,17 +87,19 @@ def init_correlated_noise(
         zero = jnp.zeros_like(leaf, dtype=ring.dtype)  # keeps the leaf's sharding
         return jnp.broadcast_to(zero, ring.shape)
 
-    expected = _abstract_state(model, recurrence, jax.random.key_impl(key), dtype)
+    layout = _layout(matrix, jax.random.key_impl(key))
+    expected = _abstract_state(model, layout, matrix, jax.random.key_impl(key), dtype)
     return NoiseState(
-        _lookahead.init_clock(key, recurrence.coef.shape[0] - 1),
+        _lookahead.init_clock(key, layout),
         jax.tree.map(ring, model, expected.buffers),
+        jax.tree.map(lambda empty: jnp.zeros(empty.shape, empty.dtype), expected.samples),
     )
 
 
 def correlated_noise(
     grads: Any,
     state: NoiseState,
-    recurrence: BandedRecurrence,
+    matrix: NoisingMatrix,
     *,
     stddev: jax.typing.ArrayLike,
     key_impl: Any,
@@ -109,8 +114,8 @@ def correlated_noise(
 
     Args:
       grads: tree of floating arrays.
-      state: from `init_correlated_noise` or the step before, for this tree, recurrence and dtype.
-      recurrence: the rows of ``C^-1``.
+      state: from `init_correlated_noise` or the step before, for this tree, matrix and dtype.
+      matrix: the rows of ``C^-1``.
       stddev: standard deviation of Z. May change from step to step: row t of ``C^-1 Z / stddev``
         is scaled by that of step t.
       key_impl: `jax.random.key_impl` of the key that the state was made from.
@@ -122,77 +127,163 @@ def correlated_noise(
 
     Raises:
       TypeError: as `init_correlated_noise`.
-      ValueError: the state is not one of this tree and recurrence, or the implementation asked for
+      ValueError: the state is not one of this tree and matrix, or the implementation asked for
         cannot run here or cannot take a leaf.
       NotImplementedError: a leaf is sharded over explicit mesh axes; or, when lowered, the
         implementation asked for does not run on the platform.
     """
-    name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
+    layout = _layout(matrix, key_impl)
+    check_like("noise_state", state, _abstract_state(grads, layout, matrix, key_impl, dtype))
     tree: Any
-    paths_and_grads, tree = jax.tree_util.tree_flatten_with_path(grads)
-    check_like("noise_state", state, _abstract_state(grads, recurrence, key_impl, dtype))
+    grad_leaves, tree = jax.tree.flatten(grads)
+    outs, clock, buffers = _step(
+        *_choose(grads, layout, dtype, implementation),
+        layout,
+        key_impl,
+        matrix,
+        jnp.asarray(stddev, jnp.result_type(float)),
+        grad_leaves,
+        state.clock,
+        jax.tree.leaves(state.buffers),
+    )
+    return tree.unflatten(outs), NoiseState(clock, tree.unflatten(buffers), state.samples)
+
+
+def dense_noise(
+    grads: Any,
+    row: jax.Array,
+    *,
+    key: jax.Array,
+    dtype: Any = None,
+    implementation: str | None = None,
+) -> Any:
+    """Adds ``sum_j row[j] z_j`` to the gradients, z_j Gaussian noise of the j-th key.
+
+    The samples are those that jax_privacy makes for a dense noising matrix: leaf l is sampled with
+    the keys ``fold_in(split(key, leaves)[l], j)``. Only the samples of non-zero entries are made, a
+    pass over the model in all that keeps none of them.
+
+    Args:
+      grads: tree of floating arrays.
+      row: ``[m]`` floating array, stddev included.
+      key: typed key, shape ().
+      dtype: what noise is sampled as; None for each leaf's own dtype.
+      implementation: as for `correlated_noise`.
+
+    Returns:
+      The noisy gradients, of the gradients' dtypes.
+
+    Raises:
+      As `correlated_noise`.
+    """
+    ahead = _lookahead.looks_ahead(jax.random.key_impl(key))
+    layout = Layout("row", ahead, slots=0, behind=row.shape[0] - 1)
+    tree: Any
+    grad_leaves, tree = jax.tree.flatten(grads)
+    buffers = jax.tree.leaves(_abstract_buffers(grads, 0, row.dtype, dtype))
+    outs = _dense(
+        *_choose(grads, layout, dtype, implementation),
+        layout,
+        row,
+        key[None],
+        grad_leaves,
+        [jnp.zeros(buffer.shape, buffer.dtype) for buffer in buffers],
+    )
+    return tree.unflatten(outs)
+
+
+class _Choices(NamedTuple):
+    """For every platform, the implementation of every leaf. Static."""
+
+    platforms: tuple[tuple[str, tuple[str, ...]], ...]
+    refusal: str  # the message on other platforms
+
+
+def _choose(
+    grads: Any, layout: Layout, dtype: Any, implementation: str | None
+) -> tuple[tuple[Leaf, ...], _Choices]:
+    name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
+    paths_and_grads = jax.tree_util.tree_leaves_with_path(grads)
     leaves = _lookahead.plan(
         [grad.shape for _, grad in paths_and_grads],
         [check_noise_dtype(path, grad, dtype) for path, grad in paths_and_grads],
     )
     for path, grad in paths_and_grads:
         _check_sharding(path, grad)
-    ahead = _lookahead.looks_ahead(key_impl)
 
-    # For every platform, the implementation of every leaf.
-    choices: dict[str, list[str | None]] = {platform: [] for platform in _dispatch.PLATFORMS}
+    choices: dict[str, list[str]] = {platform: [] for platform in _dispatch.PLATFORMS}
     refusals: list[str] = []
     for leaf, (path, _) in zip(leaves, paths_and_grads, strict=True):
-        chosen, refused = _dispatch.candidates(IMPLEMENTATIONS, name, leaf, ahead)
+        chosen, refused = _dispatch.candidates(IMPLEMENTATIONS, name, leaf, layout)
         where = f"leaf {_path(path)}"
         if not chosen:
             raise ValueError(f"no implementation of correlated_noise takes {where}: {refused}")
         refusals += [f"{where}: {reason}" for reason in refused]
-        for platform, names in choices.items():
-            names.append(chosen.get(platform))
-    static = {platform: tuple(names) for platform, names in choices.items() if None not in names}
+        for platform, candidate in chosen.items():
+            choices[platform].append(candidate)
+    static = {p: tuple(names) for p, names in choices.items() if len(names) == len(leaves)}
     asked = f"implementation {name!r}" if name else "no implementation"
     refusal = (
         f"correlated_noise: {asked} runs on this platform; it would on {sorted(static)}"
         + "".join(f"; {reason}" for reason in refusals)
     )
 
-    outs, state = _step(
-        leaves,
-        ahead,
-        key_impl,
-        tuple(static.items()),
-        refusal,
-        # Kernels take coefficients of 32 or 64 bits; the rings' dtype was settled above.
-        recurrence.coef.astype(jnp.promote_types(recurrence.coef.dtype, jnp.float32)),
-        recurrence.row_scale,
-        jnp.asarray(stddev, jnp.result_type(float)),
-        [grad for _, grad in paths_and_grads],
-        NoiseState(state.clock, jax.tree.leaves(state.buffers)),
-    )
-    return tree.unflatten(outs), NoiseState(state.clock, tree.unflatten(state.buffers))
+    return leaves, _Choices(tuple(static.items()), refusal)
 
 
 # Jitted, so that a call outside jit compiles once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _step(
     leaves: tuple[Leaf, ...],
-    ahead: bool,
+    choices: _Choices,
+    layout: Layout,
     key_impl: Any,
-    choices: tuple[tuple[str, tuple[str, ...]], ...],
-    refusal: str,
-    coef: jax.Array,
-    row_scale: jax.Array | None,
+    matrix: NoisingMatrix,
     stddev: jax.Array,
     grads: list[jax.Array],
-    state: NoiseState,
-) -> tuple[list[jax.Array], NoiseState]:
-    step = state.clock.step
-    keys, clock = _lookahead.tick(state.clock, key_impl)
+    clock: Clock,
+    rings: list[jax.Array],
+) -> tuple[list[jax.Array], Clock, list[jax.Array]]:
+    step = clock.step
+    keys, clock = _lookahead.tick(clock, key_impl, layout)
     # The rings hold noise of standard deviation 1, so that a stddev that changes over time takes
     # effect at once, also on the terms that are ahead.
+    row_scale = matrix.row_scale
     scale = stddev if row_scale is None else stddev * row_scale.at[step].get(mode="clip")
     scale = jnp.where(step >= 0, scale, jnp.nan)  # the step has overflowed, or is not one
+    coef = matrix.coef_at(step, layout)
+    outs, rings = _run(leaves, choices, layout, step, keys, coef, scale, grads, rings)
+    return outs, clock, rings
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _dense(
+    leaves: tuple[Leaf, ...],
+    choices: _Choices,
+    layout: Layout,
+    row: jax.Array,
+    keys: jax.Array,
+    grads: list[jax.Array],
+    rings: list[jax.Array],
+) -> list[jax.Array]:
+    step, scale = jnp.zeros((), jnp.int32), jnp.ones((), row.dtype)
+    return _run(leaves, choices, layout, step, keys, row[None], scale, grads, rings)[0]
+
+
+def _run(
+    leaves: tuple[Leaf, ...],
+    choices: _Choices,
+    layout: Layout,
+    step: jax.Array,
+    keys: jax.Array,
+    coef: jax.Array,
+    scale: jax.Array,
+    grads: list[jax.Array],
+    rings: list[jax.Array],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The step by the implementations that were chosen for the platform."""
+    # Kernels take coefficients of 32 or 64 bits; the rings' dtype was settled before.
+    coef = coef.astype(jnp.promote_types(coef.dtype, jnp.float32))
 
     def run(names: tuple[str, ...], *arrays: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         *common, grads, rings = arrays
@@ -204,23 +295,24 @@ def _step(
                 continue
             some = ([tree[i] for i in mine] for tree in (leaves, grads, rings))
             some_leaves, some_grads, some_rings = some
-            results = IMPLEMENTATIONS[name].run(some_leaves, ahead, *common, some_grads, some_rings)
+            results = IMPLEMENTATIONS[name].run(
+                layout, some_leaves, *common, some_grads, some_rings
+            )
             for i, out, ring in zip(mine, *results, strict=True):
                 outs[i], rings[i] = out, ring
         return outs, rings
 
-    shared = {names: functools.partial(run, names) for _, names in choices}
-    outs, rings = _dispatch.per_platform(
-        {platform: shared[names] for platform, names in choices},
-        refusal,
+    shared = {names: functools.partial(run, names) for _, names in choices.platforms}
+    return _dispatch.per_platform(
+        {platform: shared[names] for platform, names in choices.platforms},
+        choices.refusal,
         step,
         keys,
         coef,
         scale,
         grads,
-        state.buffers,
+        rings,
     )
-    return outs, NoiseState(clock, rings)
 
 
 def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
@@ -241,19 +333,31 @@ def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
     return noise_dtype
 
 
-def _abstract_state(
-    model: Any, recurrence: BandedRecurrence, key_impl: Any, dtype: Any
-) -> NoiseState:
-    slots = recurrence.coef.shape[0] - 1
+def _layout(matrix: NoisingMatrix, key_impl: Any) -> Layout:
+    return matrix.layout(_lookahead.looks_ahead(key_impl))
 
+
+def _abstract_state(
+    model: Any, layout: Layout, matrix: NoisingMatrix, key_impl: Any, dtype: Any
+) -> NoiseState:
+    def empty(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((0,), check_noise_dtype(path, leaf, dtype))
+
+    return NoiseState(
+        _lookahead.abstract_clock(key_impl, layout),
+        _abstract_buffers(model, layout.rows, matrix.dtype, dtype),
+        jax.tree_util.tree_map_with_path(empty, model) if layout.behind else (),
+    )
+
+
+def _abstract_buffers(model: Any, rows: int, coef_dtype: Any, dtype: Any) -> Any:
     def ring(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         noise_dtype = check_noise_dtype(path, leaf, dtype)
         # Noise is correlated and scaled in 32 bits at least: in 16, small noise rounds to none.
-        ring_dtype = jnp.result_type(noise_dtype, recurrence.coef.dtype, jnp.float32)
-        return jax.ShapeDtypeStruct((slots, *leaf.shape), ring_dtype)
+        ring_dtype = jnp.result_type(noise_dtype, coef_dtype, jnp.float32)
+        return jax.ShapeDtypeStruct((rows, *leaf.shape), ring_dtype)
 
-    buffers = jax.tree_util.tree_map_with_path(ring, model)
-    return NoiseState(_lookahead.abstract_clock(key_impl, slots), buffers)
+    return jax.tree_util.tree_map_with_path(ring, model)
 
 
 def _check_sharding(path: Any, leaf: Any) -> None:

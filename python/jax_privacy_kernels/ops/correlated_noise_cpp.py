@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels.ops._lookahead import Leaf
+from jax_privacy_kernels.ops._recurrence import Layout
 
 __all__ = ["refuse", "run"]
 
 
-def refuse(leaf: Leaf, ahead: bool) -> str | None:
+def refuse(leaf: Leaf, layout: Layout) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
-    if not ahead:
+    if not layout.ahead:
         return "it samples threefry2x32 keys with jax_threefry_partitionable only"
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
         return f"it samples float32 and float64, not {leaf.noise_dtype}"
@@ -23,8 +24,8 @@ def refuse(leaf: Leaf, ahead: bool) -> str | None:
 
 
 def run(
+    layout: Layout,
     leaves: Sequence[Leaf],
-    ahead: bool,
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
@@ -33,25 +34,27 @@ def run(
     rings: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """One step; the contract stands in correlated_noise.py, above its table."""
-    assert ahead
-    # Without history there is nothing to carry: rings of no slots do not travel.
-    per_leaf = [(g,) if coef.shape[0] == 1 else (g, r) for g, r in zip(grads, rings, strict=True)]
+    assert layout.ahead
+    # Where nothing is kept there is nothing to carry: rings of no rows do not travel.
+    kept = layout.rows > 0
+    per_leaf = [(g, r) if kept else (g,) for g, r in zip(grads, rings, strict=True)]
     operands = [step, jax.random.key_data(keys), coef, scale]
     buffers = [buffer for leaf in per_leaf for buffer in leaf]
     stride, first = len(per_leaf[0]), len(operands)
     results = jax.ffi.ffi_call(
         "jpk_correlated_noise",
         [jax.ShapeDtypeStruct(buffer.shape, buffer.dtype) for buffer in buffers],
-        input_output_aliases={first + i: i for i in range(1, len(buffers), 2)}
-        if stride == 2
-        else {},
+        input_output_aliases={first + i: i for i in range(1, len(buffers), 2)} if kept else {},
         vmap_method="sequential",
     )(
         *operands,
         *buffers,
+        filter=layout.filter,
+        slots=np.int64(layout.slots),
         leaf_index=np.array([leaf.index for leaf in leaves], np.int64),
         first_tile=np.array([leaf.first_tile for leaf in leaves], np.int64),
         noise_bits=np.array([8 * leaf.noise_dtype.itemsize for leaf in leaves], np.int64),
+        ring_bits=np.array([8 * ring.dtype.itemsize for ring in rings], np.int64),
         accurate=bool(getattr(jax.config, "jax_accurate_erf_inv", False)),
     )
-    return list(results[::stride]), list(results[1::2]) if stride == 2 else list(rings)
+    return list(results[::stride]), list(results[1::2]) if kept else list(rings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels.matrix_factorization import banded as banded_strategies
 from jax_privacy_kernels.matrix_factorization import streaming_matrix, toeplitz
 from jax_privacy_kernels.noise_addition import (
     SupportedStrategies,
@@ -35,21 +37,37 @@ N = 5
 
 @pytest.fixture(scope="module")
 def reference():
-    """jax_privacy: noise_addition, streaming_matrix, toeplitz."""
+    """jax_privacy: noise_addition, streaming_matrix, toeplitz, banded."""
     pytest.importorskip("jax_privacy")
     from jax_privacy import noise_addition as noise
+    from jax_privacy.matrix_factorization import banded as banded_reference
     from jax_privacy.matrix_factorization import streaming_matrix as streaming
     from jax_privacy.matrix_factorization import toeplitz as toeplitz_reference
 
-    return noise, streaming, toeplitz_reference
+    return noise, streaming, toeplitz_reference, banded_reference
 
 
 class Ours:
     noise, streaming, toeplitz = noise_addition, streaming_matrix, toeplitz
+    banded = banded_strategies
 
 
 def banded(lib, **kwargs):
     return lib.toeplitz.inverse_as_streaming_matrix(jnp.array(UNIT_COEF, jnp.float32), **kwargs)
+
+
+def general_banded(lib, n=7):
+    params = np.random.default_rng(3).uniform(-0.4, 0.4, (n, 3)).astype(np.float32)
+    params[:, 0] = np.linspace(1, 2, n)
+    params[np.add.outer(np.arange(n), np.arange(3)) >= n] = 0  # outside of C
+    return lib.banded.ColumnNormalizedBanded(
+        params=jnp.asarray(params)
+    ).inverse_as_streaming_matrix()
+
+
+def banded_inverse(lib, look_ahead=None):
+    coef = jnp.array([1.0, -0.5, -0.2, 0.1])
+    return lib.toeplitz.noising_coef_as_streaming_matrix(coef, look_ahead=look_ahead)
 
 
 def dense(shape, seed=0):
@@ -68,12 +86,18 @@ MATRICES = {
     "scaled": lambda lib: banded(lib) * 0.5,
     "rows scaled": lambda lib: banded(lib).scale_rows_and_columns(jnp.array([1.0, 3.0, 0.2])),
     "columns scaled": lambda lib: banded(lib).scale_rows_and_columns(None, jnp.array([1.0, 3.0])),
+    "general banded": general_banded,
     "prefix_sum": lambda lib: lib.streaming.prefix_sum(),
     "product": lambda lib: lib.streaming.prefix_sum() @ banded(lib),
     "diagonal": lambda lib: lib.streaming.diagonal(jnp.array([1.0, 2.0, -3.0])),
     "dense": lambda lib: dense((7, 7)),
     "dense, wide": lambda lib: dense((7, 10)),
     "dense, tall": lambda lib: dense((9, 4)),
+}
+BEYOND_THE_REFERENCE = {
+    "banded inverse": banded_inverse,
+    "banded inverse, two slots": lambda lib: banded_inverse(lib, 2),
+    "banded inverse without state": lambda lib: banded_inverse(lib, 0),
 }
 STEPS = 7
 SHAPES = {"w": (3, 500), "v": (1100,), "empty": (0, 2), "scalar": ()}
@@ -115,14 +139,14 @@ def assert_same_noise(actual, expected, sample_rtol=2e-6):
 
 def build(lib, matrix, **kwargs):
     return lib.noise.matrix_factorization_privatizer(
-        MATRICES[matrix](lib), **{"stddev": 1.5, "prng_key": 7, **kwargs}
+        (MATRICES | BEYOND_THE_REFERENCE)[matrix](lib), **{"stddev": 1.5, "prng_key": 7, **kwargs}
     )
 
 
 @pytest.fixture(scope="module")
 def theirs(reference):
     class Theirs:
-        noise, streaming, toeplitz = reference
+        noise, streaming, toeplitz, banded = reference
 
     return Theirs
 
@@ -194,9 +218,62 @@ def test_implementations_agree(implementation):
     assert_same_noise(run(asked), run(build(Ours, "column-normalized")))
 
 
+FUSED = ["banded", "column-normalized", "general banded", *BEYOND_THE_REFERENCE]
+
+
+@pytest.mark.parametrize("scale", [None, (0.5,), (1.0, 3.0, 0.2)])
+@pytest.mark.parametrize("matrix", FUSED)
+def test_fused_noise_is_that_of_the_streaming_matrix(matrix, scale):
+    """The description that kernels take describes what the two functions of the matrix do."""
+    fused = (MATRICES | BEYOND_THE_REFERENCE)[matrix](Ours)
+    if scale is not None:
+        fused = fused.scale_rows_and_columns(jnp.array(scale))
+    assert fused.structure is not None
+    plain = dataclasses.replace(fused)
+    assert plain.structure is None
+    ours, expected = (
+        run(matrix_factorization_privatizer(m, stddev=1.5, prng_key=7)) for m in (fused, plain)
+    )
+    assert_same_noise(ours, expected)
+
+
+def test_general_banded_noise_ends_with_the_strategy():
+    privatizer = matrix_factorization_privatizer(general_banded(Ours, n=3), stddev=1.0, prng_key=0)
+    out = run(privatizer, 5)["v"]
+    assert np.isfinite(out[:3]).all()
+    assert np.isnan(out[3:]).all()
+
+
+def test_noise_without_state_takes_the_memory_of_independent_noise():
+    """DP-lambda-CGD: z_t - lambda z_{t-1}, both of them made when they are needed."""
+    size = 1_000_000
+    matrix = toeplitz.noising_coef_as_streaming_matrix(jnp.array([1.0, -0.7]), look_ahead=0)
+    privatizers = {
+        "independent": gaussian_privatizer(stddev=1.0, prng_key=0),
+        "correlated": matrix_factorization_privatizer(matrix, stddev=1.0, prng_key=0),
+    }
+    memory = {}
+    for name, privatizer in privatizers.items():
+        grads = jax.ShapeDtypeStruct((size,), jnp.float32)
+        state = jax.eval_shape(privatizer.init, grads)
+        step = jax.jit(privatizer.update, donate_argnums=1).lower(grads, state).compile()
+        analysis = step.memory_analysis()
+        memory[name] = sum(
+            getattr(analysis, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp")
+        )
+    assert 8 * size <= memory["independent"]  # gradients in, gradients out
+    assert abs(memory["correlated"] - memory["independent"]) < 1000
+    z, x = (
+        np.asarray(run(p)["v"]) - np.stack([model(seed=t)["v"] for t in range(STEPS)])
+        for p in privatizers.values()
+    )
+    np.testing.assert_allclose(x[1:], z[1:] - 0.7 * z[:-1], atol=1e-5)
+    np.testing.assert_allclose(x[0], z[0], atol=1e-5)
+
+
 # -- How it is used ---------------------------------------------------------------------------
 
-KINDS = ["identity", "banded", "product", "dense"]
+KINDS = ["identity", "banded", "product", "dense", "general banded", "banded inverse"]
 
 
 @pytest.mark.parametrize("matrix", KINDS)
@@ -334,7 +411,8 @@ def test_fresh_keys_are_all_entropy(monkeypatch):
     state = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2))
     assert requests == [8]
     expected = np.frombuffer(bytes(range(251, 243, -1)), np.uint32)
-    np.testing.assert_array_equal(state.clock.key, expected)
+    after, _ = jax.random.split(jax.random.wrap_key_data(expected))
+    np.testing.assert_array_equal(state.clock.key, jax.random.key_data(after))
 
 
 def test_fresh_keys_leave_numpy_alone():
@@ -494,8 +572,10 @@ def test_states_that_are_not_the_privatizers():
         (privatizer, {"a": jnp.zeros(4), "c": jnp.zeros(2)}, state, r"\['c'\]"),
         (privatizer, {"a": jnp.zeros(5), "b": jnp.zeros(2)}, state, r"\(3, 5\).*found.*\(3, 4\)"),
         (privatizer, {"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, state, r"\(3, 2, 2\)"),
-        (privatizer, grads, build(Ours, "identity").init(grads), r"noise_state.*\(0, "),
+        (privatizer, grads, build(Ours, "identity").init(grads), r"noise_state.*\(1, 2"),
         (privatizer, grads, build(Ours, "product").init(grads), "noise_state"),
+        (privatizer, grads, build(Ours, "banded inverse").init(grads), "noise_state"),
+        (build(Ours, "banded inverse"), grads, state, "noise_state"),
         (privatizer, grads, build(Ours, "dense").init(grads), "noise_state"),
         (build(Ours, "product"), grads, state, "noise_state"),
         (build(Ours, "product"), {"a": jnp.zeros(4)}, build(Ours, "product").init(grads), "b"),
@@ -540,7 +620,9 @@ def test_implementation_that_cannot_take_the_noise(matrix):
 def test_small_noise_of_16_bits_is_not_rounded_away(matrix, gradients):
     """1e-8 is zero in float16: noise must be scaled in more."""
     stddev, grads = 1e-8, jnp.zeros(20_000, jnp.float32)
-    lib_matrix = MATRICES[matrix](Ours) if matrix != "dense" else jnp.eye(3)
+    lib_matrix = (
+        (MATRICES | BEYOND_THE_REFERENCE)[matrix](Ours) if matrix != "dense" else jnp.eye(3)
+    )
     if matrix == "banded":
         coef = jnp.array([1.0, 0.5], gradients)  # with 16-bit coefficients too
         lib_matrix = toeplitz.inverse_as_streaming_matrix(coef)
@@ -574,6 +656,30 @@ def test_dense_noise_is_only_made_again_under_the_same_conditions():
         build_dense().update(grads, state)
 
 
+@pytest.mark.parametrize("look_ahead", [0, None])
+def test_past_samples_are_only_made_again_under_the_same_conditions(look_ahead):
+    """Else they would not cancel what they cancel."""
+    matrix = banded_inverse(Ours, look_ahead)
+    grads = {"a": jnp.zeros(50), "b": jnp.zeros(3)}
+
+    def privatizer(**kwargs):
+        return matrix_factorization_privatizer(matrix, stddev=1.0, prng_key=0, **kwargs)
+
+    state = privatizer().init(grads)
+    others = [
+        (privatizer(), jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)),
+        (privatizer(dtype=jnp.float16), grads),
+        (privatizer(), {"c": grads["a"], "b": grads["b"]}),
+        (privatizer(), {**grads, "c": jnp.zeros(2)}),
+        (privatizer(), {"a": jnp.zeros(51), "b": jnp.zeros(3)}),
+    ]
+    for other, changed in others:
+        with pytest.raises(ValueError, match="noise_state"):
+            other.update(changed, state)
+    with jax.threefry_partitionable(False), pytest.raises(ValueError, match="subkeys"):
+        privatizer().update(grads, state)
+
+
 def test_no_key_is_drawn_inside_a_trace():
     with pytest.raises(ValueError, match="prng_key inside a trace"):
         jax.jit(lambda g: gaussian_privatizer(stddev=1.0).init(g))(jnp.zeros(3))
@@ -594,7 +700,7 @@ def noise_at(privatizer, step):
     return jax.block_until_ready(jax.jit(noise)(jnp.int32(step)))
 
 
-@pytest.mark.parametrize("matrix", ["identity", "banded", "dense"])
+@pytest.mark.parametrize("matrix", ["identity", "banded", "dense", "banded inverse"])
 def test_a_negative_step_gives_nan(matrix):
     """As the counter would read after 2^31 steps."""
     privatizer = build(Ours, matrix, implementation="jax")

@@ -290,11 +290,19 @@ def test_row_scales_multiply(first, second):
     assert_structure_matches(scaled, N)
 
 
+@pytest.mark.parametrize(("first", "second"), [(ROWS, LONG_ROWS), (LONG_ROWS, ROWS)])
+def test_row_scales_of_different_sizes_multiply(first, second):
+    scaled = build("banded").scale_rows_and_columns(first).scale_rows_and_columns(second)
+    longest = max(len(first), len(second))
+    padded = (np.pad(v, (0, longest - len(v)), mode="edge") for v in (first, second))
+    np.testing.assert_allclose(scaled.structure.row_scale, np.multiply(*padded))
+    assert_structure_matches(scaled, longest + 2)
+
+
 def test_structure_is_dropped_where_it_would_be_inexact():
     banded = build("banded")
     assert banded.scale_rows_and_columns(col_scale=ROWS).structure is None
     assert banded.scale_rows_and_columns(ROWS, ROWS).structure is None
-    assert banded.scale_rows_and_columns(ROWS).scale_rows_and_columns(LONG_ROWS).structure is None
     assert banded.scale_rows_and_columns(1j * ROWS).structure is None
     assert (banded @ banded).structure is None
 

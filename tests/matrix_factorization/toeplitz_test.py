@@ -296,6 +296,38 @@ def test_inverse_maps_over_coefficients():
         np.testing.assert_allclose(row, np.linalg.inv(dense(c, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("p", [1, 2, 5])
+def test_noising_coef_as_streaming_matrix(p):
+    coef = 0.2 * np.random.default_rng(p).normal(size=p) + np.eye(1, p)[0]
+    Cinv = toeplitz.noising_coef_as_streaming_matrix(jnp.asarray(coef))
+    np.testing.assert_allclose(Cinv.materialize(8), dense(coef, 8), rtol=1e-6)
+    assert Cinv.structure.slots == p - 1
+    state = Cinv.init_multiply(jnp.zeros((2, 3)))
+    assert state.shape == (p - 1, 2, 3)
+    with jax.enable_x64(True):
+        coef = jnp.asarray(coef)
+        inverse = toeplitz.noising_coef_as_streaming_matrix(coef, look_ahead=4)
+        C = toeplitz.inverse_as_streaming_matrix(coef)
+        np.testing.assert_allclose((inverse @ C).materialize(8), np.eye(8), atol=1e-12)
+        assert inverse.structure.slots == 4
+
+
+def test_noising_coef_dtypes_and_state():
+    Cinv = toeplitz.noising_coef_as_streaming_matrix(jnp.ones(3, jnp.bfloat16))
+    assert (Cinv @ jnp.ones((4, 2))).dtype == jnp.float32
+    assert (Cinv @ jnp.ones((4, 2), jnp.bfloat16)).dtype == jnp.bfloat16
+    state = Cinv.init_multiply(jnp.zeros(2))
+    _, state = Cinv.multiply_next(jnp.ones(2), state)
+    _, state = Cinv.multiply_next(2 * jnp.ones(2), state)
+    np.testing.assert_array_equal(state, [[2, 2], [1, 1]])  # newest first
+
+
+@pytest.mark.parametrize(("look_ahead", "error"), [(-1, ValueError), (1.5, TypeError)])
+def test_look_ahead_that_is_none(look_ahead, error):
+    with pytest.raises(error, match="look_ahead"):
+        toeplitz.noising_coef_as_streaming_matrix([1.0, -0.5], look_ahead=look_ahead)
+
+
 # -- Algebra ----------------------------------------------------------------------------------
 
 
@@ -1228,6 +1260,9 @@ SIZED = {
 TRACEABLE = SIZED | {
     "solve_banded": lambda c: toeplitz.solve_banded(c, np.arange(1.0, 4.0)),
     "square root": lambda c: toeplitz.banded_inverse_square_root_noising_coefs(3, c),
+    "noising_coef_as_streaming_matrix": lambda c: toeplitz.noising_coef_as_streaming_matrix(
+        c
+    ).materialize(3),
 }
 FUNCTIONS = TRACEABLE | {
     "matrix upper bound": lambda c: toeplitz.compute_banded_inverse_sensitivity_squared(

@@ -190,8 +190,8 @@ def scale_rows_and_columns(
       col_scale: ``[m]``, or None to leave the columns alone; extends like ``row_scale``.
 
     Returns:
-      The scaled matrix. Scaled rows keep the structure, if ``matrix`` has one and its own row scale
-      can be combined with the new one; scaled columns lose it.
+      The scaled matrix. Scaled rows keep the structure, if ``matrix`` has one; scaled columns lose
+      it.
 
     Raises:
       ValueError: if a scale is not 1-D or is empty.
@@ -216,18 +216,18 @@ def _with_structure(matrix: StreamingMatrix, structure: Any) -> StreamingMatrix:
 
 
 def _scale_structure(structure: Any, scale: jax.Array) -> NoisingMatrix | None:
-    """Describes ``diag(scale) @ matrix`` for a matrix of this structure; None if that is too hard.
+    """Describes ``diag(scale) @ matrix`` for a matrix of this structure, or gives None.
 
-    A scale of size 1 is a constant, since indices clip at the last entry.
+    The last entry of a scale goes on, so a scale of size 1 is a constant.
     """
     if not isinstance(structure, NoisingMatrix) or jnp.iscomplexobj(scale):
         return None
     old = structure.row_scale
-    if old is not None and old.shape != scale.shape and 1 not in (old.size, scale.size):
-        return None
-    product = scale if old is None else old * scale
-    dtype = jnp.promote_types(product.dtype, structure.dtype)
-    return dataclasses.replace(structure, row_scale=product.astype(dtype))
+    if old is not None:
+        rows = jnp.arange(max(old.size, scale.size))
+        scale = old.at[rows].get(mode="clip") * scale.at[rows].get(mode="clip")
+    dtype = jnp.promote_types(scale.dtype, structure.dtype)
+    return dataclasses.replace(structure, row_scale=scale.astype(dtype))
 
 
 def multiply_array(A: StreamingMatrix, x: jax.Array) -> jax.Array:

@@ -26,7 +26,8 @@ def test_report_is_complete_and_finite(run, bench):
         (name, min(bands, 3)) for name, case in bench.CASES.items() for bands in case.bands
     }
     for row in report["rows"]:
-        assert set(row["implementations"]) == {"peer", "jax", "cpp"}
+        peer = {"peer"} if bench.CASES[row["case"]].mechanism.peer else set()
+        assert set(row["implementations"]) == {"jax", "cpp"} | peer
         assert min(benchmarks.numbers(row["cpp"])) > 0
         assert min(benchmarks.numbers(row["bounds"])) > 0
     assert report["limits"]["copy_bytes_per_s"] > 0
@@ -52,7 +53,17 @@ def test_plot_is_written(run):
 
 
 @pytest.mark.parametrize(
-    ("bands", "expected"), [(1, 8 * 1000), (2, 16 * 1000), (64, (8 + 12 - 4 / 63) * 1000)]
+    ("case", "bands", "expected"),
+    [
+        ("bands", 1, 8),
+        ("bands", 2, 16),
+        ("bands", 64, 8 + 12 - 4 / 63),
+        ("by_row", 32, 8 + 12 - 4 / 31),
+        ("inverse", 2, 12),
+        ("buffers", 4, 8 + 32),
+        ("dense", 64, 8),
+    ],
 )
-def test_traffic_model(bench, bands, expected):
-    assert bench.bytes_per_step((1000, 4, 4), bands) == pytest.approx(expected)
+def test_traffic_model(bench, case, bands, expected):
+    passes = bench.CASES[case].mechanism.slot_passes(bands)
+    assert bench.bytes_per_step((1000, 4, 4), passes) == pytest.approx(1000 * expected)

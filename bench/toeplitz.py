@@ -1,4 +1,4 @@
-"""Time of the Toeplitz algebra and of sensitivities: jax_privacy, plain JAX, C++.
+"""Time of the algebra of strategies, Toeplitz or banded: jax_privacy, plain JAX, C++.
 
     python bench/toeplitz.py            # the full run: some minutes, 1 GB of memory
     python bench/toeplitz.py --quick    # a check that it works
@@ -15,6 +15,8 @@ earlier calls of their own have left. Who takes part, and how often at most, is 
   gram         the bound on the sensitivity from a Gram matrix, participations 5 steps apart
   error        the error of every query
   error_grad   the mean of them and its gradient
+  rows         the error of every query of a banded strategy that is not Toeplitz
+  rows_grad    the mean of them and its gradient
 
 A name that ends in _large is of a size that jax_privacy is not asked for, one that ends in _float64
 of 64 bits, JAX's 64-bit mode being on.
@@ -34,10 +36,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from jax_privacy.matrix_factorization import banded as peer_banded
 from jax_privacy.matrix_factorization import sensitivity as peer_sensitivity
 from jax_privacy.matrix_factorization import toeplitz as peer_toeplitz
 
-from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
+from jax_privacy_kernels.matrix_factorization import banded, sensitivity, toeplitz
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -49,10 +52,11 @@ OFTEN = 1_000_000  # times: as often as the options say
 class Library(NamedTuple):
     toeplitz: ModuleType
     sensitivity: ModuleType
+    banded: ModuleType
 
 
-PEER = Library(peer_toeplitz, peer_sensitivity)
-OURS = Library(toeplitz, sensitivity)
+PEER = Library(peer_toeplitz, peer_sensitivity, peer_banded)
+OURS = Library(toeplitz, sensitivity, banded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +129,20 @@ def error_grad(case: Case, coef: jax.Array, library: Library) -> Callable[[], An
     return lambda: jax.value_and_grad(mean)(coef)
 
 
-FUNCTIONS = {f.__name__: f for f in (multiply, inverse, solve, min_sep, gram, error, error_grad)}
+def rows(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
+    C = library.banded.ColumnNormalizedBanded.from_banded_toeplitz(case.n, coef)
+    return lambda: library.banded.per_query_error(C)
+
+
+def rows_grad(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
+    C = library.banded.ColumnNormalizedBanded.from_banded_toeplitz(case.n, coef)
+    return lambda: jax.value_and_grad(lambda C: library.banded.per_query_error(C).mean())(C)
+
+
+FUNCTIONS = {
+    f.__name__: f
+    for f in (multiply, inverse, solve, min_sep, gram, error, error_grad, rows, rows_grad)
+}
 TITLES = {
     "multiply": "multiply",
     "inverse": "inverse_coef",
@@ -134,9 +151,12 @@ TITLES = {
     "gram": "get_min_sep_sensitivity_upper_bound_for_X",
     "error": "per_query_error",
     "error_grad": "mean of per_query_error, and gradient",
+    "rows": "banded.per_query_error",
+    "rows_grad": "mean of banded.per_query_error, and gradient",
 }
 PRODUCTS = ("multiply", "inverse", "solve")  # made of a product with each coefficient, for each row
 
+SLOW_PEER = {"peer": 3, "jax": OFTEN, "cpp": OFTEN}
 OURS_FEW = {"jax": 3, "cpp": OFTEN}
 CASES = {
     "multiply": Case("multiply", 100_000, floor=100, repeats={"peer": 0, "jax": 5, "cpp": OFTEN}),
@@ -157,6 +177,9 @@ CASES = {
     "error": Case("error", 100_000, 32),
     "error_grad": Case("error_grad", 100_000, 32),
     "error_grad_float64": Case("error_grad", 100_000, 32, dtype="float64"),
+    "rows": Case("rows", 4_000, 32, repeats=SLOW_PEER),
+    "rows_grad": Case("rows_grad", 4_000, 32, repeats=SLOW_PEER, floor=50),
+    "rows_large": Case("rows", 100_000, 32, at_most=5, repeats=OURS_FEW),
 }
 
 

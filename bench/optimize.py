@@ -5,11 +5,14 @@
 
 A plan is made once, so that the first call counts, compilation included: it is made in a process of
 its own, several times, of which the median is taken. Further calls take turns in one process. What
-is found is compared in float64, by the loss: mean squared error times squared sensitivity. Cases:
+is found is compared in float64, by the loss: mean squared error times squared sensitivity, or for
+buffers the largest squared error. Cases:
 
   banded          optimize_banded_toeplitz, 10,000 steps, 32 bands
   banded_large    the same for a million steps, C++ alone
   inverse         optimize_banded_inverse_toeplitz, which jax_privacy 2.0.0 does not have
+  by_row          banded.optimize, 1,000 steps, 16 bands, as many coefficients in every column
+  buffers         buffered_toeplitz.optimize, 1,000 steps, 10 participations, up to 3 buffers
   amplified       optimize_coefs_for_amplifications; jax_privacy, slow there, is called just once
 """
 
@@ -24,7 +27,6 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import harness
@@ -32,9 +34,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from jax_privacy import matrix_factorization as peer
 from jax_privacy.matrix_factorization import toeplitz as peer_toeplitz
 
-from jax_privacy_kernels.matrix_factorization import toeplitz
+from jax_privacy_kernels import matrix_factorization
+from jax_privacy_kernels.matrix_factorization import banded, buffered_toeplitz, toeplitz
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,7 +52,7 @@ OFTEN = 1_000_000  # times: as often as the options say
 class Case:
     """What is the same for all contestants in a row of the table."""
 
-    function: str  # of the module toeplitz
+    function: str  # module.function
     arguments: Mapping[str, Any]
     quick: Mapping[str, Any]  # arguments that --quick puts in their place
     first: Mapping[str, int]  # Who takes part, and the most processes for first calls.
@@ -70,7 +74,7 @@ EVERYONE = dict.fromkeys(NAMES, OFTEN)
 OURS = dict.fromkeys(NAMES[1:], OFTEN)
 CASES = {
     "banded": Case(
-        "optimize_banded_toeplitz",
+        "toeplitz.optimize_banded_toeplitz",
         {"n": 10_000, "bands": 32, "max_optimizer_steps": 250},
         {"n": 200, "bands": 4, "max_optimizer_steps": 20},
         first=EVERYONE,
@@ -79,7 +83,7 @@ CASES = {
         first_floor=3,
     ),
     "banded_large": Case(
-        "optimize_banded_toeplitz",
+        "toeplitz.optimize_banded_toeplitz",
         {"n": 1_000_000, "bands": 32, "max_optimizer_steps": 250},
         {"n": 2_000, "bands": 4, "max_optimizer_steps": 20},
         first={"cpp": OFTEN},
@@ -87,14 +91,31 @@ CASES = {
         at_most=60,
     ),
     "inverse": Case(
-        "optimize_banded_inverse_toeplitz",
+        "toeplitz.optimize_banded_inverse_toeplitz",
         {"n": 10_000, "min_sep": 100, "num_bands": 32, "max_participations": 5},
         {"n": 200, "min_sep": 20, "num_bands": 4, "max_optimizer_steps": 20},
         first=OURS,
         again=OURS | {"jax": 3},
     ),
+    "by_row": Case(
+        "banded.optimize",
+        {"n": 1_000, "bands": 16, "max_optimizer_steps": 100},
+        {"n": 50, "bands": 4, "max_optimizer_steps": 10},
+        first=EVERYONE | {"peer": 1},
+        again=EVERYONE | {"peer": 1, "jax": 3},
+        floor=20,
+    ),
+    "buffers": Case(
+        "buffered_toeplitz.optimize",
+        {"n": 1_000, "min_sep": 100, "max_participations": 10, "max_buffers": 3},
+        {"n": 50, "min_sep": 10, "max_participations": 3, "max_buffers": 1},
+        first=EVERYONE | {"peer": 1},
+        again=EVERYONE | {"peer": 1, "jax": 3},
+        floor=4,
+        first_floor=4,
+    ),
     "amplified": Case(
-        "optimize_coefs_for_amplifications",
+        "toeplitz.optimize_coefs_for_amplifications",
         {
             "n": 1024,
             "dataset_size": 60_000,
@@ -117,9 +138,17 @@ CASES = {
 
 def contestant(name: str, case: Case) -> Callable[[], Any]:
     """The call of one contestant."""
-    library: ModuleType = peer_toeplitz if name == "peer" else toeplitz
-    call = functools.partial(getattr(library, case.function), **case.arguments)
-    return harness.contestant(name, call)
+    module, function = case.function.split(".")
+    library = getattr(peer if name == "peer" else matrix_factorization, module)
+    return harness.contestant(name, functools.partial(getattr(library, function), **case.arguments))
+
+
+def numbers(found: Any) -> list[float]:
+    """Those of what was found: coefficients, or decays and scales of buffers."""
+    with jax.enable_x64(True):
+        return np.concatenate(
+            [np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(found)]
+        ).tolist()
 
 
 def find(name: str, case: Case) -> dict[str, Any]:
@@ -130,7 +159,7 @@ def find(name: str, case: Case) -> dict[str, Any]:
     coef, stddev = found[0] if isinstance(found[0], tuple) else (found[0], None)
     return {
         "seconds": seconds,
-        "coef": np.asarray(coef, np.float64).tolist(),
+        "coef": numbers(coef),
         "stddev": None if stddev is None else float(stddev),
     }
 
@@ -146,13 +175,26 @@ def find_in_new_process(name: str, case_name: str, quick: bool) -> dict[str, Any
 
 
 def loss(case: Case, coef: Sequence[float]) -> float:
-    """Mean squared error times squared sensitivity of what was found, in float64."""
+    """Squared error, mean or largest, times squared sensitivity of what was found, in float64."""
     with jax.enable_x64(True):
         c = jnp.asarray(coef, jnp.float64)
-        if "min_sep" not in case.arguments:
+        limits = {
+            key: case.arguments[key]
+            for key in ("min_sep", "max_participations")
+            if key in case.arguments
+        }
+        if case.function == "banded.optimize":
+            C = banded.ColumnNormalizedBanded(c.reshape(case.steps, -1))
+            return float(banded.per_query_error(C).mean())
+        if case.function == "buffered_toeplitz.optimize":
+            blt = buffered_toeplitz.BufferedToeplitz.build(*jnp.split(c, 2))
+            c = blt.toeplitz_coefs(case.steps)
+            error = peer_toeplitz.per_query_error(strategy_coef=c)[-1]
+            squared = toeplitz.minsep_sensitivity_squared(c, n=case.steps, **limits)
+            return float(error * squared)
+        if "min_sep" not in limits:
             return float(peer_toeplitz.loss(c, case.steps))
         error = peer_toeplitz.per_query_error(noising_coef=jnp.pad(c, (0, case.steps - c.size)))
-        limits = {key: case.arguments[key] for key in ("min_sep", "max_participations")}
         sensitivity_squared = toeplitz.compute_banded_inverse_sensitivity_squared(
             case.steps, c, **limits
         )
@@ -303,9 +345,11 @@ def settings(row: dict[str, Any]) -> str:
     parts = [f"n = {arguments['n']:,}"]
     if "min_sep" in arguments:
         parts.append(f"min_sep = {arguments['min_sep']}")
+    if "max_buffers" in arguments:
+        return ", ".join([*parts, f"{found['coefficients'] // 2} buffers chosen"])
     chosen = " chosen" if "epsilon" in arguments else ""
-    plural = "s" if found["coefficients"] > 1 else ""
-    parts.append(f"{found['coefficients']} band{plural}{chosen}")
+    bands = arguments.get("bands", found["coefficients"])
+    parts.append(f"{bands} band{'s' if bands > 1 else ''}{chosen}")
     return ", ".join(parts)
 
 

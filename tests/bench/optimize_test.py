@@ -83,6 +83,28 @@ def test_loss_of_a_banded_strategy(bench):
     assert bench.loss(case, coef) == pytest.approx((B**2).sum() / n * (coef**2).sum(), rel=1e-12)
 
 
+def test_loss_by_row(bench):
+    case = bench.CASES["by_row"].smaller()
+    n, bands = case.steps, case.arguments["bands"]
+    params = np.random.default_rng(0).uniform(0.1, 1, (n, bands))
+    C = sum(np.diag(params[: n - lag, lag], -lag) for lag in range(bands))
+    B = np.tri(n) @ np.linalg.inv(C / np.linalg.norm(C, axis=0))
+    assert bench.loss(case, params.reshape(-1)) == pytest.approx((B**2).sum() / n, rel=1e-12)
+
+
+def test_loss_of_buffers(bench):
+    case = bench.CASES["buffers"].smaller()
+    n, min_sep = case.steps, case.arguments["min_sep"]
+    k = case.arguments["max_participations"]
+    decays, scales = np.array([0.9, 0.5]), np.array([0.2, 0.3])
+    tail = (scales * decays ** np.arange(n - 1)[:, None]).sum(axis=1)
+    C = _matrix(np.concatenate([[1.0], tail]), n)
+    B = np.tri(n) @ np.linalg.inv(C)
+    user = C[:, : k * min_sep : min_sep].sum(axis=1)
+    expected = (B**2).sum(axis=1).max() * (user**2).sum()
+    assert bench.loss(case, [*decays, *scales]) == pytest.approx(expected, rel=1e-12)
+
+
 def test_loss_of_a_banded_inverse(bench):
     case = bench.CASES["inverse"].smaller()
     n, min_sep = case.steps, case.arguments["min_sep"]

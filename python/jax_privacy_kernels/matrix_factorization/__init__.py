@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax_privacy_kernels.matrix_factorization import (
     banded,
+    buffered_toeplitz,
     checks,
     dense,
     optimization,
@@ -16,6 +17,7 @@ from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingM
 __all__ = [
     "StreamingMatrix",
     "banded",
+    "buffered_toeplitz",
     "checks",
     "dense",
     "optimization",

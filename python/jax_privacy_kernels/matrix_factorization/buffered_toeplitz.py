@@ -86,6 +86,10 @@ class StreamingMatrixBuilder:
     buf_decay: np.ndarray
     output_scale: np.ndarray
 
+    def __post_init__(self) -> None:
+        parameters: Any = self.buf_decay, self.output_scale
+        BufferedToeplitz(*parameters).validate()
+
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the parameters."""
@@ -271,9 +275,12 @@ class BufferedToeplitz:
           TypeError: See :meth:`validate`.
         """
         self.validate()
-        known = is_concrete(self.buf_decay)
-        order = np.argsort(np.asarray(self.buf_decay)) if known else jnp.argsort(self.buf_decay)
-        order = order[::-1]
+        if is_concrete(self.buf_decay):
+            order: Any = np.argsort(-np.asarray(self.buf_decay), stable=True)
+            if np.all(np.diff(order) > 0):
+                return self
+        else:
+            order = jnp.argsort(self.buf_decay, descending=True)
         return BufferedToeplitz(self.buf_decay[order], self.output_scale[order])
 
     def replace(self, **changes: Any) -> BufferedToeplitz:
@@ -404,7 +411,6 @@ class BufferedToeplitz:
 
     def _builder(self) -> StreamingMatrixBuilder:
         check_float64_dtype(self)
-        self.validate()
         parameters: Any = jax.tree.map(np.asarray, self) if is_concrete(self) else self
         return StreamingMatrixBuilder(
             buf_decay=parameters.buf_decay, output_scale=parameters.output_scale
@@ -460,16 +466,12 @@ def _inverse_decays(theta: Any, omega: Any, xp: Any) -> Any:
 def _scales(theta: Any, theta_hat: Any, xp: Any) -> Any:
     """``omega_i = prod_j (theta_i - theta_hat_j) / prod_{j != i} (theta_i - theta_j)``."""
     apart = theta[:, None] - theta + xp.eye(len(theta), dtype=theta.dtype)
-    ratios = (theta[:, None] - theta_hat) / apart
-    # Multiplied out: the derivative of a product is a lot to compile.
-    return functools.reduce(lambda x, j: x * ratios[:, j], range(len(theta)), xp.ones_like(theta))
+    return xp.prod((theta[:, None] - theta_hat) / apart, axis=1)
 
 
 def _min_gap(theta: Any, xp: Any) -> Any:
-    if len(theta) < 2:
-        return xp.asarray(xp.inf, theta.dtype)
-    i, j = np.triu_indices(len(theta), 1)
-    return xp.min(xp.abs(theta[i] - theta[j]))
+    gaps = xp.where(np.eye(len(theta), dtype=bool), xp.inf, xp.abs(theta[:, None] - theta))
+    return xp.min(gaps, initial=xp.inf)
 
 
 def min_buf_decay_gap(buf_decay: jax.Array) -> jax.Array:
@@ -628,12 +630,14 @@ def _count(name: str, n: Any, minimum: int, infinite: bool = False) -> Any:
     return check_int(name, number, minimum)
 
 
-def _arrays(*xs: Any) -> tuple[Any, list[Any]]:
-    """numpy or jax.numpy, and the arrays for it, of one floating dtype."""
+def _arrays(n: Any, *xs: Any) -> tuple[Any, Any, list[Any]]:
+    """Their dtype, numpy or jax.numpy to compute with them and n, and the arrays for that."""
     dtype = jnp.promote_types(jnp.result_type(*xs), jnp.result_type(float))
-    if is_concrete(xs):
-        return np, [np.asarray(x, np.float64) for x in xs]
-    return jnp, [jnp.asarray(x, dtype) for x in xs]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"expected real numbers, found dtype {dtype}")
+    if is_concrete((n, xs)):
+        return dtype, np, [np.asarray(x, np.float64) for x in xs]
+    return dtype, jnp, [jnp.asarray(x, dtype) for x in xs]
 
 
 def geometric_sum(a: jax.Array, r: jax.Array, num: jax.typing.ArrayLike = jnp.inf) -> jax.Array:
@@ -655,10 +659,7 @@ def geometric_sum(a: jax.Array, r: jax.Array, num: jax.typing.ArrayLike = jnp.in
       TypeError: If it is neither an integer nor infinite.
     """
     num = _count("num", num, 0, infinite=True)
-    dtype = jnp.promote_types(jnp.result_type(a, r), jnp.result_type(float))
-    xp, (a, r) = _arrays(a, r)
-    if not is_concrete(num):
-        xp, a, r = jnp, jnp.asarray(a, dtype), jnp.asarray(r, dtype)
+    dtype, xp, (a, r) = _arrays(num, a, r)
     return _result(_series(a, r, 1 - r, num, xp), dtype)
 
 
@@ -668,7 +669,7 @@ def _series(a: Any, r: Any, gap: Any, n: Any, xp: Any) -> Any:
     def limit(a: Any, r: Any, gap: Any) -> Any:
         converges = xp.abs(r) < 1
         value = a / xp.where(converges, gap, 1)
-        diverges = xp.where(a == 0, 0.0, xp.copysign(xp.inf, a))
+        diverges = xp.where(a == 0, 0.0, xp.where(a > 0, xp.inf, -xp.inf))
         return xp.where(converges, value, xp.where(r > 0, diverges, xp.nan))
 
     if is_concrete(n):
@@ -698,9 +699,8 @@ def robust_max_error_Gamma_j(omega: jax.Array, theta: jax.Array, n: jax.Array) -
       TypeError: If n is not an integer.
     """
     n = _count("n", n, 1)
-    xp, (omega, theta) = _arrays(omega, theta)
-    xp = xp if is_concrete(n) else jnp
-    return jnp.asarray(omega * _geometric(theta, n, xp)[1] / n)
+    dtype, xp, (omega, theta) = _arrays(n, omega, theta)
+    return _result(omega * _geometric(theta, n, xp)[1] / n, dtype)
 
 
 def robust_max_error_Gamma_jk(
@@ -723,9 +723,8 @@ def robust_max_error_Gamma_jk(
       TypeError: If n is not an integer.
     """
     n = _count("n", n, 1)
-    xp, (omega1, theta1, omega2, theta2) = _arrays(omega1, theta1, omega2, theta2)
-    xp = xp if is_concrete(n) else jnp
-    return jnp.asarray(omega1 * omega2 * _geometric_product(theta1, theta2, n, xp) / n)
+    dtype, xp, (omega1, theta1, omega2, theta2) = _arrays(n, omega1, theta1, omega2, theta2)
+    return _result(omega1 * omega2 * _geometric_product(theta1, theta2, n, xp) / n, dtype)
 
 
 # -- Sensitivity, error and loss --------------------------------------------------------------
@@ -903,8 +902,8 @@ class LossFn:
       min_theta_gap: Decays of one matrix are kept at least this far apart.
     """
 
-    error_for_inv: Callable[[BufferedToeplitz], jax.typing.ArrayLike]
-    sensitivity_squared: Callable[[BufferedToeplitz], jax.typing.ArrayLike]
+    error_for_inv: Callable[[BufferedToeplitz], jax.Array]
+    sensitivity_squared: Callable[[BufferedToeplitz], jax.Array]
     n: int
     min_sep: int
     max_participations: int
@@ -963,13 +962,11 @@ class LossFn:
             check_int("max_participations", max_participations)
         k = sensitivity.minsep_true_max_participations(n, min_sep, max_participations)
         error_fn, sensitivity_fn = _from_coefs(n, error, min_sep, k)
-        return cls(
-            error_fn, sensitivity_fn, n=n, min_sep=min_sep, max_participations=k, **kwargs
-        )
+        return cls(error_fn, sensitivity_fn, n=n, min_sep=min_sep, max_participations=k, **kwargs)
 
     def compute_penalties(
         self, blt: BufferedToeplitz, inv_blt: BufferedToeplitz
-    ) -> dict[str, jax.typing.ArrayLike]:
+    ) -> dict[str, jax.Array]:
         """Returns the logarithmic barriers of the set of well-behaved BLTs, by name.
 
         Its conditions are those of Theorem 1 of https://arxiv.org/abs/2504.21413, and that decays
@@ -983,7 +980,7 @@ class LossFn:
           ValueError: If C is of float64 when JAX is not in 64-bit mode.
         """
         check_float64_dtype(blt)
-        positive = {
+        positive: dict[str, Any] = {
             "buf_decay>0": blt.buf_decay,
             "buf_decay<1": 1 - blt.buf_decay,
             "output_scale>0": blt.output_scale,
@@ -1003,7 +1000,7 @@ class LossFn:
         blt: BufferedToeplitz,
         inv_blt: BufferedToeplitz,
         normalize_by_approx_optimal_loss: bool = True,
-    ) -> jax.typing.ArrayLike:
+    ) -> jax.Array:
         """Returns the loss and the penalties: what is minimized.
 
         Args:
@@ -1030,7 +1027,7 @@ class LossFn:
         total = sum(factor * penalties[name] for name, factor in multipliers.items() if factor)
         return loss + self.penalty_strength * total
 
-    def loss(self, blt: BufferedToeplitz, skip_checks: bool = False) -> jax.typing.ArrayLike:
+    def loss(self, blt: BufferedToeplitz, skip_checks: bool = False) -> jax.Array:
         """Returns the loss of C, without penalties; infinity if ``C^-1`` cannot be computed.
 
         Args:
@@ -1119,7 +1116,7 @@ class Parameterization:
         """
         return cls(_interlaced, _blts_of_interlaced)
 
-    def get_loss_fn(self, loss_fn: LossFn) -> Callable[[Any], jax.typing.ArrayLike]:
+    def get_loss_fn(self, loss_fn: LossFn) -> Callable[[Any], jax.Array]:
         """Returns the penalized loss as a function of the parameters.
 
         The same one for the same loss, so that `optimization.optimize` compiles it once.
@@ -1158,8 +1155,8 @@ def _logits(blt: BufferedToeplitz) -> np.ndarray:
         logits = np.log1p(-decays) - np.log(decays)
     if not (np.all(np.isfinite(logits)) and np.all(np.diff(logits) > 0)):
         raise ValueError(
-            "expected a BLT of positive output_scale, buf_decay in (0, 1) and pillutla_score() < 1, "
-            f"found\n{blt}\nOthers can be optimized with Parameterization.buf_decay_pair()"
+            "expected a BLT of positive output_scale, buf_decay in (0, 1) and pillutla_score() "
+            f"below 1, found\n{blt}\nUse Parameterization.buf_decay_pair() for others."
         )
     return logits
 
@@ -1175,7 +1172,8 @@ def _interlaced_params(logits: np.ndarray, size: int) -> tuple[np.ndarray, np.nd
 
 
 def _logits_of_steps(steps: Any, xp: Any) -> Any:
-    return steps[0] + xp.concatenate([xp.zeros(1, steps.dtype), xp.cumsum(xp.exp(steps[1:]))])
+    # Not cumsum, which takes longer to compile.
+    return np.tri(len(steps)) @ xp.concatenate([steps[:1], xp.exp(steps[1:])])
 
 
 def _interlaced(blt: BufferedToeplitz) -> tuple[np.ndarray, np.ndarray]:
@@ -1196,7 +1194,9 @@ def _blts_of_interlaced(params: Any) -> tuple[BufferedToeplitz, BufferedToeplitz
     )
 
 
-def get_init_blt(num_buffers: int = 3, init_blt: BufferedToeplitz | None = None) -> BufferedToeplitz:
+def get_init_blt(
+    num_buffers: int = 3, init_blt: BufferedToeplitz | None = None
+) -> BufferedToeplitz:
     """Returns a BLT to start an optimization from.
 
     Args:
@@ -1259,7 +1259,7 @@ def optimize_loss(
     init_blt: BufferedToeplitz | None = None,
     parameterization: Parameterization | None = None,
     **kwargs: Any,
-) -> tuple[BufferedToeplitz, jax.typing.ArrayLike]:
+) -> tuple[BufferedToeplitz, jax.Array]:
     """Minimizes a loss over BLTs of m buffers, in float64.
 
     Losses for several participations have local minima. If neither ``init_blt`` nor
@@ -1289,14 +1289,17 @@ def optimize_loss(
       UserWarning: If a scale of the result is within 1e-8 of 0, so that fewer buffers would do.
     """
     m = check_int("num_buffers", num_buffers, minimum=0)
+    start = get_init_blt(m, init_blt)
     if m == 0 or (init_blt is None and parameterization is None):
         *_, (blt, loss) = _grow(loss_fn, m, kwargs)
     else:
         parameterization = parameterization or Parameterization.interlaced_decays()
-        params = parameterization.params_from_blt(get_init_blt(m, init_blt))
+        params = parameterization.params_from_blt(start)
         blt, loss, _ = _minimize(loss_fn, parameterization, params, m, kwargs)
     if not np.isfinite(loss):
-        raise RuntimeError(f"expected the optimization to end at a finite loss, found {loss} for\n{blt}")
+        raise RuntimeError(
+            f"expected the optimization to end at a finite loss, found {loss} for\n{blt}"
+        )
     scales = np.abs(np.asarray(blt.output_scale))
     if np.any(scales < 1e-8):
         warnings.warn(
@@ -1306,9 +1309,7 @@ def optimize_loss(
     return blt, loss
 
 
-def _grow(
-    loss_fn: LossFn, size: int, kwargs: Any
-) -> Iterator[tuple[BufferedToeplitz, jax.typing.ArrayLike]]:
+def _grow(loss_fn: LossFn, size: int, kwargs: Any) -> Iterator[tuple[BufferedToeplitz, jax.Array]]:
     """The best BLTs of 0, 1, ... ``size`` buffers, and their losses."""
     blt = BufferedToeplitz.build([], [])
     yield blt, loss_fn.loss(blt)
@@ -1332,7 +1333,7 @@ def _grow(
 
 def _minimize(
     loss_fn: LossFn, parameterization: Parameterization, params: Any, m: int, kwargs: Any
-) -> tuple[BufferedToeplitz, jax.typing.ArrayLike, Any]:
+) -> tuple[BufferedToeplitz, jax.Array, Any]:
     """The BLT of m buffers that the parameters lead to, its loss, and its logits if they interlace.
 
     The loss is infinite where there is no telling it.
@@ -1341,7 +1342,7 @@ def _minimize(
     defaults = {
         "max_optimizer_steps": 600,
         "optimizer": _OPTIMIZER if interlaced else _CAREFUL_OPTIMIZER,
-        "callback": _converged,
+        "callback": None if "optimizer" in kwargs else _converged,
     }
     params = optimization.optimize(
         parameterization.get_loss_fn(loss_fn), params, **(defaults | kwargs)
@@ -1351,10 +1352,11 @@ def _minimize(
         params = [np.asarray(x)[: 2 * m] for x in params]
         logits = _logits_of_steps(params[0], np)
     blt = parameterization.blt_and_inverse_from_params(params)[0].canonicalize()
-    try:
-        return blt, loss_fn.loss(blt), logits
-    except ValueError:  # two decays have met
-        return blt, jnp.inf, logits
+    loss = jnp.asarray(jnp.inf)
+    if not _min_gap(np.asarray(blt.buf_decay), np) < _MIN_GAP:
+        found = loss_fn.loss(blt)
+        loss = found if jnp.isfinite(found) else loss
+    return blt, loss, logits
 
 
 @optimization.jax_enable_x64

@@ -153,7 +153,7 @@ def _loop(
     loss_fn: Callable[..., Any], grad: bool, optimizer: Any, done: Any, params: Any, steps: Any
 ) -> Any:
     """Up to ``steps`` steps: the parameters after the last."""
-    converges = optimizer is DEFAULT_OPTIMIZER
+    converges = optimizer is DEFAULT_OPTIMIZER or done is not None
 
     def goes_on(carry: Any) -> Any:
         i, still, _, _ = carry

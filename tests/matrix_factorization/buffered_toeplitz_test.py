@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import functools
+import inspect
+import operator
 import warnings
 from fractions import Fraction
 
@@ -104,7 +105,7 @@ def test_coefs_by_hand():
 
 @in_x64
 @strategies
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 17])
+@pytest.mark.parametrize("n", [1, 2, 17])
 def test_coefs(theta, omega, n):
     C = BufferedToeplitz.build(theta, omega)
     expected = coefs_of(theta, omega, n).astype(float)
@@ -315,7 +316,9 @@ def test_scales_of_both_signs():
         without.inverse()
     assert np.any(np.isnan(without.inverse(skip_checks=True).output_scale))
     double = BufferedToeplitz.build([0.9, 0.8], [0.5, -0.3])
-    assert not np.all(np.isfinite(double.inverse(skip_checks=True).toeplitz_coefs(5)))
+    assert not np.any(np.isfinite(double.inverse(skip_checks=True).output_scale))
+    with pytest.raises(RuntimeError, match="real and distinct decays"):
+        double.inverse()
 
 
 @in_x64
@@ -484,7 +487,7 @@ def test_rational_approximation_gets_better():
                 BufferedToeplitz.from_rational_approx_to_sqrt_x(m).toeplitz_coefs(100) - expected
             )
         )
-        for m in (2, 4, 8)
+        for m in (1, 3, 5)
     ]
     assert worst[0] > 3 * worst[1] > 9 * worst[2]
 
@@ -645,21 +648,26 @@ def test_smallest_counts():
 # -- Sensitivity, error and loss --------------------------------------------------------------
 
 
+# Jitted once, so that they are compiled once for each number of buffers.
+SENSITIVITY, MAX_ERROR = jax.jit(blts.sensitivity_squared), jax.jit(blts.max_error)
+
+
 @in_x64
 @strategies
-@pytest.mark.parametrize("n", [1, 2, 9, 300])
+@pytest.mark.parametrize("n", [2, 300])
 def test_closed_forms(theta, omega, n):
     C = BufferedToeplitz.build(theta, omega)
     coefs = coefs_of(theta, omega, n)
     sensitivity, errors = float(coefs @ coefs), squared_errors(coefs).astype(float)
-    for jit in (lambda f: f, jax.jit):
-        np.testing.assert_allclose(jit(blts.sensitivity_squared)(C, n), sensitivity, rtol=1e-12)
-        np.testing.assert_allclose(jit(blts.max_error)(C, n), errors[-1], rtol=1e-12)
-        np.testing.assert_allclose(jit(blts.iteration_error)(C, n - 1), errors[-1], rtol=1e-12)
+    for f in (blts.sensitivity_squared, SENSITIVITY):
+        np.testing.assert_allclose(f(C, n), sensitivity, rtol=1e-12)
+    for f in (blts.max_error, MAX_ERROR):
+        np.testing.assert_allclose(f(C, n), errors[-1], rtol=1e-12)
+    np.testing.assert_allclose(blts.iteration_error(C, n - 1), errors[-1], rtol=1e-12)
 
 
 @in_x64
-@pytest.mark.parametrize("n", [10**4, 10**6])
+@pytest.mark.parametrize("n", [10**5])
 def test_closed_forms_of_many_iterations(n):
     """Where the terms of the error cancel to one part in n."""
     C = blts.get_init_blt(6)
@@ -743,12 +751,11 @@ def test_require():
 
 
 @in_x64
-@pytest.mark.parametrize("n", [1, 2, 40])
 @pytest.mark.parametrize("theta", [THETA, [0.999999, 0.99, 0.1]])
-def test_gradients_of_closed_forms(n, theta):
-    check_gradient(lambda C: blts.sensitivity_squared(C, n), theta, OMEGA)
-    check_gradient(lambda C: blts.max_error(C, n), theta, OMEGA, rtol=1e-5)
-    check_gradient(lambda C: blts.max_loss(C, n), theta, OMEGA, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", ["sensitivity_squared", "max_error", "max_loss"])
+def test_gradients_of_closed_forms(theta, name):
+    f = getattr(blts, name)
+    check_gradient(lambda C: f(C, 40), theta, OMEGA, rtol=1e-5, atol=1e-6)
 
 
 @in_x64
@@ -988,10 +995,23 @@ def test_others_do_not_interlace(theta, omega):
 
 # -- Optimization -----------------------------------------------------------------------------
 
-CONFIGURATIONS = [
-    {"n": 60, "max_buffers": 3},
-    {"n": 60, "max_buffers": 2, "error": "mean"},
-    {"n": 60, "max_buffers": 2, "min_sep": 10, "max_participations": 4},
+# What jax_privacy 2.0.0 finds, in 15 s each.
+REFERENCE = [
+    (
+        {"n": 60, "max_buffers": 3},
+        [0.9834147695856544, 0.7197407108769127],
+        [0.1744899222860769, 0.30778765397586716],
+    ),
+    (
+        {"n": 60, "max_buffers": 2, "error": "mean"},
+        [0.9538489980671986, 0.5778863392540378],
+        [0.2604994936818077, 0.24135966145739346],
+    ),
+    (
+        {"n": 60, "max_buffers": 2, "min_sep": 10, "max_participations": 4},
+        [0.9999999975720903, 0.7836511335977678],
+        [0.05504652806247693, 0.4821560690887973],
+    ),
 ]
 
 
@@ -1001,12 +1021,13 @@ def loss_of(C, n, error="max", min_sep=1, max_participations=1, **_):
     )
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS)
-def test_optimize_is_at_least_as_good_as_the_reference(reference, options):
-    ours, other = blts.optimize(**options), reference.optimize(**options)
-    assert ours.dtype == jnp.float64
-    assert len(ours.buf_decay) <= options["max_buffers"]
-    assert loss_of(ours, **options) <= loss_of(other, **options) * (1 + 1e-9)
+@pytest.mark.parametrize(("options", "theta", "omega"), REFERENCE)
+def test_optimize_is_at_least_as_good_as_the_reference(options, theta, omega):
+    C = blts.optimize(**options)
+    assert C.dtype == jnp.float64
+    assert len(C.buf_decay) <= options["max_buffers"]
+    other = BufferedToeplitz(np.array(theta), np.array(omega))
+    assert loss_of(C, **options) <= loss_of(other, **options) * (1 + 1e-9)
     assert not jax.config.jax_enable_x64
 
 
@@ -1058,9 +1079,9 @@ def test_no_buffers():
     loss_fn = LossFn.build_min_sep(5)
     C, loss = blts.optimize_loss(loss_fn, 0)
     assert C.buf_decay.shape == (0,)
-    np.testing.assert_allclose(loss, 5 * 25)
-    identity = blts.optimize(n=9, min_sep=1, max_participations=None)
-    assert loss_of(identity, 9, max_participations=None) <= 9 * 81 * (1 + 1e-12)
+    np.testing.assert_allclose(loss, 5 * 5)
+    # All columns may be taken: nothing is better than the identity.
+    assert blts.optimize(n=9, max_participations=None, max_buffers=1).buf_decay.shape == (0,)
 
 
 @pytest.mark.parametrize(("fewest", "rtol", "expected"), [(0, 1e9, 0), (2, 1e9, 2), (0, 1e-9, 3)])
@@ -1075,9 +1096,9 @@ def test_optimize_passes_options_on():
     blts.optimize(
         n=20, max_buffers=1, max_optimizer_steps=3, optimizer=optimizer, callback=seen.append
     )
-    assert [args.step for args in seen] == [0, 1, 2]
+    assert [args.step for args in seen] == [0, 1, 2] * 2  # from two starts
     assert all(isinstance(args, optimization.CallbackArgs) for args in seen)
-    assert seen[-1].loss < seen[0].loss
+    assert seen[-1].loss < seen[3].loss
     with pytest.raises(TypeError, match="optimiser"):
         blts.optimize(n=20, max_buffers=1, optimiser=optimizer)
 
@@ -1101,9 +1122,9 @@ def test_optimize_compiles_once_for_all_numbers_of_buffers(monkeypatch):
 
 @in_x64
 def test_useless_buffers_warn():
-    loss_fn = LossFn.build_min_sep(3, penalty_strength=0.0)
+    C = BufferedToeplitz.build([0.9, 0.5], [0.3, 1e-9])
     with pytest.warns(UserWarning, match="next to nothing"):
-        blts.optimize_loss(loss_fn, 2, max_optimizer_steps=200)
+        blts.optimize_loss(LossFn.build_min_sep(3), 2, C, max_optimizer_steps=0)
 
 
 @pytest.mark.parametrize(
@@ -1154,15 +1175,15 @@ def test_public_names():
 
 
 def test_signatures_are_those_of_the_reference(reference):
-    import inspect
-
-    for name in ("optimize", "optimize_loss", "get_init_blt", "geometric_sum"):
-        ours, other = (inspect.signature(getattr(m, name)) for m in (blts, reference))
-        assert list(ours.parameters) == list(other.parameters)
-        for parameter, expected in zip(
-            ours.parameters.values(), other.parameters.values(), strict=True
-        ):
-            assert (parameter.default, parameter.kind) == (expected.default, expected.kind)
-
-
-_ = functools
+    classes = ("BufferedToeplitz", "LossFn", "Parameterization", "StreamingMatrixBuilder")
+    methods = [f"{name}.{method}" for name in classes for method in vars(getattr(reference, name))]
+    added_by_chex = ("replace", "from_tuple", "to_tuple")
+    for name in ["get_init_blt", "blt_pair_from_theta_pair", "geometric_sum", *methods]:
+        get = operator.attrgetter(name)
+        if "._" in name or name.endswith(added_by_chex) or not callable(get(reference)):
+            continue
+        ours, other = (
+            [(p.name, p.default, p.kind) for p in inspect.signature(get(m)).parameters.values()]
+            for m in (blts, reference)
+        )
+        assert ours == other, name

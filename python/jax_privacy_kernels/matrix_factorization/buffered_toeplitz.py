@@ -417,7 +417,11 @@ class BufferedToeplitz:
         )
 
     def __str__(self) -> str:
-        if not is_concrete(self) or np.ndim(self.buf_decay) != 1:
+        try:
+            self.validate()
+        except (TypeError, ValueError):
+            return repr(self)
+        if not is_concrete(self):
             return repr(self)
         coefs = ", ".join(f"{c:.5f}" for c in np.asarray(self.toeplitz_coefs(10)))
         return (
@@ -879,7 +883,9 @@ def limit_max_loss(blt: BufferedToeplitz) -> jax.Array:
       ValueError: If the BLT is not valid, or is of float64 when JAX is not in 64-bit mode.
       TypeError: If its dtype is not floating.
     """
-    return limit_max_error(blt.inverse(skip_checks=True)) * sensitivity_squared(blt, jnp.inf)
+    squared = sensitivity_squared(blt, jnp.inf)
+    loss = limit_max_error(blt.inverse(skip_checks=True)) * squared
+    return jnp.where(jnp.isinf(squared), jnp.inf, loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1317,7 +1323,9 @@ def _grow(loss_fn: LossFn, size: int, kwargs: Any) -> Iterator[tuple[BufferedToe
     logits = np.zeros(0)
     for m in range(1, size + 1):
         starts = [_logits(get_init_blt(m))]
-        if m > 1:
+        if m == 1:
+            starts.append(np.array([-math.log(loss_fn.n) / 2 - 1, 0]))
+        else:
             starts.append(np.concatenate([logits[0] - [2, 1], logits]))
             starts.append(np.concatenate([logits, logits[-1] + [1, 2]]))
         # All of one shape, so that the loss is compiled once.
@@ -1351,12 +1359,13 @@ def _minimize(
     if interlaced:
         params = [np.asarray(x)[: 2 * m] for x in params]
         logits = _logits_of_steps(params[0], np)
-    blt = parameterization.blt_and_inverse_from_params(params)[0].canonicalize()
+    blt, _ = parameterization.blt_and_inverse_from_params(params)
     loss = jnp.asarray(jnp.inf)
-    if not _min_gap(np.asarray(blt.buf_decay), np) < _MIN_GAP:
-        found = loss_fn.loss(blt)
-        loss = found if jnp.isfinite(found) else loss
-    return blt, loss, logits
+    if np.all(np.isfinite(np.stack([blt.buf_decay, blt.output_scale]))):
+        blt = blt.canonicalize()
+        if not _min_gap(np.asarray(blt.buf_decay), np) < _MIN_GAP:
+            loss = loss_fn.loss(blt)
+    return blt, loss if jnp.isfinite(loss) else jnp.asarray(jnp.inf), logits
 
 
 @optimization.jax_enable_x64

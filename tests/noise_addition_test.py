@@ -18,7 +18,11 @@ import pytest
 
 from jax_privacy_kernels import noise_addition
 from jax_privacy_kernels.matrix_factorization import banded as banded_strategies
-from jax_privacy_kernels.matrix_factorization import streaming_matrix, toeplitz
+from jax_privacy_kernels.matrix_factorization import (
+    buffered_toeplitz,
+    streaming_matrix,
+    toeplitz,
+)
 from jax_privacy_kernels.noise_addition import (
     SupportedStrategies,
     gaussian_privatizer,
@@ -37,19 +41,20 @@ N = 5
 
 @pytest.fixture(scope="module")
 def reference():
-    """jax_privacy: noise_addition, streaming_matrix, toeplitz, banded."""
+    """jax_privacy: noise_addition, streaming_matrix, toeplitz, banded, buffered_toeplitz."""
     pytest.importorskip("jax_privacy")
     from jax_privacy import noise_addition as noise
     from jax_privacy.matrix_factorization import banded as banded_reference
+    from jax_privacy.matrix_factorization import buffered_toeplitz as buffered_reference
     from jax_privacy.matrix_factorization import streaming_matrix as streaming
     from jax_privacy.matrix_factorization import toeplitz as toeplitz_reference
 
-    return noise, streaming, toeplitz_reference, banded_reference
+    return noise, streaming, toeplitz_reference, banded_reference, buffered_reference
 
 
 class Ours:
     noise, streaming, toeplitz = noise_addition, streaming_matrix, toeplitz
-    banded = banded_strategies
+    banded, buffered = banded_strategies, buffered_toeplitz
 
 
 def banded(lib, **kwargs):
@@ -63,6 +68,11 @@ def general_banded(lib, n=7):
     return lib.banded.ColumnNormalizedBanded(
         params=jnp.asarray(params)
     ).inverse_as_streaming_matrix()
+
+
+def buffered(lib, inverse=True, **kwargs):
+    blt = lib.buffered.BufferedToeplitz.build([0.95, 0.5], [0.2, 0.3], dtype=jnp.float32)
+    return blt.inverse_as_streaming_matrix(**kwargs) if inverse else blt.as_streaming_matrix()
 
 
 def banded_inverse(lib, look_ahead=None):
@@ -87,6 +97,11 @@ MATRICES = {
     "rows scaled": lambda lib: banded(lib).scale_rows_and_columns(jnp.array([1.0, 3.0, 0.2])),
     "columns scaled": lambda lib: banded(lib).scale_rows_and_columns(None, jnp.array([1.0, 3.0])),
     "general banded": general_banded,
+    "buffers": buffered,
+    "buffers, not inverted": lambda lib: buffered(lib, inverse=False),
+    "no buffers": lambda lib: lib.buffered.BufferedToeplitz.build(
+        [], [], dtype=jnp.float32
+    ).inverse_as_streaming_matrix(),
     "prefix_sum": lambda lib: lib.streaming.prefix_sum(),
     "product": lambda lib: lib.streaming.prefix_sum() @ banded(lib),
     "diagonal": lambda lib: lib.streaming.diagonal(jnp.array([1.0, 2.0, -3.0])),
@@ -98,6 +113,7 @@ BEYOND_THE_REFERENCE = {
     "banded inverse": banded_inverse,
     "banded inverse, two slots": lambda lib: banded_inverse(lib, 2),
     "banded inverse without state": lambda lib: banded_inverse(lib, 0),
+    "buffers, looking ahead": lambda lib: buffered(lib, look_ahead=3),
 }
 STEPS = 7
 SHAPES = {"w": (3, 500), "v": (1100,), "empty": (0, 2), "scalar": ()}
@@ -146,7 +162,7 @@ def build(lib, matrix, **kwargs):
 @pytest.fixture(scope="module")
 def theirs(reference):
     class Theirs:
-        noise, streaming, toeplitz, banded = reference
+        noise, streaming, toeplitz, banded, buffered = reference
 
     return Theirs
 
@@ -218,7 +234,7 @@ def test_implementations_agree(implementation):
     assert_same_noise(run(asked), run(build(Ours, "column-normalized")))
 
 
-FUSED = ["banded", "column-normalized", "general banded", *BEYOND_THE_REFERENCE]
+FUSED = ["banded", "column-normalized", "general banded", "buffers", *BEYOND_THE_REFERENCE]
 
 
 @pytest.mark.parametrize("scale", [None, (0.5,), (1.0, 3.0, 0.2)])
@@ -273,7 +289,7 @@ def test_noise_without_state_takes_the_memory_of_independent_noise():
 
 # -- How it is used ---------------------------------------------------------------------------
 
-KINDS = ["identity", "banded", "product", "dense", "general banded", "banded inverse"]
+KINDS = ["identity", "banded", "product", "dense", "general banded", "banded inverse", "buffers"]
 
 
 @pytest.mark.parametrize("matrix", KINDS)

@@ -1,20 +1,25 @@
 """A compiled backend for correlated-noise differentially private training in JAX.
 
-The modules mirror those of jax_privacy, in names, arguments, semantics and noise stream.
+The modules mirror those of jax_privacy, in names, arguments, semantics and noise stream; `install`
+makes programs that use jax_privacy run on them as they are.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from jax_privacy_kernels import matrix_factorization, noise_addition, optimizers
+from jax_privacy_kernels._swap import install, installed, uninstall
 from jax_privacy_kernels.ops import implementation
 
 __all__ = [
     "__version__",
     "implementation",
+    "install",
+    "installed",
     "matrix_factorization",
     "noise_addition",
     "optimizers",
+    "uninstall",
 ]
 
 try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
+import textwrap
 from importlib import metadata
 
 import jax
 
+from jax_privacy_kernels import _swap
 from jax_privacy_kernels.ops import _cpp, _dispatch
 from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS as BANDED_ERROR
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
@@ -38,7 +41,7 @@ _PACKAGES = (
 
 
 def report() -> str:
-    """Versions, devices, and for every op the implementation that each platform would take."""
+    """Versions, devices, the implementation of every op on each platform, and what is swapped."""
     lines = ["versions"]
     lines += [f"  {'python':<20} {platform.python_version()}"]
     lines += [f"  {name:<20} {_version(name)}" for name in _PACKAGES]
@@ -65,7 +68,28 @@ def report() -> str:
                 lines += [f"  {f'not {name}:':<20} {reason}"]
             elif entry.limits:
                 lines += [f"  {f'{name} leaves':<20} {entry.limits}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_swap_lines()])
+
+
+def _swap_lines() -> list[str]:
+    """Whether jax_privacy runs on this library, and the names that do or would."""
+    try:
+        table = _swap.replacements()
+    except ModuleNotFoundError as error:
+        return ["swap", f"  {error}"]
+    except Exception as error:  # a jax-privacy that cannot be imported, say
+        return ["swap", f"  jax_privacy cannot be looked at: {error!r}"]
+    state = "installed, replaces" if _swap.is_installed() else "not installed, would replace"
+    lines = [f"swap {state}"]
+    for module, entries in itertools.groupby(table, lambda entry: entry.module):
+        lines += [f"  jax_privacy.{module}"]
+        by_note: dict[str, list[str]] = {}
+        for entry in entries:
+            by_note.setdefault(entry.note, []).append(entry.name)
+        for note, names in by_note.items():
+            text = ", ".join(names) + (f" ({note})" if note else "")
+            lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")
+    return lines
 
 
 def _version(name: str) -> str:

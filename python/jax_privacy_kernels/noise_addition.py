@@ -64,6 +64,11 @@ class SupportedStrategies(enum.Enum):
     ZERO = "zero"
     """Split evenly over all devices of a mesh. Not yet available."""
 
+    def __eq__(self, other: object) -> bool:  # jax_privacy's member of the same name, too
+        return isinstance(other, enum.Enum) and str(self) == str(other)
+
+    __hash__ = enum.Enum.__hash__
+
 
 class _StreamingState(NamedTuple):
     """State of a privatizer whose noising matrix has no fused kernel."""
@@ -138,7 +143,7 @@ def matrix_factorization_privatizer(
       NotImplementedError: ``intermediate_strategy=SupportedStrategies.ZERO``; gradients sharded
         over explicit mesh axes.
     """
-    if intermediate_strategy is not SupportedStrategies.DEFAULT:
+    if intermediate_strategy != SupportedStrategies.DEFAULT:
         raise NotImplementedError(
             f"expected intermediate_strategy SupportedStrategies.DEFAULT, found "
             f"{intermediate_strategy}, which this version does not have yet"

@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import check_coef, check_int, is_concrete
+from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, prefix_sum
 
@@ -25,7 +26,7 @@ __all__ = ["ColumnNormalizedBanded", "minsep_sensitivity_squared", "optimize", "
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ColumnNormalizedBanded:
+class ColumnNormalizedBanded(Mirrored):
     """A lower-triangular n x n strategy C with b bands, its columns scaled to norm 1.
 
     Row j of the parameters holds column j of C from the diagonal down, before it is scaled. For

@@ -14,6 +14,7 @@ import optax
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._mirrored import Mirrored
 
 __all__ = ["DEFAULT_OPTIMIZER", "CallbackArgs", "ParamT", "jax_enable_x64", "optimize"]
 
@@ -29,7 +30,7 @@ _STILL = 2
 
 
 @dataclasses.dataclass
-class CallbackArgs:
+class CallbackArgs(Mirrored):
     """What a callback of :func:`optimize` gets to see after a step.
 
     Attributes:

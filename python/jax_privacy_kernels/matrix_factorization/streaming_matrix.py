@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels._checks import check_int, check_vector
+from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum, NoisingMatrix
 
 __all__ = [
@@ -37,7 +38,7 @@ State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamingMatrix(Generic[State]):
+class StreamingMatrix(Mirrored, Generic[State]):
     """A lower-triangular matrix A, given by how it multiplies a stream.
 
     Each ``x_t`` is a pytree of arrays, and A acts on every element of it alike::

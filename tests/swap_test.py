@@ -1,0 +1,614 @@
+"""The swap: what it replaces and gives back, how objects mix, and programs that run under it."""
+
+from __future__ import annotations
+
+import collections.abc
+import copy
+import copyreg
+import dataclasses
+import enum
+import inspect
+import pickle
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_privacy_kernels as ours
+from jax_privacy_kernels import _swap
+from jax_privacy_kernels.__main__ import main
+from jax_privacy_kernels._mirrored import Mirrored
+from jax_privacy_kernels._report import report
+
+jax_privacy = pytest.importorskip("jax_privacy", reason="install the test extra")
+theirs = jax_privacy.matrix_factorization
+mine = ours.matrix_factorization
+
+# Taken before any install, as a program may have.
+Original = types.SimpleNamespace(
+    StreamingMatrix=theirs.StreamingMatrix,
+    ColumnNormalizedBanded=theirs.banded.ColumnNormalizedBanded,
+    CallbackArgs=theirs.optimization.CallbackArgs,
+    Strategies=jax_privacy.noise_addition.SupportedStrategies,
+    prefix_sum=theirs.streaming_matrix.prefix_sum,
+    gaussian_privatizer=jax_privacy.noise_addition.gaussian_privatizer,
+    matrix_factorization_privatizer=jax_privacy.noise_addition.matrix_factorization_privatizer,
+)
+GRADS = {"w": jnp.zeros((3, 5)), "b": jnp.zeros(4)}
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_behind():
+    yield
+    ours.uninstall()
+
+
+@pytest.fixture
+def swapped():
+    ours.install()
+
+
+def names_in_jax_privacy():
+    """Every object that a loaded module of jax_privacy holds, by module and name."""
+    return {
+        (module_name, name): value
+        for module_name, module in sys.modules.items()
+        if module_name.split(".")[0] == "jax_privacy"
+        for name, value in vars(module).items()
+    }
+
+
+# -- What is replaced -------------------------------------------------------------------------
+
+
+def test_every_shared_public_name_means_ours_and_nothing_else_changes():
+    before = names_in_jax_privacy()
+    ours.install()
+    after = names_in_jax_privacy()
+    assert before.keys() == after.keys()
+    changed = {key for key in before if before[key] is not after[key]}
+    table = {(f"jax_privacy.{entry.module}", entry.name): entry for entry in _swap.replacements()}
+    kept = {key for key, entry in table.items() if entry.replacement is entry.original}
+    assert {name for _, name in kept} == {"SupportedStrategies"}
+    reexported = {("jax_privacy.matrix_factorization", "StreamingMatrix")}
+    assert changed == table.keys() - kept | reexported
+    for key in changed - reexported:
+        entry = table[key]
+        mirror = getattr(sys.modules[f"jax_privacy_kernels.{entry.module}"], entry.name)
+        assert entry.note in ("", "adapted")
+        if entry.note == "":
+            assert after[key] is mirror
+        else:
+            assert after[key].__module__ == mirror.__module__
+            assert after[key].__doc__ == mirror.__doc__
+
+
+@pytest.mark.parametrize("module", _swap._MODULES)
+def test_the_table_is_complete(module):
+    """Every name of ours that is there as well, found without the table's own code."""
+    mirror = sys.modules.get(f"jax_privacy_kernels.{module}")
+    original = sys.modules.get(f"jax_privacy.{module}")
+    shared = set(getattr(mirror, "__all__", ())) & vars(original or types.ModuleType("")).keys()
+    assert shared == {entry.name for entry in _swap.replacements() if entry.module == module}
+
+
+def test_uninstall_gives_everything_back():
+    before = names_in_jax_privacy()
+    for _ in range(2):
+        ours.install()
+        ours.install()
+        ours.uninstall()
+        after = names_in_jax_privacy()
+        assert before.keys() == after.keys()
+        assert all(before[key] is after[key] for key in before)
+        assert not _swap.is_installed()
+        ours.uninstall()  # once more than needed
+
+
+def test_blocks_restore_what_was_before():
+    def is_in():
+        return theirs.StreamingMatrix is mine.StreamingMatrix
+
+    with ours.installed():
+        assert is_in()
+        with ours.installed():
+            assert is_in()
+        assert is_in()
+    assert not is_in()
+    ours.install()
+    with ours.installed():
+        ours.uninstall()
+        assert not is_in()
+    assert is_in()
+    ours.uninstall()
+    with pytest.raises(KeyError), ours.installed():
+        raise KeyError
+    assert not is_in()
+
+
+def test_modules_that_took_a_name_follow(monkeypatch):
+    early, late = types.ModuleType("early"), types.ModuleType("late")
+    monkeypatch.setitem(sys.modules, "jax_privacy._early", early)
+    monkeypatch.setitem(sys.modules, "jax_privacy._late", late)
+    early.alias = jax_privacy.noise_addition.gaussian_privatizer
+    ours.install()
+    late.alias = jax_privacy.noise_addition.gaussian_privatizer
+    assert early.alias is late.alias is not Original.gaussian_privatizer
+    ours.uninstall()
+    assert early.alias is late.alias is Original.gaussian_privatizer
+
+
+def calls_of(signature):
+    """As many arguments by position as there can be, by name, and as few as there must be."""
+    parameters = signature.parameters.values()
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    yield [0] * len(positional), {p.name: 0 for p in named}
+    yield [], {p.name: 0 for p in positional + named}
+    yield [], {p.name: 0 for p in positional + named if p.default is p.empty}
+
+
+def test_every_call_that_jax_privacy_takes_fits():
+    seen = 0
+    for entry in _swap.replacements():
+        if isinstance(entry.original, enum.EnumMeta) or not callable(entry.original):
+            continue
+        old = inspect.signature(entry.original)
+        if any(p.kind is p.VAR_POSITIONAL for p in old.parameters.values()):
+            continue  # hidden by a decorator
+        new = inspect.signature(entry.replacement)
+        for args, kwargs in calls_of(old):
+            assert list(new.bind(*args, **kwargs).arguments) == list(
+                old.bind(*args, **kwargs).arguments
+            ), entry.name
+        seen += 1
+    assert seen > 40
+
+
+def test_a_function_that_asks_for_more_is_left_alone(monkeypatch):
+    def solve_banded(coef, rhs, blocks=None):
+        """Of some newer version."""
+
+    monkeypatch.setattr(theirs.toeplitz, "solve_banded", solve_banded)
+    ours.install(force=True)
+    assert theirs.toeplitz.solve_banded is solve_banded
+    (entry,) = (entry for entry in _swap.replacements() if entry.name == "solve_banded")
+    assert entry.note == "kept: ours does not take all of (coef, rhs, blocks=None)"
+    assert theirs.toeplitz.inverse_coef is mine.toeplitz.inverse_coef
+
+
+# -- Versions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.3.0.dev0", "20.0", "3"])
+def test_an_unknown_version_is_refused_unless_forced(monkeypatch, version):
+    monkeypatch.setattr(_swap.metadata, "version", lambda name: version)
+    before = names_in_jax_privacy()
+    with pytest.raises(RuntimeError, match=r"jax-privacy 2.0.x, found " + version) as error:
+        ours.install()
+    assert "force" in str(error.value)
+    assert names_in_jax_privacy() == before
+    with ours.installed(force=True):
+        assert theirs.StreamingMatrix is mine.StreamingMatrix
+
+
+def test_without_jax_privacy_the_error_says_so(monkeypatch):
+    def missing(name):
+        raise _swap.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(_swap.metadata, "version", missing)
+    for call in (ours.install, lambda: ours.install(force=True), _swap.replacements):
+        with pytest.raises(ModuleNotFoundError, match=r"needs jax-privacy 2.0.x, which is not"):
+            call()
+    assert "the swap needs jax-privacy" in report()
+
+
+def test_an_install_that_fails_leaves_nothing(monkeypatch):
+    before, pairs = names_in_jax_privacy(), []
+
+    def pair_two(*classes):
+        if len(pairs) == 2:
+            raise TypeError("no more")
+        pairs.append(classes)
+        _pair(*classes)
+
+    _pair = _swap.pair
+    monkeypatch.setattr(_swap, "pair", pair_two)
+    with pytest.raises(TypeError, match="no more"):
+        ours.install()
+    assert names_in_jax_privacy() == before
+    assert not any(issubclass(mirror, original) for mirror, original in pairs)
+    monkeypatch.undo()
+    ours.install()
+    assert all(issubclass(mirror, original) for mirror, original in pairs)
+
+
+# -- Objects of both libraries ----------------------------------------------------------------
+
+
+def test_every_replaced_class_pairs_up(swapped):
+    classes = [entry for entry in _swap.replacements() if isinstance(entry.replacement, type)]
+    classes = [entry for entry in classes if entry.replacement is not entry.original]
+    assert {"StreamingMatrix", "ColumnNormalizedBanded"} <= {entry.name for entry in classes}
+    for entry in classes:
+        assert issubclass(entry.replacement, Mirrored), entry.name
+        assert issubclass(entry.replacement, entry.original)
+        assert issubclass(entry.original, entry.replacement)
+
+
+def pairs():
+    """An object of each class, theirs and ours."""
+    step = {"step": 1, "loss": jnp.ones(()), "grad": None, "params": (), "state": ()}
+    return [
+        (Original.prefix_sum(), mine.streaming_matrix.prefix_sum()),
+        (
+            Original.ColumnNormalizedBanded.default(5, 2),
+            mine.banded.ColumnNormalizedBanded.default(5, 2),
+        ),
+        (Original.CallbackArgs(**step), mine.optimization.CallbackArgs(**step)),
+    ]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_either_is_an_instance_of_either(which):
+    their, our = pairs()[which]
+    their_class, our_class = type(their), type(our)
+
+    def mixes():
+        return [
+            isinstance(their, our_class),
+            isinstance(our, their_class),
+            issubclass(their_class, our_class),
+            issubclass(our_class, their_class),
+        ]
+
+    class Theirs(their_class):
+        pass
+
+    class Ours(our_class):
+        pass
+
+    for _ in range(2):  # what abstract classes remember must not last
+        assert mixes() == [False] * 4
+        with ours.installed():
+            assert mixes() == [True] * 4
+            assert issubclass(Theirs, our_class)
+            assert issubclass(Ours, their_class)
+            assert not isinstance(their, Ours)
+            assert not isinstance(our, Theirs)
+            assert not isinstance(object(), our_class)
+            assert isinstance(our, collections.abc.Mapping) == isinstance(
+                their, collections.abc.Mapping
+            )
+        assert not isinstance(our, collections.abc.Mapping)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_copies_and_pickles(which):
+    their, our = pairs()[which]
+    reducers = dict(copyreg.dispatch_table)
+    ours.install()
+    first = dataclasses.fields(our)[0].name
+    for thing in (their, our):
+        value = {first: getattr(thing, first)}
+        assert type(dataclasses.replace(thing, **value)) is type(thing)
+        assert getattr(copy.copy(thing), first) is getattr(thing, first)
+    if which:  # functions of a StreamingMatrix do not pickle
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            for thing in (their, our):
+                again = pickle.loads(pickle.dumps(thing, protocol))
+                assert type(again) is type(our)
+                np.testing.assert_array_equal(getattr(again, first), getattr(thing, first))
+    ours.uninstall()
+    assert copyreg.dispatch_table == reducers
+    if which:
+        again = pickle.loads(pickle.dumps(their))
+        assert type(again) is type(their)
+
+
+def test_streaming_matrices_multiply(swapped):
+    their, our = pairs()[0]
+    expected = np.tri(6) @ np.tri(6)
+    for A, B in ((their, our), (our, their), (their, their), (our, our)):
+        product = A @ B
+        np.testing.assert_array_equal(product.materialize(6), expected)
+        assert isinstance(product, Original.StreamingMatrix)
+        assert isinstance(product, mine.StreamingMatrix)
+    for A in (their, our):
+        np.testing.assert_array_equal(A @ jnp.eye(6), np.tri(6))
+        scaled = theirs.streaming_matrix.scale_rows_and_columns(A, jnp.arange(1.0, 7))
+        np.testing.assert_array_equal(scaled.materialize(6), np.tri(6) * np.arange(1, 7)[:, None])
+
+
+def test_privatizers_take_either_matrix():
+    their, our = pairs()[0]
+    noisy = []
+    for swap in (False, True):
+        if swap:
+            ours.install()
+        for make in (
+            Original.matrix_factorization_privatizer,
+            jax_privacy.noise_addition.matrix_factorization_privatizer,
+        ):
+            for matrix in (their, our) if swap else (their,):
+                privatizer = make(matrix, stddev=2.0, prng_key=7)
+                _, state = privatizer.update(GRADS, privatizer.init(GRADS))
+                noisy.append(privatizer.update(GRADS, state)[0])
+    assert len(noisy) == 6
+    for other in noisy[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), noisy[0], other)
+
+
+def test_banded_strategies_mix(swapped):
+    their, our = pairs()[1]
+    A = Original.prefix_sum()
+    expected = theirs.banded.per_query_error(our)
+    for C in (their, our):
+        for workload in (None, A, mine.streaming_matrix.prefix_sum()):
+            error = theirs.banded.per_query_error(C, workload)
+            np.testing.assert_allclose(error, expected, rtol=1e-6)
+        assert theirs.banded.minsep_sensitivity_squared(C, 2) == 3
+        best = theirs.banded.optimize(5, bands=2, C=C, max_optimizer_steps=3)
+        assert isinstance(best, Original.ColumnNormalizedBanded)
+        # What jax_privacy's class offers and ours does not.
+        np.testing.assert_array_equal(C.replace(params=2 * C.params)["params"], 2 * C.params)
+        assert list(C) == ["params"]
+        np.testing.assert_array_equal(C.to_tuple()[0], C.params)
+
+
+def test_strategies_of_intermediate_noise_are_the_same():
+    mirror = ours.noise_addition.SupportedStrategies
+    for member in Original.Strategies:
+        assert member == mirror[member.name]
+        assert mirror[member.name] == member
+        assert hash(member) == hash(mirror[member.name])
+        assert all(member != other for other in mirror if other.name != member.name)
+    assert mirror.DEFAULT != "SupportedStrategies.DEFAULT"
+    ours.noise_addition.gaussian_privatizer(
+        stddev=1.0, intermediate_strategy=Original.Strategies.DEFAULT
+    )
+    with ours.installed():
+        assert jax_privacy.noise_addition.SupportedStrategies is Original.Strategies
+
+
+# -- Calls of jax_privacy that ours do not take -----------------------------------------------
+
+
+KEYS = {"typed": jax.random.key(3), "raw": jax.random.PRNGKey(3), "seed": 3}
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_gaussian_privatizer_keeps_its_state(key, jit):
+    histories = []
+    for swap in (False, True):
+        if swap:
+            ours.install()
+        privatizer = jax_privacy.noise_addition.gaussian_privatizer(stddev=2.0, prng_key=key)
+        update = jax.jit(privatizer.update) if jit else privatizer.update
+        state, history = privatizer.init(GRADS), []
+        for _ in range(3):
+            noisy, state = update(sum_of_clipped_grads=GRADS, noise_state=state)
+            history.append((noisy, state))
+        histories.append(history)
+    for (noisy, (key_data, empty)), (same, state) in zip(*histories, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), noisy, same)
+        assert empty == state[1] == ()
+        assert key_data.dtype == state[0].dtype
+        assert (key_data == state[0]).all()
+    # A state of either goes on in the other.
+    middle = histories[0][0][1]
+    again = update(GRADS, middle)[0]
+    jax.tree.map(np.testing.assert_array_equal, again, histories[1][1][0])
+
+
+def test_gaussian_privatizer_in_a_trace_needs_no_key(swapped):
+    make = jax_privacy.noise_addition.gaussian_privatizer
+    key = jax.random.key(5)
+
+    @jax.jit
+    def step(grads, key, stddev):
+        return make(stddev=stddev).update(grads, (key, ()))[0]
+
+    expected = make(stddev=2.0, prng_key=key).update(GRADS, (key, ()))[0]
+    jax.tree.map(np.testing.assert_array_equal, step(GRADS, key, 2.0), expected)
+    with pytest.raises(ValueError, match="expected a prng_key inside a trace"):
+        jax.jit(lambda grads: make(stddev=1.0).init(grads))(GRADS)
+
+
+def test_gaussian_privatizer_draws_keys_and_checks(swapped):
+    make = jax_privacy.noise_addition.gaussian_privatizer
+    keys = [make(stddev=1.0).init(GRADS)[0] for _ in range(2)]
+    assert (jax.random.key_data(keys[0]) != jax.random.key_data(keys[1])).any()
+    with pytest.raises(ValueError, match="stddev"):
+        make(stddev=-1.0)
+    with pytest.raises(TypeError, match="prng_key"):
+        make(stddev=1.0, prng_key="seed")
+    with pytest.raises(TypeError, match="gradients of dtype"):
+        make(stddev=1.0, prng_key=1).init({"i": jnp.zeros(2, jnp.int32)})
+    other = ours.noise_addition.gaussian_privatizer(stddev=1.0, prng_key=1)
+    with pytest.raises(TypeError, match="prng_key"):
+        make(stddev=1.0, prng_key=1).update(GRADS, other.init(GRADS))
+    with pytest.raises(ValueError, match="nonsense"):
+        make(stddev=1.0, prng_key=1, implementation="nonsense").update(
+            GRADS, (jax.random.key(0), ())
+        )
+    with ours.implementation("nonsense"), pytest.raises(ValueError, match="nonsense"):
+        make(stddev=1.0, prng_key=1).update(GRADS, (jax.random.key(0), ()))
+
+
+def test_skipped_checks():
+    coef, other = jnp.array([1.0, 0.5, 0.25]), jnp.array([1.0, 0.75])
+
+    def results():
+        T = theirs.toeplitz
+        return [
+            T.multiply(coef, other, skip_checks=True),
+            T.multiply(coef, other, 4),
+            T.multiply(coef, other, n=2, skip_checks=False),
+            T.minsep_sensitivity_squared(coef, 2, 1),
+            T.minsep_sensitivity_squared(coef, 2, None, 7),
+            T.minsep_sensitivity_squared(coef, 1, 2, 7, True),
+            T.minsep_sensitivity_squared(strategy_coef=coef, min_sep=2, skip_checks=True),
+            T.per_query_error(strategy_coef=coef, n=6, skip_checks=True),
+            T.per_query_error(noising_coef=other, workload_coef=coef, n=4, skip_checks=True),
+            jax.jit(lambda c: T.minsep_sensitivity_squared(c, 2, 2, skip_checks=True))(coef),
+            jax.jit(lambda c: T.per_query_error(strategy_coef=c, n=6, skip_checks=True))(coef),
+        ]
+
+    expected = results()
+    ours.install()
+    for value, want in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+    with pytest.raises(ValueError, match="3 and 2"):
+        theirs.toeplitz.multiply(coef, other)
+
+
+@pytest.mark.parametrize("coef", [[1.0, 0.5, 0.75], [1.0, -0.5, -0.75], [-1.0, -2.0]])
+def test_coefficients_whose_sensitivity_is_only_bounded_are_refused(swapped, coef):
+    """As in jax_privacy, whose buffered_toeplitz.optimize counts on it."""
+    coef = jnp.array(coef)
+    with pytest.raises(ValueError, match="non-negative and non-increasing"):
+        theirs.toeplitz.minsep_sensitivity_squared(coef, 2, n=5)
+    bound = theirs.toeplitz.minsep_sensitivity_squared(coef, 2, n=5, skip_checks=True)
+    assert bound == mine.toeplitz.minsep_sensitivity_squared(coef, 2, n=5)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_scans_by_name(monkeypatch, optimize):
+    asked = []
+
+    def scan_of(n, bands):
+        def scan(*args):
+            asked.append((n, bands))
+            return jax.lax.scan(*args)
+
+        return scan
+
+    monkeypatch.setattr(theirs.banded, "_equinox_scan_fn", scan_of)
+    ours.install()
+    C, A = theirs.banded.ColumnNormalizedBanded.default(6, 2), Original.prefix_sum()
+    if optimize:
+        theirs.banded.optimize(6, bands=2, A=A, max_optimizer_steps=1, scan_fn="equinox")
+    else:
+        plain = theirs.banded.per_query_error(C, A)
+        np.testing.assert_array_equal(theirs.banded.per_query_error(C, A, "equinox"), plain)
+        named = theirs.banded.per_query_error(C, scan_fn="equinox")
+        np.testing.assert_allclose(named, plain, rtol=1e-6)
+    assert set(asked) == {(6, 2)}
+
+
+# -- The report, and programs -----------------------------------------------------------------
+
+
+def test_the_report_lists_the_table():
+    assert "swap not installed, would replace" in report()
+    with ours.installed():
+        text = report()
+    assert "swap installed, replaces" in text
+    for entry in _swap.replacements():
+        assert entry.name in text.split("swap installed")[1]
+    assert "minsep_sensitivity_squared, multiply, per_query_error (adapted)" in text
+
+
+def run(*arguments, cwd, code=0):
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+ORDERS = """
+import sys
+import jax_privacy_kernels
+loaded = set(sys.modules)
+assert "jax_privacy" not in loaded
+{before}
+jax_privacy_kernels.install()
+assert not {{"keras", "torch", "tensorflow", "jax_privacy.keras_api"}} & set(sys.modules)
+{after}
+jax_privacy_kernels.install()
+import jax_privacy
+from jax_privacy.experimental import execution_plan
+from jax_privacy.matrix_factorization.toeplitz import inverse_coef
+from jax_privacy_kernels.matrix_factorization import toeplitz
+assert inverse_coef is toeplitz.inverse_coef is execution_plan.toeplitz.inverse_coef
+assert jax_privacy.matrix_factorization.toeplitz.loss is toeplitz.loss
+jax_privacy_kernels.uninstall()
+assert execution_plan.toeplitz.inverse_coef is not toeplitz.inverse_coef
+assert jax_privacy.matrix_factorization.toeplitz.loss is not toeplitz.loss
+"""
+IMPORTS = [
+    "import jax_privacy",
+    "from jax_privacy.experimental import execution_plan",
+    "from jax_privacy.matrix_factorization import toeplitz",
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("", IMPORTS[2]), (IMPORTS[2], IMPORTS[1]), (IMPORTS[1], IMPORTS[0])]
+)
+def test_any_order_of_imports(tmp_path, before, after):
+    run("-c", ORDERS.format(before=before, after=after), cwd=tmp_path)
+
+
+PROGRAM = """
+import sys
+import helper
+from jax_privacy import noise_addition
+print(sys.argv, sys.path[0], __name__, noise_addition.gaussian_privatizer.__module__)
+if sys.argv[-1] == "fail":
+    raise ArithmeticError("on purpose")
+sys.exit(int(sys.argv[-1]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With a program, and a module beside it."""
+    folder = tmp_path / "somewhere"
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "helper.py").write_text("")
+    return folder
+
+
+def test_python_m_runs_a_program(folder):
+    command = ["somewhere/program.py", "--help", "-m", "3"]
+    plain = run(*command, cwd=folder.parent, code=3).stdout
+    swapped = run("-m", "jax_privacy_kernels", *command, cwd=folder.parent, code=3).stdout
+    assert plain == f"{command} {folder} __main__ functools\n"
+    assert swapped == plain.replace("functools", "jax_privacy_kernels.noise_addition")
+
+
+def test_python_m_runs_a_module(folder):
+    command = ["-m", "jax_privacy_kernels", "-m", "program", "--help", "4"]
+    found = run(*command, cwd=folder, code=4).stdout
+    arguments = [str(folder / "program.py"), "--help", "4"]
+    assert found == f"{arguments} {folder} __main__ jax_privacy_kernels.noise_addition\n"
+
+
+def test_python_m_passes_errors_on(folder):
+    command = ["-m", "jax_privacy_kernels", "program.py", "fail"]
+    assert "ArithmeticError: on purpose" in run(*command, cwd=folder, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["missing.py"], "no file 'missing.py'"), (["-m"], "name of a module"), (["-x"], "-x")],
+)
+def test_python_m_refuses(capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not _swap.is_installed()
+
+
+def test_python_m_without_a_program_reports(capsys):
+    main([])
+    assert capsys.readouterr().out == report() + "\n"

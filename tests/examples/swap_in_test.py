@@ -1,0 +1,103 @@
+"""The swap example runs end to end, and its two programs are one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+for _module in ("sklearn", "matplotlib", "tqdm", "jax_privacy"):
+    pytest.importorskip(_module, reason=f"{_module} is missing; install the examples extra")
+
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "swap_in.py"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def example() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("swap_in", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses look their module up here.
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(example, tmp_path_factory) -> tuple[list, pathlib.Path, list]:
+    path = tmp_path_factory.mktemp("swap") / "swap.png"
+    libraries = []
+    train = example.train
+
+    def spy(*args, **kwargs):
+        module = example.execution_plan.noise_addition.matrix_factorization_privatizer.__module__
+        libraries.append(module.split(".")[0])
+        return train(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example, "train", spy)
+        rows = example.main([f"--steps={STEPS}", "--bands=4", "--hidden=16", f"--output={path}"])
+    return rows, path, libraries
+
+
+def test_each_run_is_of_the_library_it_says(run):
+    rows, _, libraries = run
+    assert [(row.swapped, row.donated) for row in rows] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    assert libraries == 2 * ["jax_privacy", "jax_privacy_kernels"]
+
+
+def test_all_runs_train_the_same(run, example):
+    rows, _, _ = run
+    start = example.init_params(16)
+    moved = [
+        np.abs(np.asarray(a) - np.asarray(b)).max()
+        for a, b in zip(jax.tree.leaves(rows[0].params), jax.tree.leaves(start), strict=True)
+    ]
+    assert min(moved) > 1e-3
+    for row in rows:
+        assert row.losses.shape == row.seconds.shape == (STEPS,)
+        np.testing.assert_allclose(row.losses, rows[0].losses, rtol=1e-4)
+        assert example.difference(rows[0], row) < 1e-4
+        assert row.epsilon == rows[0].epsilon > 0
+        assert min(row.noise_seconds, row.plan_seconds, *row.seconds) > 0
+
+
+def test_difference_is_that_of_the_parameters(run, example):
+    rows, _, _ = run
+    (row,) = rows[:1]
+    scaled = dataclasses.replace(row, params=jax.tree.map(lambda x: 1.5 * x, row.params))
+    assert example.difference(row, scaled) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_table_and_plot(run, example):
+    rows, path, _ = run
+    header, _, *lines = example.format_table(rows).splitlines()
+    assert "of which noise" in header
+    assert ["reference" in line for line in lines] == [True, False, False, False]
+    assert ["swapped" in line for line in lines] == [row.swapped for row in rows]
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bands=0"], "between 1 and 64, got 0"),
+        (["--steps=8", "--bands=9"], "between 1 and 8, got 9"),
+        (["--hidden=0"], "at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_errors(example, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        example.main(arguments)
+    assert message in capsys.readouterr().err

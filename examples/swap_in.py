@@ -32,14 +32,14 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import dp_accounting
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from jax_privacy import batch_selection
 from jax_privacy.experimental import execution_plan
@@ -70,11 +70,11 @@ class Run:
     swapped: bool
     donated: bool
     params: Any
-    losses: np.ndarray  # [steps], on the test set
-    seconds: np.ndarray  # [steps], of every step; those that compile among them
-    noise_seconds: float  # of one update of the privatizer
+    losses: Sequence[float]  # on the test set, by step
+    step_times: Sequence[float]  # of every step; those that compile among them
+    noise_times: Sequence[float]  # of the privatizer by itself
     plan_seconds: float  # to optimize the strategy, mostly
-    epsilon: float  # by the accountant of the plan, at DELTA, under zero-out adjacency
+    dp_event: dp_accounting.DpEvent  # what was released, for the accountant
 
     @property
     def name(self) -> str:
@@ -82,7 +82,11 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.step_times)
+
+    @property
+    def noise_seconds(self) -> float:
+        return statistics.median(self.noise_times)
 
 
 def load_data() -> list[np.ndarray]:
@@ -113,8 +117,8 @@ def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def train(settings: Settings, *, donate: bool, progress: tqdm) -> dict[str, Any]:
-    """Knows nothing of jax_privacy_kernels."""
+def train(settings: Settings, *, donate: bool) -> Iterator[Any]:
+    """Knows nothing of jax_privacy_kernels. Yields what it plans, then every step."""
     train_x, train_y, test_x, test_y = load_data()
     batch_size = TRAIN_SIZE // settings.bands // 4
     start = time.perf_counter()
@@ -128,9 +132,7 @@ def train(settings: Settings, *, donate: bool, progress: tqdm) -> dict[str, Any]
         normalize_by=batch_size,
         noise_seed=0,
     ).plan
-    plan_seconds = time.perf_counter() - start
-    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL)  # dp-accounting's for zero-out
-    epsilon = accountant.compose(plan.dp_event).get_epsilon(DELTA)
+    yield time.perf_counter() - start, plan.dp_event
     grad_fn = plan.clipped_grad(loss_fn, batch_argnums=(1, 2))
     privatizer = plan.noise_addition_transform
     optimizer = optax.sgd(0.05, momentum=0.9)
@@ -147,27 +149,41 @@ def train(settings: Settings, *, donate: bool, progress: tqdm) -> dict[str, Any]
 
     params = init_params(settings.hidden)
     state = privatizer.init(params), params, optimizer.init(params)
-    losses, seconds, noise_seconds = [], [], []
+    # Noise once more by itself, to see what it takes. From a copy: every init of a privatizer of
+    # jax_privacy holds the same key, which the first donation deletes.
+    alone = jax.tree.map(jnp.copy, state[0])
     for batch in plan.batch_selection_strategy.batch_iterator(TRAIN_SIZE, rng=0):
         index = batch_selection.pad_to_multiple_of(batch, PAD_TO)
+        batch = jax.block_until_ready((train_x[index], train_y[index], index == -1))
         start = time.perf_counter()
-        state = jax.block_until_ready(step(*state, train_x[index], train_y[index], index == -1))
-        seconds.append(time.perf_counter() - start)
-        losses.append(float(test_loss(state[1], test_x, test_y)))
-        progress.update()
-    noise_state, params, _ = state
-    for _ in range(1 + min(settings.steps, 30)):
+        state = jax.block_until_ready(step(*state, *batch))
+        seconds = time.perf_counter() - start
         start = time.perf_counter()
-        _, noise_state = jax.block_until_ready(update(params, noise_state))
-        noise_seconds.append(time.perf_counter() - start)
-    return {
-        "params": params,
-        "losses": np.array(losses),
-        "seconds": np.array(seconds),
-        "noise_seconds": statistics.median(noise_seconds[1:]),  # the first one compiles
-        "plan_seconds": plan_seconds,
-        "epsilon": epsilon,
-    }
+        _, alone = jax.block_until_ready(update(state[1], alone))
+        noise_seconds = time.perf_counter() - start
+        params = state[1]
+        yield params, float(test_loss(params, test_x, test_y)), seconds, noise_seconds
+
+
+def run_all(settings: Settings) -> list[Run]:
+    """Takes turns, so that whatever else the computer is doing disturbs all of them alike."""
+    kinds = [(swapped, donated) for donated in (False, True) for swapped in (False, True)]
+    programs = {kind: train(settings, donate=kind[1]) for kind in kinds}
+    plans, params, steps = {}, {}, {kind: [] for kind in kinds}
+    for t in tqdm(range(settings.steps + 1), unit="step", desc="training"):
+        for kind, program in programs.items():
+            swapped, _ = kind
+            # All it takes.
+            with jax_privacy_kernels.installed() if swapped else contextlib.nullcontext():
+                found = next(program)
+            if t == 0:
+                plans[kind] = found
+            else:
+                params[kind], *numbers = found
+                steps[kind].append(numbers)
+    return [
+        Run(*kind, params[kind], *zip(*steps[kind], strict=True), *plans[kind]) for kind in kinds
+    ]
 
 
 def difference(a: Run, b: Run) -> float:
@@ -265,19 +281,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     args = parse_args(argv)
     settings = Settings(args.steps, args.bands, args.hidden, args.noise_multiplier)
-    runs = []
-    with tqdm(total=4 * settings.steps, unit="step", desc="training") as progress:
-        for donate in (False, True):
-            for swap in (False, True):
-                progress.set_postfix_str("swapped" if swap else "jax_privacy")
-                # All it takes.
-                scope = jax_privacy_kernels.installed() if swap else contextlib.nullcontext()
-                with scope:
-                    results = train(settings, donate=donate, progress=progress)
-                runs.append(Run(swapped=swap, donated=donate, **results))
-
+    runs = run_all(settings)
     print(f"\n{format_table(runs)}\n")
-    print(f"All at epsilon = {runs[0].epsilon:.2f}, delta = {DELTA:g} (zero-out adjacency).")
+    zero_out = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    epsilon = PLDAccountant(zero_out).compose(runs[0].dp_event).get_epsilon(DELTA)
+    print(f"Each at epsilon = {epsilon:.2f}, delta = {DELTA:g} (zero-out adjacency).")
     for before, after in (runs[:2], runs[2:]):
         state = "state donated" if before.donated else "as documented"
         print(

@@ -585,16 +585,12 @@ def test_python_m_runs_a_program(folder):
     assert swapped == plain.replace("functools", "jax_privacy_kernels.noise_addition")
 
 
-def test_python_m_runs_a_module(folder):
-    command = ["-m", "jax_privacy_kernels", "-m", "program", "--help", "4"]
-    found = run(*command, cwd=folder, code=4).stdout
-    arguments = [str(folder / "program.py"), "--help", "4"]
-    assert found == f"{arguments} {folder} __main__ jax_privacy_kernels.noise_addition\n"
-
-
-def test_python_m_passes_errors_on(folder):
-    command = ["-m", "jax_privacy_kernels", "program.py", "fail"]
-    assert "ArithmeticError: on purpose" in run(*command, cwd=folder, code=1).stderr
+def test_python_m_runs_a_module_and_passes_its_errors_on(folder):
+    command = ["-m", "jax_privacy_kernels", "-m", "program", "--help", "fail"]
+    result = run(*command, cwd=folder, code=1)
+    arguments = [str(folder / "program.py"), "--help", "fail"]
+    assert result.stdout == f"{arguments} {folder} __main__ jax_privacy_kernels.noise_addition\n"
+    assert "ArithmeticError: on purpose" in result.stderr
 
 
 @pytest.mark.parametrize(

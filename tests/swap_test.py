@@ -431,7 +431,7 @@ def test_gaussian_privatizer_draws_keys_and_checks(swapped):
     with pytest.raises(TypeError, match="gradients of dtype"):
         make(stddev=1.0, prng_key=1).init({"i": jnp.zeros(2, jnp.int32)})
     other = ours.noise_addition.gaussian_privatizer(stddev=1.0, prng_key=1)
-    with pytest.raises(TypeError, match="prng_key"):
+    with pytest.raises(ValueError, match=r"noise_state.*\(key, \(\)\)"):
         make(stddev=1.0, prng_key=1).update(GRADS, other.init(GRADS))
     with pytest.raises(ValueError, match="nonsense"):
         make(stddev=1.0, prng_key=1, implementation="nonsense").update(

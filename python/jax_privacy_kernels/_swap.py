@@ -299,23 +299,26 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
 
         def init(model: Any) -> Any:
             start = noise_addition._as_key(None) if key is None else key
+            make(start, implementation).init(model)  # checks the model
             given = prng_key if isinstance(prng_key, jax.Array | np.ndarray) else start
-            return like(given, make(start, implementation).init(model)), ()
+            return like(given, jnp.copy(start)), ()
 
         @functools.partial(jax.jit, static_argnums=2)
         def step(grads: Any, key: jax.Array, implementation: str | None) -> Any:
-            privatizer = make(key, implementation)
-            noisy, state = privatizer.update(grads, privatizer.init(grads))
-            return noisy, (like(key, state), ())
+            start = noise_addition._as_key(key)
+            privatizer = make(start, implementation)
+            noisy, _ = privatizer.update(grads, privatizer.init(grads))
+            return noisy, (like(key, jax.random.split(start)[0]), ())
 
-        def like(key: Any, state: Any) -> jax.Array:
-            """The key in a state of one band, where it is all there is; typed or raw as another."""
-            data = state.clock.key
-            typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)) if typed else data
+        def like(given: Any, key: jax.Array) -> jax.Array:
+            """The key, typed or raw as another."""
+            typed = jnp.issubdtype(given.dtype, jax.dtypes.prng_key)
+            return key if typed else jax.random.key_data(key)
 
         def update(sum_of_clipped_grads: Any, noise_state: Any, params: Any = None) -> Any:
             del params
+            if jax.tree.structure(noise_state) != jax.tree.structure((0, ())):
+                raise ValueError(f"expected noise_state to be (key, ()), found {noise_state!r}")
             key, _ = noise_state
             return step(sum_of_clipped_grads, key, implementation or ops.asked())
 

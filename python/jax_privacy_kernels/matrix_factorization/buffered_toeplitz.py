@@ -27,6 +27,7 @@ import optax
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import check_int, is_concrete
+from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, identity
 
@@ -73,7 +74,7 @@ def check_float64_dtype(blt: BufferedToeplitz) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamingMatrixBuilder:
+class StreamingMatrixBuilder(Mirrored):
     """Makes the streaming forms of a BLT.
 
     The state of either is one array ``[m] + shape`` for each leaf, the buffers, of the dtype that
@@ -151,7 +152,7 @@ class StreamingMatrixBuilder:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BufferedToeplitz:
+class BufferedToeplitz(Mirrored):
     """A buffered linear Toeplitz matrix C. :meth:`build` is the way to make one.
 
     For instance, ``theta = [d, e]`` and ``omega = [r, s]`` give, for n = 4::
@@ -920,7 +921,7 @@ def limit_max_loss(blt: BufferedToeplitz) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossFn:
+class LossFn(Mirrored):
     """What is minimized over BLTs: error times squared sensitivity, and penalties.
 
     Made by :meth:`build_closed_form_single_participation` or :meth:`build_min_sep`. Do not change
@@ -1113,7 +1114,7 @@ def _from_coefs(n: int, error: str, min_sep: int, k: int) -> tuple[Any, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameterization:
+class Parameterization(Mirrored):
     """What :func:`optimize_loss` varies.
 
     Attributes:

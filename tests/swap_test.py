@@ -8,6 +8,7 @@ import copyreg
 import dataclasses
 import enum
 import inspect
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -503,6 +504,12 @@ def test_scans_by_name(monkeypatch, optimize):
 
 
 # -- The report, and programs -----------------------------------------------------------------
+
+
+def test_the_page_for_users_of_jax_privacy_names_everything():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "migrating.md").read_text()
+    for entry in _swap.replacements():
+        assert f"`{entry.name}`" in page
 
 
 def test_the_report_lists_the_table():

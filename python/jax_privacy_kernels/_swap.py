@@ -317,7 +317,7 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
 
         def update(sum_of_clipped_grads: Any, noise_state: Any, params: Any = None) -> Any:
             del params
-            if jax.tree.structure(noise_state) != jax.tree.structure((0, ())):
+            if not (isinstance(noise_state, tuple) and len(noise_state) == 2):
                 raise ValueError(f"expected noise_state to be (key, ()), found {noise_state!r}")
             key, _ = noise_state
             return step(sum_of_clipped_grads, key, implementation or ops.asked())

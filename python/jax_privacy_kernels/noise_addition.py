@@ -105,12 +105,18 @@ def matrix_factorization_privatizer(
 
     Cost per step, for a model of d parameters:
 
-    * Banded Toeplitz C (`toeplitz.inverse_as_streaming_matrix`) and the identity: one fused pass,
-      d samples and about 20 d bytes (float32), whatever the number of bands b; the state holds
-      (b - 1) d numbers.
+    * Banded C (`toeplitz.inverse_as_streaming_matrix`, `banded.ColumnNormalizedBanded`) and the
+      identity: one fused pass, d samples and about 20 d bytes (float32), whatever the number of
+      bands b; the state holds (b - 1) d numbers.
+    * Buffered C (`buffered_toeplitz.BufferedToeplitz`), m buffers: one fused pass, d samples and
+      8 (m + 1) d bytes; the state holds m d numbers.
+    * Banded ``C^-1`` (`toeplitz.noising_coef_as_streaming_matrix`), p coefficients: one fused pass;
+      with k slots of look-ahead (k + p - 1) / k d samples, and k d numbers of state; without any,
+      p d samples and no state.
     * Any other StreamingMatrix: its own ``multiply_next`` on d fresh samples.
-    * A dense matrix: d samples for every entry between the first and the last non-zero of the row;
-      the state holds no noise, all of it is made again from the key.
+    * A dense matrix: one fused pass, d samples for every non-zero of the row (by "jax", for every
+      entry from the first of them to the last); the state holds no noise, all of it is made again
+      from the key.
 
     Args:
       noising_matrix: ``C^-1``, a StreamingMatrix or an array ``[n, m]``.

@@ -7,7 +7,7 @@ makes programs that use jax_privacy run on them as they are.
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from jax_privacy_kernels import matrix_factorization, noise_addition, optimizers
+from jax_privacy_kernels import matrix_factorization, noise_addition, optimizers, sharding_utils
 from jax_privacy_kernels._swap import install, installed, uninstall
 from jax_privacy_kernels.ops import implementation
 
@@ -19,6 +19,7 @@ __all__ = [
     "matrix_factorization",
     "noise_addition",
     "optimizers",
+    "sharding_utils",
     "uninstall",
 ]
 

@@ -438,6 +438,17 @@ class TestEightDevices:
                 )
             jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
+    @pytest.mark.parametrize("x64", [False, True])
+    def test_float64(self, x64):
+        sharding = NamedSharding(mesh_of("x"), P("x"))
+        with jax.enable_x64(x64):
+            leaf = jax.ShapeDtypeStruct((16,), np.float64, sharding=sharding)
+            sample = parallel_sample_pytree(np.random.default_rng(4), leaf)
+        assert sample.dtype == (np.float64 if x64 else np.float32)
+        rngs = np.random.default_rng(4).spawn(1)[0].spawn(8)
+        drawn = np.concatenate([rng.standard_normal(2) for rng in rngs])
+        np.testing.assert_array_equal(sample, drawn.astype(sample.dtype))
+
     def test_devices_draw_at_the_same_time(self):
         mesh = mesh_of("x")
         both = threading.Barrier(2, timeout=60)

@@ -223,13 +223,14 @@ def _sample(
     flat = _over_all_axes(mesh)
     size = _padded(math.prod(leaf.shape), mesh)
     part = size // mesh.size
-    tasks = [
-        (generator, device)
+    draws = {
+        device: threads.submit(draw, generator, part, (part,))
         for generator, device in zip(rng.spawn(mesh.size), mesh.devices.flat, strict=True)
         if device in flat.addressable_devices
-    ]
-    parts = threads.map(lambda task: jax.device_put(draw(task[0], part, (part,)), task[1]), tasks)
-    y = jax.make_array_from_single_device_arrays((size,), flat, list(parts))
+    }
+    # Not in the threads, which do not see this one's jax.enable_x64.
+    parts = [jax.device_put(drawn.result(), device) for device, drawn in draws.items()]
+    y = jax.make_array_from_single_device_arrays((size,), flat, parts)
     z = _reshape(y, leaf.shape, NamedSharding(mesh.abstract_mesh, sharding.spec))
     return jax.device_put(z.astype(dtype), sharding)
 

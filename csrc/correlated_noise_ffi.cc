@@ -1,5 +1,6 @@
 // XLA binding of correlated_noise.h. Python has checked its arguments already; everything is
 // checked again here, because what comes from XLA decides which memory is written.
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <string>
@@ -68,7 +69,8 @@ std::string set_filter(std::string_view filter, int64_t slots, const ffi::AnyBuf
       return "a recurrence needs coef of shape [1 or max(b - 1, 1), b]";
     }
     for (int64_t row = 0; row < rows; ++row) {
-      if (coef[static_cast<size_t>(row * columns)] == 0.0) return "c_0 must not be 0";
+      const double c_0 = coef[static_cast<size_t>(row * columns)];
+      if (c_0 == 0.0 || !std::isfinite(c_0)) return "c_0 must be finite and not 0";
     }
     step.filter = Filter::kRecurrence;
     set_recurrence(step, coef.data(), rows);

@@ -116,6 +116,10 @@ def check_like(name: str, value: Any, expected: Any, *, dtypes: bool = True) -> 
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
 
+    if type(value) is not type(expected) and not isinstance(expected, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"expected {name} to be a {type(expected).__name__}, found a {type(value).__name__}"
+        )
     found, want = describe(value), describe(expected)
     for path in want | found:
         if found.get(path) != want.get(path):

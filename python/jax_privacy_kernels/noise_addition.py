@@ -2,9 +2,9 @@
 
 A privatizer's ``update(sum_of_clipped_grads, noise_state, params=None)`` returns noisy gradients
 and the next state. The state is a tree of plain arrays: it can be jitted, scanned, donated and
-checkpointed, and it holds everything that the noise to come depends on. Donate it: a
-correlated-noise state holds b - 1 copies of the model, which are updated in place if donated, and
-copied whole at every step if not.
+checkpointed, and it holds everything that the noise to come depends on. Donate it: with b bands it
+holds b - 1 copies of the model, which are updated in place if donated, and copied whole at every
+step if not.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -42,9 +42,9 @@ from jax_privacy_kernels.ops import (
     NoisingMatrix,
     check_noise_dtype,
     correlated_noise,
+    dense_kind,
     dense_noise,
     init_correlated_noise,
-    looks_ahead,
 )
 
 __all__ = [
@@ -83,7 +83,7 @@ class _DenseState(NamedTuple):
     step: jax.Array  # int32 scalar, the row to come
     key: jax.Array  # [kw] uint32, the data of the key that every row regenerates its noise from
     # Nothing but shapes and dtypes, of all that the regenerated noise depends on beside the key.
-    ahead: jax.Array  # [1] if looks_ahead(key type), else [0]
+    kind: jax.Array  # of the key
     buffers: Any  # (0,) + shape, the dtype of the noise
 
 
@@ -113,7 +113,7 @@ def matrix_factorization_privatizer(
     * Banded ``C^-1`` (`toeplitz.noising_coef_as_streaming_matrix`), p coefficients: one fused pass;
       with k slots of look-ahead (k + p - 1) / k d samples, and k d numbers of state; without any,
       p d samples and no state.
-    * Any other StreamingMatrix: its own ``multiply_next`` on d fresh samples.
+    * Any other StreamingMatrix, such as a product: its own ``multiply_next`` on d fresh samples.
     * A dense matrix: one fused pass, d samples for every non-zero of the row (by "jax", for every
       entry from the first of them to the last); the state holds no noise, all of it is made again
       from the key.
@@ -144,8 +144,9 @@ def matrix_factorization_privatizer(
       ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, NaN,
         infinite or beyond float32; a key that is not one key; no key inside a trace. From update:
         a state whose tree, shapes or dtypes are not those of this privatizer and these gradients;
-        a step beyond the rows of a dense matrix (NaN instead inside a trace); an implementation
-        asked for that cannot run.
+        a step beyond the rows of a dense matrix (NaN instead inside a trace, and beyond those of a
+        ColumnNormalizedBanded); an implementation asked for that cannot run. Coefficients that are
+        refused where a matrix is made give NaN if a trace has hidden them.
       NotImplementedError: ``intermediate_strategy=SupportedStrategies.ZERO``; gradients sharded
         over explicit mesh axes.
     """
@@ -280,7 +281,7 @@ def _dense(
         return _DenseState(
             jnp.zeros((), jnp.int32),
             jnp.copy(jax.random.key_data(key)),
-            jnp.zeros(int(looks_ahead(jax.random.key_impl(key)))),
+            dense_kind(jax.random.key_impl(key)),
             jax.tree_util.tree_map_with_path(empty, model),
         )
 

@@ -163,7 +163,9 @@ def _entries(C: ColumnNormalizedBanded) -> jax.Array:
 
 
 def _column_norms(C: ColumnNormalizedBanded) -> jax.Array:
-    inside = _entries(C)
+    entries = _entries(C)
+    # Norms of 16 bits would leave columns of norms up to 1.006.
+    inside = entries.astype(jnp.promote_types(entries.dtype, jnp.float32))
     # Scaled, so that no square underflows or overflows.
     largest = jax.lax.stop_gradient(jnp.abs(inside).max(axis=1, keepdims=True))
     largest = jnp.where(largest > 0, largest, 1)

@@ -223,12 +223,13 @@ def _scale_structure(structure: Any, scale: jax.Array) -> NoisingMatrix | None:
     """
     if not isinstance(structure, NoisingMatrix) or jnp.iscomplexobj(scale):
         return None
+    # In 16 bits, products of small scales would be none.
+    scale = scale.astype(jnp.result_type(scale, structure.dtype, jnp.float32))
     old = structure.row_scale
     if old is not None:
         rows = jnp.arange(max(old.size, scale.size))
         scale = old.at[rows].get(mode="clip") * scale.at[rows].get(mode="clip")
-    dtype = jnp.promote_types(scale.dtype, structure.dtype)
-    return dataclasses.replace(structure, row_scale=scale.astype(dtype))
+    return dataclasses.replace(structure, row_scale=scale)
 
 
 def multiply_array(A: StreamingMatrix, x: jax.Array) -> jax.Array:

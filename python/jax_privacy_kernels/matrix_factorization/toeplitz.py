@@ -293,9 +293,9 @@ def noising_coef_as_streaming_matrix(
 
 def _column_norms(coef: jax.Array, n: int) -> jax.Array:
     """Returns the column norms ``[n]`` of C: column t holds the first n - t coefficients."""
-    wide = coef.astype(jnp.promote_types(coef.dtype, jnp.float32))
+    wide = coef.astype(jnp.promote_types(coef.dtype, jnp.float32))  # also of the result
     norms = jnp.sqrt(jnp.cumsum(wide * wide))
-    return jnp.pad(norms, (0, n - coef.size), mode="edge")[::-1].astype(coef.dtype)
+    return jnp.pad(norms, (0, n - coef.size), mode="edge")[::-1]
 
 
 # -- Algebra ----------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """The hot paths: one public op each, and its implementations."""
 
-from jax_privacy_kernels.ops._counter_prng import normal
 from jax_privacy_kernels.ops._dispatch import asked, implementation
-from jax_privacy_kernels.ops._lookahead import looks_ahead
 from jax_privacy_kernels.ops._recurrence import (
     BandedRecurrence,
     Buffers,
@@ -15,6 +13,7 @@ from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
     check_noise_dtype,
     correlated_noise,
+    dense_kind,
     dense_noise,
     init_correlated_noise,
 )
@@ -34,12 +33,11 @@ __all__ = [
     "banded_error",
     "check_noise_dtype",
     "correlated_noise",
+    "dense_kind",
     "dense_noise",
     "implementation",
     "init_correlated_noise",
-    "looks_ahead",
     "min_sep_norm",
-    "normal",
     "participation_max",
     "toeplitz_multiply",
     "toeplitz_solve",

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ __all__ = [
     "Leaf",
     "NoiseState",
     "abstract_clock",
+    "abstract_kind",
     "init_clock",
     "looks_ahead",
     "plan",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 TILE = 1024
+_FILTERS = ("recurrence", "moving_average", "row", "buffers", "inverse_buffers")
 
 
 class Clock(NamedTuple):
@@ -75,19 +78,30 @@ class NoiseState(NamedTuple):
     """State of a correlated-noise privatizer before a step.
 
     The buffers hold noise of steps to come, and the clock says which: they belong together, and to
-    one strategy. Save and restore them as one. Clocks and buffers of different steps, or of
-    strategies with the same number of bands, fit in shape and cannot be told apart.
+    one noising matrix. Save and restore them as one. Clocks and buffers of different steps, or of
+    matrices of one kind and size with other coefficients, fit and cannot be told apart.
 
     Attributes:
+      kind: an empty array whose shape says what kind of noising matrix and key the state is of.
       clock: the `Clock`.
       buffers: mirrors the parameters; each leaf the ring, ``(rows,) + shape``.
       samples: mirrors the parameters, each leaf an empty array of the dtype that its noise is
         sampled as, where samples of the past are made again; there they must be the same. Else ().
     """
 
+    kind: jax.Array
     clock: Clock
     buffers: Any
-    samples: Any = ()
+    samples: Any
+
+
+def abstract_kind(key_impl: Any, layout: Layout) -> jax.ShapeDtypeStruct:
+    """`NoiseState.kind` for keys of a type."""
+    key_type = zlib.crc32(str(key_impl).encode()) % 2**16
+    _, ahead, slots, hidden, behind = layout
+    index = _FILTERS.index(layout.filter)
+    shape = (0, index, int(ahead), slots, hidden, behind, key_type)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def looks_ahead(key_impl: Any) -> bool:

@@ -8,6 +8,7 @@ with a fused kernel are described by the dataclasses below, which are pytrees. E
     dtype           of its coefficients
     layout(ahead)   the `Layout` of its state, with or without look-ahead
     coef_at(step, layout)   its coefficients at a step, as implementations take them
+    invertible(coef)        whether the matrix with those coefficients is
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ class BandedRecurrence:
             return self.coef[None]
         return self.coef.at[step + jnp.arange(layout.steps)].get(mode="clip")
 
+    def invertible(self, coef: jax.Array) -> jax.Array:
+        return (coef[:, 0] != 0).all()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,9 @@ class MovingAverage:
         """``[1, p]``, the weights of z_{t-p+1} .. z_t."""
         del step, layout
         return self.coef[None, ::-1]
+
+    def invertible(self, coef: jax.Array) -> jax.Array:
+        return coef[0, -1] != 0
 
 
 @jax.tree_util.register_dataclass
@@ -148,6 +155,10 @@ class Buffers:
         """``[2, m]``, the decays and the output scales."""
         del step, layout
         return jnp.stack([jnp.asarray(self.buf_decay), jnp.asarray(self.output_scale)])
+
+    def invertible(self, coef: jax.Array) -> jax.Array:
+        del coef
+        return jnp.array(True)  # the diagonal is 1
 
 
 NoisingMatrix = BandedRecurrence | MovingAverage | Buffers

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_privacy_kernels._checks import check_like
 from jax_privacy_kernels.ops import (
@@ -24,6 +25,7 @@ __all__ = [
     "NoiseState",
     "check_noise_dtype",
     "correlated_noise",
+    "dense_kind",
     "dense_noise",
     "init_correlated_noise",
 ]
@@ -77,7 +79,7 @@ def init_correlated_noise(
 
     Returns:
       A `NoiseState`: the rows of the matrix's layout for every parameter (b - 1 slots for b bands),
-      and 12 bytes and 8 for every key.
+      the step, and one key more than steps are ahead or behind.
 
     Raises:
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
@@ -90,6 +92,7 @@ def init_correlated_noise(
     layout = _layout(matrix, jax.random.key_impl(key))
     expected = _abstract_state(model, layout, matrix, jax.random.key_impl(key), dtype)
     return NoiseState(
+        jnp.zeros(expected.kind.shape, expected.kind.dtype),
         _lookahead.init_clock(key, layout),
         jax.tree.map(ring, model, expected.buffers),
         jax.tree.map(lambda empty: jnp.zeros(empty.shape, empty.dtype), expected.samples),
@@ -109,8 +112,8 @@ def correlated_noise(
     """Adds row t of ``C^-1 Z`` to the gradients, Z with i.i.d. rows of Gaussian noise.
 
     The samples are those of ``jax.random.normal`` on keys split from the state's as jax_privacy
-    splits them. Time and memory traffic per step do not depend on the number of bands (see
-    _lookahead.py), if the state is donated; otherwise XLA first copies it, b - 1 times the model.
+    splits them. What a step of a recurrence costs does not depend on the number of its bands (see
+    _lookahead.py), if the state is donated; otherwise XLA first copies the state.
 
     Args:
       grads: tree of floating arrays.
@@ -133,7 +136,15 @@ def correlated_noise(
         implementation asked for does not run on the platform.
     """
     layout = _layout(matrix, key_impl)
-    check_like("noise_state", state, _abstract_state(grads, layout, matrix, key_impl, dtype))
+    matrix = jax.tree.map(_canonical, matrix)
+    expected = _abstract_state(grads, layout, matrix, key_impl, dtype)
+    kind = jnp.shape(getattr(state, "kind", expected.kind))
+    if kind != expected.kind.shape:
+        raise ValueError(
+            "expected noise_state to be of this kind of noising matrix and key, noise_state.kind "
+            f"of shape {expected.kind.shape}, found that of another, of shape {kind}"
+        )
+    check_like("noise_state", state, expected)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     outs, clock, buffers = _step(
@@ -146,7 +157,7 @@ def correlated_noise(
         state.clock,
         jax.tree.leaves(state.buffers),
     )
-    return tree.unflatten(outs), NoiseState(clock, tree.unflatten(buffers), state.samples)
+    return tree.unflatten(outs), state._replace(clock=clock, buffers=tree.unflatten(buffers))
 
 
 def dense_noise(
@@ -190,6 +201,12 @@ def dense_noise(
         [jnp.zeros(buffer.shape, buffer.dtype) for buffer in buffers],
     )
     return tree.unflatten(outs)
+
+
+def dense_kind(key_impl: Any) -> jax.Array:
+    """An empty array whose shape says what type of key `dense_noise` makes its samples of."""
+    layout = Layout("row", _lookahead.looks_ahead(key_impl), slots=0)
+    return jnp.zeros(_lookahead.abstract_kind(key_impl, layout).shape)
 
 
 class _Choices(NamedTuple):
@@ -250,8 +267,11 @@ def _step(
     # effect at once, also on the terms that are ahead.
     row_scale = matrix.row_scale
     scale = stddev if row_scale is None else stddev * row_scale.at[step].get(mode="clip")
-    scale = jnp.where(step >= 0, scale, jnp.nan)  # the step has overflowed, or is not one
     coef = matrix.coef_at(step, layout)
+    # Either the step has overflowed, or it is not one; or traced coefficients hid what is refused
+    # where it is seen. NaN is seen; no noise would not be.
+    valid = (step >= 0) & jnp.isfinite(coef).all() & matrix.invertible(coef)
+    scale = jnp.where(valid, scale, jnp.nan)
     outs, rings = _run(leaves, choices, layout, step, keys, coef, scale, grads, rings)
     return outs, clock, rings
 
@@ -333,6 +353,12 @@ def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
     return noise_dtype
 
 
+def _canonical(x: Any) -> Any:
+    """x, of 32 bits where JAX has no 64; a copy, as JAX remembers what it made of NumPy arrays."""
+    known = isinstance(x, np.ndarray)
+    return np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)) if known else x
+
+
 def _layout(matrix: NoisingMatrix, key_impl: Any) -> Layout:
     return matrix.layout(_lookahead.looks_ahead(key_impl))
 
@@ -343,7 +369,9 @@ def _abstract_state(
     def empty(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((0,), check_noise_dtype(path, leaf, dtype))
 
+    kind: Any = _lookahead.abstract_kind(key_impl, layout)
     return NoiseState(
+        kind,
         _lookahead.abstract_clock(key_impl, layout),
         _abstract_buffers(model, layout.rows, matrix.dtype, dtype),
         jax.tree_util.tree_map_with_path(empty, model) if layout.behind else (),

@@ -88,7 +88,7 @@ class ColumnNormalizedBanded(Mirrored):
 
     def materialize(self) -> jax.Array:
         """Returns C as an ``[n, n]`` array. O(n^2) time and memory."""
-        scaled = _entries(self) / _column_norms(self)[:, None]
+        scaled = (_entries(self) / _column_norms(self)[:, None]).astype(self.params.dtype)
         lag = jnp.arange(self.n)[:, None] - jnp.arange(self.n)
         column = jnp.broadcast_to(jnp.arange(self.n), lag.shape)
         entries = scaled[column, jnp.clip(lag, 0, self.bands - 1)]

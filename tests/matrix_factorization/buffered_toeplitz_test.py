@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import decimal
 import functools
 import inspect
 import operator
@@ -127,6 +128,13 @@ def test_gradient_of_coefs():
     check_gradient(lambda C: jnp.vdot(weight, C.toeplitz_coefs(9)), THETA, OMEGA)
     zero = jax.grad(lambda C: C.toeplitz_coefs(9).sum())(BufferedToeplitz.build([0.0], [0.5]))
     np.testing.assert_array_equal(zero.buf_decay, [0.5])
+
+
+@in_x64
+def test_coefs_of_a_scale_of_0():
+    blt = BufferedToeplitz.build([2.0, 0.5], [0.0, 0.1])
+    expected = BufferedToeplitz.build([0.5], [0.1]).toeplitz_coefs(3000)
+    np.testing.assert_array_equal(blt.toeplitz_coefs(3000), expected)
 
 
 @in_x64
@@ -484,6 +492,13 @@ def test_rational_approximation_agrees_with_reference(reference, m, options):
 
 
 @in_x64
+@pytest.mark.parametrize("shift", [400, -400])
+def test_rational_approximation_checks_its_shift(shift):
+    with pytest.raises(ValueError, match=rf"buf_decay_shift={shift}|decays at least"):
+        BufferedToeplitz.from_rational_approx_to_sqrt_x(3, buf_decay_shift=shift)
+
+
+@in_x64
 def test_rational_approximation_gets_better():
     expected = toeplitz.optimal_max_error_strategy_coefs(100)
     worst = [
@@ -707,6 +722,45 @@ def test_closed_forms_agree_with_reference(reference):
 
 
 @in_x64
+@pytest.mark.parametrize("jit", [False, True], ids=["known", "traced"])
+@pytest.mark.parametrize(
+    ("gap", "scale"), [(1e-4, 1e4), (1e-8, 1e8), (1e-10, -1e10), (1e-15, 1e15)]
+)
+@pytest.mark.parametrize("n", [1, 2, 3, 1000])
+def test_scales_that_cancel_make_nothing_too_low(gap, scale, n, jit):
+    blt = BufferedToeplitz.build([0.9, 0.9 + gap], [-scale, scale + 0.1])
+    with decimal.localcontext() as context:
+        context.prec = 60
+        decays, powers = (
+            [decimal.Decimal(float(x)) for x in leaf] for leaf in jax.tree.leaves(blt)
+        )
+        prefix = squared = error = decimal.Decimal(1)
+        for _ in range(n - 1):
+            coef = sum(powers)
+            squared, prefix = squared + coef**2, prefix + coef
+            error = error + prefix**2
+            powers = [x * y for x, y in zip(powers, decays, strict=True)]
+    rtol = 1e-3 if abs(scale) < 1e12 else 100
+    for function, expected in (
+        (blts.sensitivity_squared, squared),
+        (blts.max_error, error),
+        (lambda blt, n: blts.iteration_error(blt, n - 1), error),
+    ):
+        found = float((jax.jit(function) if jit else function)(blt, n))
+        assert found >= float(expected) * (1 - 1e-14)
+        assert jit or found <= float(expected) * (1 + rtol)
+    assert float(blts.sensitivity_squared(blt, jnp.inf)) >= squared
+
+
+@in_x64
+def test_traced_counts_round_up():
+    blt = BufferedToeplitz.build([0.9, 0.5], [0.2, 0.1])
+    for function in (blts.sensitivity_squared, blts.max_error, blts.iteration_error):
+        assert jnp.isnan(jax.jit(function)(blt, jnp.nan))
+        np.testing.assert_allclose(jax.jit(function)(blt, 5.7), function(blt, 6), rtol=1e-12)
+
+
+@in_x64
 def test_limits():
     C = BufferedToeplitz.build([0.9, 0.5], [0.2, 0.1])
     n = 10**9
@@ -885,6 +939,34 @@ def test_loss_without_an_inverse_is_infinite():
     C = BufferedToeplitz.build([0.9, 0.5, 0.3], [0.5, -0.9, 0.4])
     with pytest.warns(UserWarning, match="taken to be infinite: expected the inverse"):
         assert LossFn.build_min_sep(9).loss(C) == np.inf
+
+
+@in_x64
+def test_losses_of_float32_are_those_of_its_values():
+    blt = BufferedToeplitz.build([0.9999996423721313], [3.034456e-07], dtype=jnp.float32)
+    wide = BufferedToeplitz.build(*map(np.asarray, jax.tree.leaves(blt)))
+    n = 10**6
+    for loss in (
+        lambda blt: blts.max_loss(blt, n),
+        blts.limit_max_loss,
+        LossFn.build_closed_form_single_participation(n).loss,
+        LossFn.build_min_sep(10**5).loss,
+    ):
+        expected = loss(wide)
+        for x64 in (True, False):
+            with jax.enable_x64(x64):
+                found = loss(blt)
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@in_x64
+def test_losses_without_a_finite_inverse_are_infinite():
+    blt = BufferedToeplitz.build([0.5] * 3, [0.01] * 3)
+    for loss in (lambda blt: blts.max_loss(blt, 10), blts.limit_max_loss):
+        assert loss(blt) == jnp.inf
+    loss_fn = LossFn.build_min_sep(10)
+    assert loss_fn.loss(blt, skip_checks=True) == jnp.inf
 
 
 @in_x64

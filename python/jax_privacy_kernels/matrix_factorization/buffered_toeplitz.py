@@ -281,8 +281,14 @@ class BufferedToeplitz(Mirrored):
         half = (m + 1) // 2
         spacing = buf_decay_scale * np.pi / np.sqrt(2 * (half + 1))
         x = spacing * (np.arange(m) + 1 - half + buf_decay_shift)
-        theta = 1 / (1 + np.exp(2 * x))
-        omega = -(theta**2) * np.exp(3 * x) / np.sum(np.exp(x) * theta)
+        with np.errstate(all="ignore"):
+            theta = 1 / (1 + np.exp(2 * x))
+            omega = -(theta**2) * np.exp(3 * x) / np.sum(np.exp(x) * theta)
+        if not np.all(np.isfinite([theta, omega])):
+            raise ValueError(
+                "expected buf_decay_shift and buf_decay_scale that leave decays within (0, 1), "
+                f"found buf_decay_shift={buf_decay_shift} and buf_decay_scale={buf_decay_scale}"
+            )
         blt = cls.build(theta, omega).inverse()
         theta, omega = np.array(blt.buf_decay), np.array(blt.output_scale)
         theta *= min(1.0, max_buf_decay / theta[0])
@@ -325,14 +331,7 @@ class BufferedToeplitz(Mirrored):
           TypeError: If n is not an integer.
         """
         n = check_int("n", n)
-        theta, omega, xp = _values(self)
-        size = max(math.isqrt(n - 1), 1)
-        # theta^(t-1), t - 1 = size row + column.
-        rows = omega * theta ** (size * np.arange(-(-(n - 1) // size)))[:, None]
-        columns = theta ** np.arange(size)[:, None]
-        precision = {} if xp is np else {"precision": "highest"}
-        tail = xp.matmul(rows, columns.T, **precision).reshape(-1)[: n - 1]
-        return _result(xp.concatenate([xp.ones(1, theta.dtype), tail]), self.dtype)
+        return _result(_coefs(*_values(self), n), self.dtype)
 
     def materialize(self, n: int) -> jax.Array:
         """Returns C as an ``[n, n]`` array. O(n^2) time and memory.
@@ -484,6 +483,18 @@ def _scalar(x: Any, blt: BufferedToeplitz) -> jax.Array:
     return _result(x, jnp.promote_types(blt.dtype, jnp.float32))
 
 
+def _coefs(theta: Any, omega: Any, xp: Any, n: int) -> Any:
+    size = max(math.isqrt(n - 1), 1)
+    if xp is np:  # in a trace this would lose the derivative
+        theta = np.where(omega == 0, 0, theta)
+    # theta^(t-1), t - 1 = size row + column.
+    rows = omega * theta ** (size * np.arange(-(-(n - 1) // size)))[:, None]
+    columns = theta ** np.arange(size)[:, None]
+    precision = {} if xp is np else {"precision": "highest"}
+    tail = xp.matmul(rows, columns.T, **precision).reshape(-1)[: n - 1]
+    return xp.concatenate([xp.ones(1, theta.dtype), tail])
+
+
 def _inverse_decays(theta: Any, omega: Any, xp: Any) -> Any:
     """The eigenvalues of ``diag(theta) - omega 1^T`` in decreasing order, or NaN."""
     if not len(theta):
@@ -580,6 +591,8 @@ def _sum(double: Any, add: Any, state: Any, n: Any, xp: Any) -> Any:
     if is_concrete(n):
         digits = np.array([digit == "1" for digit in f"{n:b}"])
     else:
+        if jnp.issubdtype(n.dtype, jnp.floating):
+            state = jax.tree.map(lambda x: jnp.where(jnp.isnan(n), jnp.nan, x), state)
         n = jnp.asarray(n).astype(jnp.result_type(int))
         digits = (n >> np.arange(jnp.iinfo(n.dtype).bits - 2, -1, -1)) & 1 == 1
 
@@ -628,36 +641,78 @@ def _sum_of_squares(theta: Any, omega: Any, n: Any, xp: Any) -> Any:
 
     Block by block, m to 2 m, from the prefix sum that the block starts with. What cancels in a
     block is at most what its prefix sums fall by, a small factor; not the factor n / log(n) between
-    the sum over pairs of decays and the result.
+    the sum over pairs of decays and the result. Where scales of both signs on close decays cancel
+    much more than that, the result is an upper bound.
     """
 
     def double(state: Any) -> Any:
-        m, p, g, s, pairs, total = state
+        m, p, g, s, pairs, total, size = state
         first, scale = 1 + xp.sum(omega * g), omega * p
-        total = total + m * first**2 + 2 * first * xp.sum(scale * s)
-        total = total + xp.sum(scale[:, None] * scale * pairs)
+        terms = m * first**2, 2 * first * scale * s, scale[:, None] * scale * pairs
+        total = total + sum(xp.sum(x) for x in terms)
+        size = size + sum(xp.sum(xp.abs(x)) for x in terms)
         ps = p * s
         pairs = pairs + m * g[:, None] * g + g[:, None] * ps + ps[:, None] * g
         pairs = pairs + p[:, None] * p * state[4]
-        return m + m, p * p, g + p * g, s + m * g + ps, pairs, total
+        return m + m, p * p, g + p * g, s + m * g + ps, pairs, total, size
 
     def add(state: Any) -> Any:
-        m, p, g, s, pairs, total = state
-        first = 1 + xp.sum(omega * g)
-        return m + 1, p * theta, g + p, s + g, pairs + g[:, None] * g, total + first**2
+        m, p, g, s, pairs, total, size = state
+        square = (1 + xp.sum(omega * g)) ** 2
+        pairs = pairs + g[:, None] * g
+        return m + 1, p * theta, g + p, s + g, pairs, total + square, size + square
 
     zero = xp.zeros_like(theta)
     none = xp.zeros((), theta.dtype)
-    state = (none, zero + 1, zero, zero, zero[:, None] * zero, none)
-    return _sum(double, add, state, n, xp)[-1]
+    state = (none, zero + 1, zero, zero, zero[:, None] * zero, none, none)
+    g, *_, total, size = _sum(double, add, state, n, xp)[2:]
+    constant = (lambda x: x) if xp is np else jax.lax.stop_gradient
+    with np.errstate(all="ignore"):
+        relative = xp.max(_rounding(theta[:, None] * theta, n, xp), initial=0)
+        # Of the terms, and of the prefix sums that the blocks start with.
+        error = xp.sqrt(1.0 * n) * relative * (1 + xp.sum(xp.abs(omega * g)))
+        bound = (xp.sqrt(xp.maximum(total, 0) + relative * size) + error) ** 2
+        cancels = ~(size <= _CANCELLATION * total)
+    if xp is np and cancels and n <= _MAX_COEFS:
+        return np.fmin(bound, _squares_of_coefs(theta, omega, n, prefix_sums=True))
+    return total + constant(xp.where(cancels, bound - total, 0))
+
+
+# Prefix sums of a good BLT cancel by a factor of 10. From this one on, rounding is bounded.
+_CANCELLATION = 100
+# The most coefficients that are summed up where closed forms cancel.
+_MAX_COEFS = 10**7
+
+
+def _rounding(r: Any, n: Any, xp: Any) -> Any:
+    """A bound on the relative error of geometric sums of ratios r >= 0, element by element.
+
+    A rounded ratio is off by 1 in ``1 / eps``; its power n, and the ratio's sum, by n times that,
+    or 1 / (1 - r) times if that is less.
+    """
+    gap = 1 - xp.abs(r)
+    steps = xp.where(gap > 0, xp.minimum(1.0 * n, 1 / xp.where(gap > 0, gap, 1)), 1.0 * n)
+    return 8 * (steps + 64 + r.size) * xp.finfo(r.dtype).eps
+
+
+def _squares_of_coefs(theta: Any, omega: Any, n: int, prefix_sums: bool = False) -> Any:
+    """An upper bound on the sum of n squared coefficients, or of their prefix sums: O(n m)."""
+    eps = np.finfo(np.float64).eps
+    with np.errstate(all="ignore"):
+        values = _coefs(theta, omega, np, n)
+        errors = (len(theta) + 8) * eps * _coefs(np.abs(theta), np.abs(omega), np, n)
+        if prefix_sums:
+            values = np.cumsum(values)
+            errors = np.cumsum(errors + eps * np.abs(values))
+        return np.sum((np.abs(values) + errors) ** 2)
 
 
 def _count(name: str, n: Any, minimum: int, infinite: bool = False) -> Any:
-    """n as an ``int``, or `math.inf` where that is allowed; a scalar tracer as it is."""
+    """n as an ``int``, or `math.inf` where that is allowed; a scalar tracer is rounded up."""
     if jnp.ndim(n) != 0:
         raise ValueError(f"expected {name} to be a scalar, found shape {jnp.shape(n)}")
     if not is_concrete(n):
-        return n
+        return jnp.ceil(n) if jnp.issubdtype(n.dtype, jnp.floating) else n
     number: Any = np.asarray(n).item()
     if infinite and number == math.inf:
         return math.inf
@@ -799,7 +854,10 @@ def sensitivity_squared(blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.A
     """Returns the squared sensitivity of C for one participation: that of its first column.
 
     ``1 + sum_{j,k} omega_j omega_k g_{n-1}(theta_j theta_k)``, g a geometric sum: Lemma 5.3 of
-    https://arxiv.org/abs/2404.16706. O(m^2 log n).
+    https://arxiv.org/abs/2404.16706. O(m^2 log n). For scales of both signs the terms cancel: a
+    bound on what rounding may take from the sum is then added to it, so that it is not too low.
+    Where that would be more than 1e-9 of it, known coefficients are summed instead, up to n = 10^7:
+    O(n m).
 
     Args:
       blt: C.
@@ -813,14 +871,24 @@ def sensitivity_squared(blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.A
       ValueError: If the BLT is not valid, or n < 1 or not a scalar.
       TypeError: If n is neither an integer nor infinite.
     """
-    n = _count("n", n, 1, infinite=True)
-    theta, omega, xp = _values(blt, n)
-    # 1 - theta_j theta_k, without cancellation.
+    count: Any = _count("n", n, 1, infinite=True)
+    theta, omega, xp = _values(blt, count)
+    # 1 - theta_j theta_k, which for decays in [0, 1] does not cancel.
     gap = (1 - theta)[:, None] + theta[:, None] * (1 - theta)
     pairs = theta[:, None] * theta
-    total = 1 + xp.sum(_series(omega[:, None] * omega, pairs, gap, n - 1, xp))
-    if not is_concrete(n) or n == math.inf:
-        diverges = xp.any(xp.abs(theta) >= 1) & (n == math.inf)
+    scales = omega[:, None] * omega
+    terms = _series(scales, pairs, gap, count - 1, xp)
+    total = 1 + xp.sum(terms)
+    # Sums of negative ratios are below 1, but not so their errors.
+    size = xp.maximum(xp.abs(terms), xp.abs(scales) * xp.minimum(count - 1, 1))
+    with np.errstate(invalid="ignore"):
+        error = xp.where(xp.any(terms < 0), xp.sum(size * _rounding(pairs, count, xp)), 0)
+    if xp is np and count <= _MAX_COEFS and not error <= 1e-9 * total:
+        total = np.fmin(total + error, _squares_of_coefs(theta, omega, count))
+    else:
+        total = total + (error if xp is np else jax.lax.stop_gradient(error))
+    if not is_concrete(count) or count == math.inf:
+        diverges = xp.any(xp.abs(theta) >= 1) & (count == math.inf)
         total = xp.where(diverges, xp.inf, total)
     return _scalar(total, blt)
 
@@ -861,6 +929,26 @@ def _error(inv_blt: BufferedToeplitz, n: Any) -> jax.Array:
     return _scalar(_sum_of_squares(theta, omega, n, xp), inv_blt)
 
 
+def _loss(
+    blt: BufferedToeplitz,
+    error: Callable[[BufferedToeplitz], jax.Array],
+    squared: Callable[[BufferedToeplitz], jax.Array],
+    n: Any = 1,
+    skip_checks: bool = True,
+) -> jax.Array:
+    """``error(C^-1) squared(C)``: in float64 if all is known, infinite if there is no inverse."""
+    check_float64_dtype(blt)
+    blt.validate()
+    if not is_concrete((blt, n, jnp.zeros(()) + 0)):  # or while something else is traced
+        return error(blt.inverse(skip_checks=skip_checks)) * squared(blt)
+    with jax.enable_x64(True):
+        wide = BufferedToeplitz(*_values(blt)[:2])
+        inv_blt = wide.inverse(skip_checks=skip_checks)
+        finite = np.all(np.isfinite([inv_blt.buf_decay, inv_blt.output_scale]))
+        loss = np.asarray(error(inv_blt) * squared(wide)) if finite else np.inf
+    return _scalar(loss, blt)
+
+
 def limit_max_error(inv_blt: BufferedToeplitz) -> jax.Array:
     """Returns the limit of ``max_error(inv_blt, n) / n``: ``(1 + sum(omega / (1 - theta)))^2``.
 
@@ -884,40 +972,43 @@ def limit_max_error(inv_blt: BufferedToeplitz) -> jax.Array:
 def max_loss(blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.Array:
     """Returns :func:`max_error` times :func:`sensitivity_squared`, for one participation.
 
+    In a trace ``C^-1`` has the dtype of the BLT. For decays near 1 the loss of a BLT of float32 may
+    then be too low, by 1e-3 and more: it is no bound.
+
     Args:
       blt: C.
       n: The number of iterations, at least 1.
 
     Returns:
-      A scalar of the dtype of the BLT, at least float32. Infinite if a decay is above 1 or a scale
-      is not above 0.
+      A scalar of the dtype of the BLT, at least float32. Infinite if a decay is above 1, a scale is
+      not above 0, or ``C^-1`` cannot be computed.
 
     Raises:
       ValueError: If the BLT is not valid, or is of float64 when JAX is not in 64-bit mode, or
         n < 1 or not a scalar.
       TypeError: If n is not an integer.
     """
-    return max_error(blt.inverse(skip_checks=True), n) * sensitivity_squared(blt, n)
+    return _loss(blt, lambda C: max_error(C, n), lambda C: sensitivity_squared(C, n), n)
 
 
 @require_output_scale_gt_zero
 def limit_max_loss(blt: BufferedToeplitz) -> jax.Array:
-    """Returns the limit of ``max_loss(blt, n) / n``.
+    """Returns the limit of ``max_loss(blt, n) / n``; in a trace see there.
 
     Args:
       blt: C.
 
     Returns:
-      A scalar of the dtype of the BLT, at least float32. Infinite if a decay is not below 1 or a
-      scale is not above 0.
+      A scalar of the dtype of the BLT, at least float32. Infinite if a decay is not below 1, a
+      scale is not above 0, or ``C^-1`` cannot be computed.
 
     Raises:
       ValueError: If the BLT is not valid, or is of float64 when JAX is not in 64-bit mode.
       TypeError: If its dtype is not floating.
     """
-    squared = sensitivity_squared(blt, jnp.inf)
-    loss = limit_max_error(blt.inverse(skip_checks=True)) * squared
-    return jnp.where(jnp.isinf(squared), jnp.inf, loss)
+    loss = _loss(blt, limit_max_error, lambda C: sensitivity_squared(C, jnp.inf))
+    theta, _, xp = _values(blt)
+    return _scalar(xp.where(xp.any(xp.abs(theta) >= 1), jnp.inf, loss), blt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1068,6 +1159,9 @@ class LossFn(Mirrored):
     def loss(self, blt: BufferedToeplitz, skip_checks: bool = False) -> jax.Array:
         """Returns the loss of C, without penalties; infinity if ``C^-1`` cannot be computed.
 
+        Known values are computed with in float64, whatever the dtype of C. In a trace the loss is
+        no bound: see :func:`max_loss`.
+
         Args:
           blt: C.
           skip_checks: As for :meth:`BufferedToeplitz.inverse`.
@@ -1079,13 +1173,11 @@ class LossFn(Mirrored):
         Warns:
           UserWarning: If ``C^-1`` cannot be computed.
         """
-        check_float64_dtype(blt)
         try:
-            inv_blt = blt.inverse(skip_checks=skip_checks)
+            return _loss(blt, self.error_for_inv, self.sensitivity_squared, self.n, skip_checks)
         except RuntimeError as error:
             warnings.warn(f"the loss is taken to be infinite: {error}", stacklevel=2)
             return _scalar(jnp.inf, blt)
-        return self.error_for_inv(inv_blt) * self.sensitivity_squared(blt)
 
 
 # The same functions for the same arguments, so that equal losses are compiled once.

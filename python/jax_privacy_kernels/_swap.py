@@ -211,7 +211,7 @@ def _choose(original: Any, ours: Any, adapt: Callable[[Any, Any], Any] | None) -
             return adapter, "adapted"
     if _covers(ours, original):
         return ours, ""
-    return original, f"kept: ours does not take all of {inspect.signature(original)}"
+    return original, f"kept: ours does not take all of {_signature(original)}"
 
 
 def _covers(function: Any, original: Any) -> bool:
@@ -219,11 +219,11 @@ def _covers(function: Any, original: Any) -> bool:
     if not callable(original):
         return True
     try:
-        old, new = (inspect.signature(f).parameters for f in (original, function))
+        old, new = (_signature(f).parameters for f in (original, function))
     except (TypeError, ValueError):  # of no signature
         return True
     if {p.kind for p in old.values()} >= {_P.VAR_POSITIONAL, _P.VAR_KEYWORD}:
-        return True  # a decorator's, which tells nothing
+        return True  # which tells nothing
 
     def positional(parameters: Mapping[str, _P]) -> list[str]:
         return [p.name for p in parameters.values() if p.kind is _P.POSITIONAL_OR_KEYWORD]
@@ -240,6 +240,18 @@ def _covers(function: Any, original: Any) -> bool:
         and required(new) <= required(old)
         and positional(new)[: len(in_order)] == in_order
     )
+
+
+def _signature(function: Any) -> inspect.Signature:
+    """The signature, of what it decorates if a decorator's ``*args, **kwargs`` hide that."""
+    signature = inspect.signature(function)
+    inner = inspect.unwrap(function)
+    if {p.kind for p in signature.parameters.values()} >= {_P.VAR_POSITIONAL, _P.VAR_KEYWORD}:
+        held = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
+        named = [f for f in held if inspect.isfunction(f) and f.__name__ != "<lambda>"]
+        if len(named) == 1:
+            return _signature(named[0])
+    return signature
 
 
 # -- Taking names over, and giving them back --------------------------------------------------

@@ -1186,6 +1186,19 @@ def test_number_of_buffers(fewest, rtol, expected):
     assert C.buf_decay.shape == (expected,)
 
 
+def test_optimize_starts_where_it_is_told_to():
+    with jax.enable_x64(True):
+        start = BufferedToeplitz.build([0.9], [0.3])
+    C = blts.optimize(n=60, min_buffers=1, max_buffers=1, init_blt=start, max_optimizer_steps=0)
+    np.testing.assert_allclose(C.buf_decay, [0.9], rtol=1e-12)
+    C = blts.optimize(n=60, min_buffers=1, max_buffers=1, init_blt=start)
+    best = blts.optimize(n=60, min_buffers=1, max_buffers=1)
+    np.testing.assert_allclose(C.buf_decay, best.buf_decay, rtol=1e-5)
+    for fewest, most, message in ((0, 1, "min_buffers == max_buffers"), (2, 2, "num_buffers=2")):
+        with pytest.raises(ValueError, match=message):
+            blts.optimize(n=60, min_buffers=fewest, max_buffers=most, init_blt=start)
+
+
 def test_optimize_passes_options_on():
     seen = []
     blts.optimize(n=20, max_buffers=1, max_optimizer_steps=3, optimizer=SGD, callback=seen.append)

@@ -174,6 +174,10 @@ class BufferedToeplitz(Mirrored):
     buf_decay: jax.Array
     output_scale: jax.Array
 
+    # Not those of a class that this one is paired with.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def validate(self) -> None:
         """Checks the parameters: a tree like this one may hold anything, and is not checked.
 
@@ -1502,6 +1506,7 @@ def optimize(
     min_buffers: int = 0,
     max_buffers: int = 10,
     rtol: float = 1.01,
+    init_blt: BufferedToeplitz | None = None,
     **kwargs: Any,
 ) -> BufferedToeplitz:
     """Finds a BLT of low error times squared sensitivity, and how many buffers it takes.
@@ -1521,13 +1526,14 @@ def optimize(
       min_buffers: The fewest buffers, at least 0.
       max_buffers: The most buffers, at most 15. 3 to 7 usually are best.
       rtol: See above.
+      init_blt: The BLT to start from, if ``min_buffers == max_buffers``; then no other is tried.
       **kwargs: As for :func:`optimize_loss`, and the same for each number of buffers.
 
     Returns:
       The BLT, of float64, whatever the mode of the caller.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or ``init_blt`` has another number of buffers.
       TypeError: If an integer argument is not one, or an argument is unknown.
       RuntimeError: If no BLT with a finite loss is found.
     """
@@ -1540,9 +1546,16 @@ def optimize(
         )
     if not rtol > 0:
         raise ValueError(f"expected rtol > 0, found {rtol}")
+    if init_blt is not None and fewest != most:
+        raise ValueError(
+            "expected min_buffers == max_buffers with init_blt, "
+            f"found min_buffers={fewest} and max_buffers={most}"
+        )
     loss_fn = LossFn.build_min_sep(n, error, min_sep, max_participations)
     if loss_fn.max_participations == 1 and error == "max":
         loss_fn = LossFn.build_closed_form_single_participation(n)
+    if init_blt is not None:
+        return optimize_loss(loss_fn, most, init_blt, **kwargs)[0]
     best: BufferedToeplitz | None = None
     best_loss = math.inf
     for m, (blt, loss) in enumerate(_grow(loss_fn, most, kwargs)):

@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import types
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -624,6 +625,65 @@ def test_python_m_runs_a_module_and_passes_its_errors_on(folder):
     arguments = [str(folder / "program.py"), "--help", "fail"]
     assert result.stdout == f"{arguments} {folder} __main__ jax_privacy_kernels.noise_addition\n"
     assert "ArithmeticError: on purpose" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--", "a", "--"], ["-m", "--", "--force"], []])
+def test_python_m_passes_all_arguments_on(tmp_path, arguments):
+    (tmp_path / "show.py").write_text("import sys; print(sys.argv[1:])")
+    for program in (["show.py"], ["-m", "show"]):
+        command = ["-m", "jax_privacy_kernels", *program, *arguments]
+        assert run(*command, cwd=tmp_path).stdout == f"{arguments}\n"
+
+
+AS_MAIN = """
+import atexit, pickle, sys, threading
+
+class Thing:
+    pass
+
+def late():
+    assert type(pickle.loads(pickle.dumps(Thing()))) is sys.modules["__main__"].Thing
+    print("late")
+
+main = sys.modules["__main__"]
+print(vars(main) is globals(), __file__, __package__, __spec__ and __spec__.name, __name__)
+atexit.register(late)
+threading.Timer(0.2, late).start()
+"""
+
+
+@pytest.mark.parametrize(
+    "program", ["as_main.py", "folder", "-m as_main", "-m package", "packed.zip"]
+)
+def test_a_program_is_main(tmp_path, program):
+    (tmp_path / "as_main.py").write_text(AS_MAIN)
+    for name in ("folder", "package"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__main__.py").write_text(AS_MAIN)
+    (tmp_path / "package" / "__init__.py").write_text("")
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
+        packed.writestr("__main__.py", AS_MAIN)
+    plain = run(*program.split(), cwd=tmp_path)
+    swapped = run("-m", "jax_privacy_kernels", *program.split(), cwd=tmp_path)
+    assert plain.stdout.count("late") == 2
+    assert swapped.stdout == plain.stdout
+    assert "Error" not in swapped.stderr
+
+
+LATE = """
+import os
+os.environ["JAX_ENABLE_X64"] = "1"
+os.environ["HOME"] = "elsewhere"
+"""
+
+
+def test_python_m_warns_of_variables_that_come_too_late(tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(LATE)
+    command = ["-m", "jax_privacy_kernels", "late.py"]
+    (line,) = (x for x in run(*command, cwd=tmp_path).stderr.splitlines() if "Warning" in x)
+    assert line.startswith(f"{tmp_path / 'late.py'}:3: UserWarning: JAX_ENABLE_X64=1 comes too")
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    assert "Warning" not in run(*command, cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import copy
 import copyreg
 import dataclasses
 import enum
+import gc
 import inspect
 import pathlib
 import pickle
@@ -133,6 +134,19 @@ def test_blocks_restore_what_was_before():
     assert not is_in()
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_blocks_may_overlap(before):
+    if before:
+        ours.install()
+    first, second = ours.installed(), ours.installed()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _swap.is_installed()
+    second.__exit__(None, None, None)
+    assert _swap.is_installed() == before
+
+
 def test_modules_that_took_a_name_follow(monkeypatch):
     early, late = types.ModuleType("early"), types.ModuleType("late")
     monkeypatch.setitem(sys.modules, "jax_privacy._early", early)
@@ -216,6 +230,11 @@ def test_without_jax_privacy_the_error_says_so(monkeypatch):
         raise _swap.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(_swap.metadata, "version", missing)
+    with pytest.raises(RuntimeError, match=r"jax-privacy 2.0.x, found unknown"):
+        ours.install()
+    with ours.installed(force=True):
+        assert theirs.StreamingMatrix is mine.StreamingMatrix
+    monkeypatch.setattr(_swap.importlib.util, "find_spec", lambda name: None)
     for call in (ours.install, lambda: ours.install(force=True), _swap.replacements):
         with pytest.raises(ModuleNotFoundError, match=r"needs jax-privacy 2.0.x, which is not"):
             call()
@@ -302,6 +321,19 @@ def test_either_is_an_instance_of_either(which):
                 their, collections.abc.Mapping
             )
         assert not isinstance(our, collections.abc.Mapping)
+
+
+def test_a_class_of_both_is_named():
+    class Both(Original.StreamingMatrix, mine.StreamingMatrix):
+        pass
+
+    before = names_in_jax_privacy()
+    with pytest.raises(TypeError, match=r"StreamingMatrix of both.*Both"):
+        ours.install()
+    assert names_in_jax_privacy() == before
+    del Both
+    gc.collect()
+    ours.install()
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -431,6 +463,9 @@ def test_gaussian_privatizer_keeps_its_state(key, jit):
     # A state of either goes on in the other.
     middle = histories[0][0][1]
     again = update(GRADS, middle)[0]
+    jax.tree.map(np.testing.assert_array_equal, again, histories[1][1][0])
+    # Checkpoints may give back lists.
+    again = update(GRADS, list(middle))[0]
     jax.tree.map(np.testing.assert_array_equal, again, histories[1][1][0])
 
 

@@ -34,7 +34,16 @@ def pair(ours: Any, theirs: type) -> None:
     # Ours are instances of theirs by inheritance, which also brings what only theirs has. Mirrored
     # stays first, as the first base decides on the layout of instances, which cannot change.
     first, *rest = ours.__bases__
-    ours.__bases__ = (first, theirs, *rest)
+    try:
+        ours.__bases__ = (first, theirs, *rest)
+    except TypeError as error:  # of an order of bases
+        names = [cls.__qualname__ for cls in _below(ours) if theirs in cls.__mro__]
+        if not names:
+            raise
+        raise TypeError(
+            f"expected no class to inherit from the {ours.__name__} of both libraries, found "
+            f"{', '.join(names)}"
+        ) from error
     ours._twin = theirs
     # While ours is found under the name of theirs, pickles of theirs hold ours.
     copyreg.pickle(theirs, lambda instance: (object.__new__, (ours,), vars(instance)))
@@ -49,6 +58,12 @@ def unpair(ours: Any) -> None:
         del ours._twin
         copyreg.dispatch_table.pop(theirs)
         _forget(theirs)
+
+
+def _below(cls: type) -> list[type]:
+    """All subclasses."""
+    subclasses: list[type] = type.__subclasses__(cls)
+    return [below for sub in subclasses for below in (sub, *_below(sub))]
 
 
 def _forget(cls: type) -> None:

@@ -54,6 +54,7 @@ _MODULES = (
 
 _lock = threading.RLock()
 _current: tuple[Replacement, ...] = ()  # what is replaced now
+_blocks: list[bool] = []  # whether it was installed before each block that is not over
 
 
 class Replacement(NamedTuple):
@@ -141,17 +142,23 @@ def uninstall() -> None:
 def installed(*, force: bool = False) -> Iterator[None]:
     """Installs for a block; after it all is as it was before, installed or not.
 
-    For the whole process, other threads included. The argument and errors are those of `install`.
+    For the whole process, other threads included: of blocks that overlap the last to end restores
+    what was before the first. The argument and errors are those of `install`.
     """
-    before = bool(_current)
-    install(force=force)
+    with _lock:
+        before = bool(_current)
+        install(force=force)
+        _blocks.append(before)
     try:
         yield
     finally:
-        if before:
-            install(force=force)
-        else:
-            uninstall()
+        with _lock:
+            before = _blocks[0]
+            _blocks.pop()
+            if before or _blocks:
+                install(force=force)
+            else:
+                uninstall()
 
 
 def replacements() -> tuple[Replacement, ...]:
@@ -173,6 +180,8 @@ def _version() -> str:
     try:
         return metadata.version("jax-privacy")
     except metadata.PackageNotFoundError:
+        if importlib.util.find_spec("jax_privacy") is not None:  # from a source tree
+            return "unknown"
         raise ModuleNotFoundError(
             f"the swap needs jax-privacy {_verified()}, which is not installed"
         ) from None
@@ -329,7 +338,7 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
 
         def update(sum_of_clipped_grads: Any, noise_state: Any, params: Any = None) -> Any:
             del params
-            if not (isinstance(noise_state, tuple) and len(noise_state) == 2):
+            if not (isinstance(noise_state, tuple | list) and len(noise_state) == 2):
                 raise ValueError(f"expected noise_state to be (key, ()), found {noise_state!r}")
             key, _ = noise_state
             return step(sum_of_clipped_grads, key, implementation or ops.asked())

@@ -476,6 +476,27 @@ def test_second_moments_have_to_fit(v):
         optimizer.pre_clipping_transform(())(gradients(0, DEEP))
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("w", "error", "message"),
+    [
+        (np.ones(3, np.float32), ValueError, r"updates\['w'\].*\(2, 3\).*found shape \(3,\)"),
+        (np.float32(1), ValueError, r"updates\['w'\].*found shape \(\)"),
+        (np.ones((3, 2), np.float32), ValueError, r"found shape \(3, 2\)"),
+        (np.ones((2, 3, 1), np.float32), ValueError, r"found shape \(2, 3, 1\)"),
+        (np.ones((2, 3), np.int32), TypeError, r"updates\['w'\] to be floating, found dtype int32"),
+    ],
+)
+def test_updates_have_to_fit(inverse, w, error, message):
+    optimizer = scale_then_privatize(optax.adam(0.1))
+    transform = optimizer.pre_clipping_transform(optimizer.init(PARAMS), inverse=inverse)
+    with pytest.raises(error, match=message):
+        transform(PARAMS | {"w": w})
+    batched = jax.tree.map(lambda x: np.stack([x] * 4), PARAMS)
+    scaled = transform(batched)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[3], y), scaled, transform(PARAMS))
+
+
 def test_custom_extractor_may_mask():
     v = {"a": optax.MaskedNode(), "c": jnp.full(2, 4.0)}
     optimizer = scale_then_privatize(
@@ -529,6 +550,14 @@ def test_adamax_is_not_taken_for_adam(base):
     message = "found optax.adamax, which keeps an infinity norm.*pass extract_preconditioner"
     with pytest.raises(ValueError, match=message):
         scale_then_privatize(base)
+
+
+def test_adam_from_a_function_of_that_name_is_adam():
+    def not_adamax():
+        inner = optax.adam(0.1)
+        return optax.GradientTransformation(inner.init, lambda *args: inner.update(*args))
+
+    scale_then_privatize(not_adamax())
 
 
 def test_adamax_by_what_the_error_says():

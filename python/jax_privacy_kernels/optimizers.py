@@ -101,7 +101,8 @@ def scale_then_privatize(
       ValueError: If eps or eps_root is out of range, or the optimizer is AdaMax, whose state looks
         like Adam's but holds an infinity norm. When the transform is made or the optimizer updated:
         if no second moments are found in its state. When gradients are scaled: if v is not a tree
-        like them.
+        like them, or the shape of a gradient, batched or not, does not end with that of v.
+      TypeError: When gradients are scaled: if one of them, or v, is not floating.
     """
     for name, value in (("eps", eps), ("eps_root", eps_root)):
         if not 0 <= value < math.inf:
@@ -118,10 +119,11 @@ def scale_then_privatize(
     ) -> PreClippingTransform:
         found = _second_moments(state) if extract is None else [extract(state)]
 
-        def scaled(update: jax.Array, *moments: Any) -> jax.Array:
+        def scaled(path: Any, update: jax.Array, *moments: Any) -> jax.Array:
             v = next((v for v in moments if not _is_masked(v)), None)
             if v is None:
                 return update
+            _check_leaf(f"updates{jax.tree_util.keystr(path)}", update, v)
             wide = jnp.promote_types(jnp.result_type(update, v), jnp.float32)
             scale = 1 / (jnp.sqrt(v.astype(wide) + eps_root) + eps)
             scale = jnp.minimum(scale, jnp.finfo(wide).max)  # without any eps
@@ -132,7 +134,8 @@ def scale_then_privatize(
             return jnp.where(jnp.isfinite(update), saturated, x).astype(update.dtype)
 
         def transform(updates: optax.Updates) -> optax.Updates:
-            return jax.tree.map(scaled, updates, *(_unfold(v, updates) for v in found))
+            moments = [_unfold(v, updates) for v in found]
+            return jax.tree_util.tree_map_with_path(scaled, updates, *moments)
 
         return transform
 
@@ -159,6 +162,19 @@ def as_augmented_optimizer(
     )
 
 
+def _check_leaf(name: str, update: Any, v: Any) -> None:
+    """Raises unless v, of floating dtype as the update, applies to its last axes."""
+    for what, x in ((name, update), (f"the second moments of {name}", v)):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(f"expected {what} to be floating, found dtype {jnp.result_type(x)}")
+    shape, last = jnp.shape(update), jnp.shape(v)
+    if len(shape) < len(last) or shape[len(shape) - len(last) :] != last:
+        raise ValueError(
+            f"expected {name} to have the shape of its second moments, {last}, or more axes before "
+            f"it, found shape {shape}"
+        )
+
+
 def _variance(state: Any) -> optax.Updates:
     """Second moments about the mean; rounding makes none negative."""
 
@@ -183,7 +199,8 @@ def _uses_adamax(optimizer: Any) -> bool:
             continue
         seen[id(part)] = part
         if inspect.isfunction(part):
-            if "adamax" in part.__qualname__:
+            of_optax = (part.__module__ or "").partition(".")[0] == "optax"
+            if of_optax and "adamax" in part.__qualname__:
                 return True
             cells = part.__closure__ or ()
             parts += [cell.cell_contents for cell in cells if cell != types.CellType()]

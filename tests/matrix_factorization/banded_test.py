@@ -604,6 +604,16 @@ def test_scan_fn_runs_other_workloads(workload):
     assert scan_fn.calls == (workload in OTHERS)
 
 
+@pytest.mark.parametrize("scan_fn", ["nonsense", 3, None])
+def test_scan_fn_is_checked(scan_fn):
+    for call in (
+        lambda: banded.per_query_error(strategy(6, 2), scan_fn=scan_fn),
+        lambda: banded.optimize(6, bands=2, scan_fn=scan_fn, max_optimizer_steps=1),
+    ):
+        with pytest.raises(TypeError, match=f"function like jax.lax.scan, found {scan_fn!r}"):
+            call()
+
+
 def test_scan_fn_that_saves_memory():
     def scan_fn(step, init, xs):
         return jax.lax.scan(jax.checkpoint(step), init, xs)

@@ -226,17 +226,18 @@ def per_query_error(
     Args:
       C: The strategy.
       A: The workload, by default prefix sums.
-      scan_fn: Takes the place of `jax.lax.scan` for other workloads; for instance one that saves
-        memory in the backward pass.
+      scan_fn: A function in place of `jax.lax.scan` for other workloads, not called for these two;
+        for instance one that saves memory in the backward pass.
 
     Returns:
       ``[n]`` array of the dtype of the parameters, at least float32.
 
     Raises:
       ValueError: If the parameters of C are not as its class says.
-      TypeError: If their dtype is not floating.
+      TypeError: If their dtype is not floating, or ``scan_fn`` is not a function.
     """
     _checked(C)
+    _check_scan(scan_fn)
     A = prefix_sum() if A is None else A
     structure = getattr(A, "structure", None)
     if not isinstance(structure, ops.Momentum):
@@ -244,6 +245,11 @@ def per_query_error(
         return errors.astype(jnp.promote_types(C.params.dtype, jnp.float32))
     rates = np.ones(1) if structure.learning_rates is None else structure.learning_rates
     return _momentum_error(C, rates, structure.momentum, ops.asked())
+
+
+def _check_scan(scan_fn: Any) -> None:
+    if not callable(scan_fn):
+        raise TypeError(f"expected scan_fn to be a function like jax.lax.scan, found {scan_fn!r}")
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -289,9 +295,10 @@ def optimize(
     Raises:
       ValueError: If not ``1 <= bands <= n``, C has another shape or is not as its class says, or
         ``max_optimizer_steps`` is below 0.
-      TypeError: If an integer argument is not one.
+      TypeError: If an integer argument is not one, or ``scan_fn`` is not a function.
     """
     n, bands = check_int("n", n), check_int("bands", bands)
+    _check_scan(scan_fn)
     C = ColumnNormalizedBanded.default(n, bands) if C is None else _checked(C)
     if C.params.shape != (n, bands):
         raise ValueError(f"expected C with params of shape ({n}, {bands}), found {C.params.shape}")

@@ -8,9 +8,11 @@ import copyreg
 import dataclasses
 import enum
 import gc
+import importlib
 import inspect
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -572,6 +574,21 @@ def test_the_page_for_users_of_jax_privacy_names_everything():
     page = (pathlib.Path(__file__).parents[1] / "docs" / "migrating.md").read_text()
     for entry in _swap.replacements():
         assert f"`{entry.name}`" in page
+
+
+def test_the_page_for_users_of_jax_privacy_names_what_there_is():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "migrating.md").read_text()
+    sections = re.split(r"^### (.*)$", page, flags=re.MULTILINE)[1:]
+    assert len(sections) >= 20
+    for title, text in zip(sections[::2], sections[1::2], strict=True):
+        modules = [name for name in re.findall(r"[\w.]+", title) if name != "and"]
+        if modules[0] == "matrix_factorization.optimization":
+            modules[1:] = [f"matrix_factorization.{name}" for name in modules[1:]]
+        modules = [importlib.import_module(f"jax_privacy_kernels.{name}") for name in modules]
+        public = {name for module in modules for name in module.__all__}
+        rows = [row.split("|")[1] for row in text.splitlines() if row.startswith("| `")]
+        for name in re.findall(r"`(\w+)`", " ".join(rows)):
+            assert name in public, f"{title}: {name}"
 
 
 def test_the_report_lists_the_table():

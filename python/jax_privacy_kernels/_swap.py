@@ -86,7 +86,7 @@ def install(*, force: bool = False) -> None:
     name that your own module has taken before, ``from jax_privacy.noise_addition import
     gaussian_privatizer``, stays what it was, as does what has been traced or compiled: so call it
     first, or run the program by ``python -m jax_privacy_kernels program.py``. Processes that the
-    program starts need their own call, unless forked.
+    program starts need their own call, unless forked from it (a forkserver's are not).
 
     Objects mix: a StreamingMatrix (ColumnNormalizedBanded, CallbackArgs, ...) of either library is
     accepted by the functions of either, and is an instance of either's class. The state of a
@@ -130,7 +130,8 @@ def install(*, force: bool = False) -> None:
 def uninstall() -> None:
     """Takes `install` back, however often it was called; without it, does nothing.
 
-    What a program took from jax_privacy in the meantime stays ours, and works.
+    What a program took from jax_privacy in the meantime stays ours, and works with ours: a matrix
+    made under the swap is then none for jax_privacy's own functions.
     """
     global _current
     with _lock:

@@ -753,6 +753,15 @@ def test_scales_that_cancel_make_nothing_too_low(gap, scale, n, jit):
 
 
 @in_x64
+def test_prefix_sums_that_cancel_are_not_too_low():
+    omega = [416292186.51007414, -96674161.15711038, -319618024.9123491]
+    blt = BufferedToeplitz.build([-0.54, -0.72, -0.99], omega)
+    expected = 1 + (1 + sum(map(Fraction, omega))) ** 2
+    for function in (blts.max_error, jax.jit(blts.max_error)):
+        assert expected * (1 - 1e-12) <= Fraction(float(function(blt, 2))) <= expected * (1 + 1e-4)
+
+
+@in_x64
 def test_traced_counts_round_up():
     blt = BufferedToeplitz.build([0.9, 0.5], [0.2, 0.1])
     for function in (blts.sensitivity_squared, blts.max_error, blts.iteration_error):

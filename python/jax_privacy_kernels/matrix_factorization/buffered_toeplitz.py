@@ -674,9 +674,9 @@ def _sum_of_squares(theta: Any, omega: Any, n: Any, xp: Any) -> Any:
     with np.errstate(all="ignore"):
         relative = xp.max(_rounding(theta[:, None] * theta, n, xp), initial=0)
         # Of the terms, and of the prefix sums that the blocks start with.
-        error = xp.sqrt(1.0 * n) * relative * (1 + xp.sum(xp.abs(omega * g)))
-        bound = (xp.sqrt(xp.maximum(total, 0) + relative * size) + error) ** 2
-        cancels = ~(size <= _CANCELLATION * total)
+        most = xp.sqrt(1.0 * n) * (1 + xp.sum(xp.abs(omega * g)))
+        bound = (xp.sqrt(xp.maximum(total, 0) + relative * size) + relative * most) ** 2
+        cancels = ~((size <= _CANCELLATION * total) & (most <= 1e5 * xp.sqrt(total)))
     if xp is np and cancels and n <= _MAX_COEFS:
         return np.fmin(bound, _squares_of_coefs(theta, omega, n, prefix_sums=True))
     return total + constant(xp.where(cancels, bound - total, 0))

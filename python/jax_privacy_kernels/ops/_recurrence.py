@@ -154,7 +154,7 @@ class Buffers:
     def coef_at(self, step: jax.Array, layout: Layout) -> jax.Array:
         """``[2, m]``, the decays and the output scales."""
         del step, layout
-        return jnp.stack([jnp.asarray(self.buf_decay), jnp.asarray(self.output_scale)])
+        return jnp.stack([self.buf_decay, self.output_scale])
 
     def invertible(self, coef: jax.Array) -> jax.Array:
         del coef

@@ -57,7 +57,6 @@ IMPLEMENTATIONS: _dispatch.Table = {
     ),
     "jax": _dispatch.Implementation(
         platforms=_dispatch.PLATFORMS,
-        unavailable=lambda: None,
         refuse=correlated_noise_jax.refuse,
         run=correlated_noise_jax.run,
     ),

@@ -17,34 +17,19 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 
+from jax_privacy_kernels.kernels._threefry import threefry2x32
 from jax_privacy_kernels.ops._lookahead import looks_ahead
 
 __all__ = ["at", "normal"]
 
 _UINT = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
-def _threefry2x32(
-    k0: jax.Array, k1: jax.Array, x0: jax.Array, x1: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds, Salmon et al., SC'11."""
-    schedule = (k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA))
-    x0, x1 = x0 + k0, x1 + k1
-    for i in range(5):
-        for rotation in _ROTATIONS[i % 2]:
-            x0 = x0 + x1
-            x1 = x0 ^ ((x1 << rotation) | (x1 >> (32 - rotation)))
-        x0 = x0 + schedule[(i + 1) % 3]
-        x1 = x1 + schedule[(i + 2) % 3] + jnp.uint32(i + 1)
-    return x0, x1
 
 
 def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
     """Bits as jax.random makes them, for key data (k0, k1, high word, low word of the index)."""
     lo = key[3] + jax.lax.iota(jnp.uint32, math.prod(shape))
     hi = key[2] + (lo < key[3]).astype(jnp.uint32)
-    x0, x1 = _threefry2x32(key[0], key[1], hi, lo)
+    x0, x1 = threefry2x32(key[0], key[1], hi, lo)
     if bit_width == 64:
         bits = (x0.astype(jnp.uint64) << 32) | x1.astype(jnp.uint64)
     else:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 
 import coefficients
+import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from jax_privacy_kernels.ops import banded_error
 from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS
 
-implementation = coefficients.fixture(IMPLEMENTATIONS)
+implementation = implementations.fixture(IMPLEMENTATIONS)
 
 # Of the segments that the derivatives are made in, which are about sqrt(n) long.
 SIZES = [1, 2, 3, 4, 5, 9, 10, 16, 17, 50]

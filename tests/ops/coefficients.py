@@ -4,7 +4,6 @@ References are made in long double, from the definitions. An actual result may b
 op may round away, and by half a unit in the last place of its dtype.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from implementations import TRITON_CALL
 
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import _cpp, _dispatch
@@ -35,26 +35,6 @@ sizes = st.one_of(
     st.sampled_from([size + d for size in (8, 64, 128, 256, 512) for d in (-1, 0, 1)]),
     st.integers(1, 1100),
 )
-
-
-def fixture(table):
-    """A fixture: the name of each implementation in turn, on a device that it runs on."""
-
-    @pytest.fixture(scope="module", params=list(table))
-    def implementation(request):
-        entry = table[request.param]
-        if reason := entry.unavailable():
-            pytest.skip(reason)
-        for platform in entry.platforms:
-            with contextlib.suppress(RuntimeError):
-                device = jax.devices(platform)[0]
-                break
-        else:
-            pytest.skip(f"no device of {entry.platforms}")
-        with jax.default_device(device):
-            yield request.param
-
-    return implementation
 
 
 def close(actual, expected, error=0.0):
@@ -381,18 +361,32 @@ def check_export(name, op, table, monkeypatch, platforms, *arguments):
     def export(implementation):
         function = jax.jit(_sum_and_gradient(functools.partial(op, implementation=implementation)))
         checks = [custom_call(f"jpk_{target}") for target in targets]
+        checks.append(custom_call(TRITON_CALL))
         export = jax.export.export(function, platforms=platforms, disabled_checks=checks)
         return export(*arguments)
 
     exported = export(None)
     assert exported.platforms == platforms
     assert (f"@jpk_{name}(" in exported.mlir_module()) == (compiled and "cpu" in platforms)
+    if "pallas" in table and not table["pallas"].unavailable():
+        assert (TRITON_CALL in exported.mlir_module()) == ("cuda" in platforms)
     if jax.default_backend() in platforms:
         trees_close(exported.call(*arguments), _sum_and_gradient(op)(*arguments))
     assert "@jpk_" not in export("jax").mlir_module()
     if compiled and "cuda" in platforms:
         with pytest.raises(NotImplementedError, match=rf"{name}.*'cpp'.*cpu"):
             export("cpp")
+
+
+def check_pallas_lowers(op, table, *arguments):
+    """Values and gradients, also where the kernels' mode is not the caller's."""
+    if reason := table["pallas"].unavailable():
+        pytest.skip(reason)
+    function = _sum_and_gradient(functools.partial(op, implementation="pallas"))
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            traced = jax.jit(jax.vmap(function)).trace(*(jnp.stack([x, x]) for x in arguments))
+            assert TRITON_CALL in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 F = "float32"

@@ -10,13 +10,13 @@ unit in the last place.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
 import math
 import pathlib
 
+import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -51,6 +51,7 @@ naive = _load_naive()
 
 SAMPLE_RTOL = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6, "float64": 1e-13}
 TARGET = "jpk_correlated_noise"
+TRITON_CALL = implementations.TRITON_CALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +254,12 @@ def stable_coefs(bands, c_0, weight, seed):
     return (c_0, *(weight * c_0 * tail / max(np.abs(tail).sum(), 1e-9)))
 
 
+def rows_of_coefs(rows, bands):
+    coef = np.tril(np.full((rows, bands), 0.04))
+    coef[:, 0] = np.linspace(0.5, 2, rows)
+    return tuple(map(tuple, coef.tolist()))
+
+
 def optimal_coefs(bands):
     return tuple(np.asarray(toeplitz.optimal_max_error_strategy_coefs(bands), np.float64).tolist())
 
@@ -400,21 +407,44 @@ CORNERS = {
     "float64 and float32 leaves": Case(
         ((1025,), (2000,), (0,)), ("float64", "float32", "float64"), coef=(1.0, 0.7), steps=5
     ),
+    "two groups of terms and a rest": Case(((3000,),), f32, coef=optimal_coefs(20), steps=40),
+    "two groups of terms and a rest, by row": Case(
+        ((1030,),), f32, coef=rows_of_coefs(25, 20), steps=27
+    ),
 }
+# What the interpreter of a kernel can do in seconds.
+INTERPRETED_CORNERS = [
+    CORNERS[name]
+    for name in (
+        "no history",
+        "one slot",
+        "phases shifted by leaves before",
+        "two groups of terms and a rest",
+        "two groups of terms and a rest, by row",
+        "16-bit gradients, float32 noise",
+        "coefficients by row, one band",
+        "moving average without state",
+        "moving average, fewer slots than samples",
+        "buffers of an inverse",
+        "buffers, looking ahead",
+        "float64",
+        "float32 noise and float64 coefficients",
+    )
+]
 
 
-def cases(noise_dtypes):
+def cases(noise_dtypes, small=False):
     @st.composite
     def draw_case(draw):
-        bands = draw(st.one_of(st.integers(1, 9), st.integers(1, 70)))
+        bands = draw(st.one_of(st.integers(1, 9), st.integers(1, 19 if small else 70)))
         slots = bands - 1
-        tiles = st.one_of(st.integers(0, 6), st.just(slots).filter(lambda s: s <= 20))
+        tiles = st.one_of(st.integers(0, 6), st.just(min(slots, 6 if small else 20)))
         size = st.one_of(
             st.integers(0, 5),
             st.builds(lambda q, d: max(q * 1024 + d, 0), tiles, st.integers(-1, 1)),
             st.integers(0, 8000),
         )
-        sizes = draw(st.lists(size, min_size=1, max_size=4))
+        sizes = draw(st.lists(size, min_size=1, max_size=2 if small else 4))
         split = st.sampled_from([1, 2, 3, 7])
         shapes = tuple((n,) if n % (rows := draw(split)) else (rows, n // rows) for n in sizes)
         x64 = draw(st.booleans())
@@ -469,26 +499,16 @@ def takes(implementation):
     return [d for d in SAMPLE_RTOL if refuse(leaf(jnp.dtype(d)), layout) is None]
 
 
-@pytest.fixture(scope="module", params=list(IMPLEMENTATIONS))
-def implementation(request):
-    """The name of each implementation in turn, on a device that it runs on."""
-    entry = IMPLEMENTATIONS[request.param]
-    if reason := entry.unavailable():
-        pytest.skip(reason)
-    for platform in entry.platforms:
-        with contextlib.suppress(RuntimeError):
-            device = jax.devices(platform)[0]
-            break
-    else:
-        pytest.skip(f"no device of {entry.platforms}")
-    with jax.default_device(device):
-        yield request.param
+implementation = implementations.fixture(IMPLEMENTATIONS)
+
+
+is_interpreted = functools.partial(implementations.is_interpreted, IMPLEMENTATIONS)
 
 
 @pytest.fixture
 def compiled(implementation):
-    if implementation == "jax":
-        pytest.skip("what XLA makes of plain JAX is its own business")
+    if implementation == "jax" or is_interpreted(implementation):
+        pytest.skip("what XLA makes of plain JAX, or of an interpreter, is its own business")
     return implementation
 
 
@@ -518,9 +538,14 @@ FILTERS = {
 }
 
 
-@pytest.fixture(params=FILTERS.values(), ids=FILTERS)
-def small(request):
-    return request.param
+INTERPRETED_FILTERS = ("recurrence", "buffers")
+
+
+@pytest.fixture(params=FILTERS)
+def small(request, implementation):
+    if is_interpreted(implementation) and request.param not in INTERPRETED_FILTERS:
+        pytest.skip("too much for an interpreter; the corners have it too")
+    return FILTERS[request.param]
 
 
 class TestImplementation:
@@ -528,22 +553,29 @@ class TestImplementation:
 
     @pytest.mark.parametrize("case", CORNERS.values(), ids=CORNERS)
     def test_corner(self, implementation, case):
+        if is_interpreted(implementation) and case not in INTERPRETED_CORNERS:
+            pytest.skip("too much for an interpreter")
         check(case, implementation)
 
-    @settings(
-        max_examples=10,
-        deadline=None,  # every example compiles
-        derandomize=True,
-        phases=[Phase.explicit, Phase.generate],  # shrinking would compile for minutes
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-    @given(data=st.data())
-    def test_sweep(self, implementation, data):
-        check(data.draw(cases(takes(implementation))), implementation)
+    def test_sweep(self, implementation):
+        interpreted = is_interpreted(implementation)
+
+        @settings(
+            max_examples=4 if interpreted else 10,
+            deadline=None,  # every example compiles
+            derandomize=True,
+            phases=[Phase.explicit, Phase.generate],  # shrinking would compile for minutes
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        )
+        @given(case=cases(takes(implementation), small=interpreted))
+        def sweep(case):
+            check(case, implementation)
+
+        sweep()
 
     def test_many_leaves(self, implementation):
         # XLA takes seconds to compile ten leaves of plain JAX, and a minute for 300.
-        count = 12 if implementation == "jax" else 300
+        count = 12 if implementation == "jax" or is_interpreted(implementation) else 300
         shapes = [((), (1030,), (7, 3), (0,))[i % 4] for i in range(count)]
         case = Case(tuple(shapes), f32 * count, coef=(1.0, 0.5, 0.25), steps=5)
         expected = Expected(case)
@@ -569,7 +601,9 @@ class TestImplementation:
         others = [
             name
             for name, entry in IMPLEMENTATIONS.items()
-            if name != implementation and not entry.unavailable()
+            if name != implementation
+            and jax.config.jax_default_device.platform in entry.platforms
+            and not entry.unavailable()
         ]
         if not others:
             pytest.skip("there is only one implementation here")
@@ -647,6 +681,8 @@ class TestImplementation:
             )
 
     def test_donated_state_is_updated_in_place(self, implementation, small):
+        if is_interpreted(implementation):
+            pytest.skip("the lowered kernel says so, see test_pallas_lowers_for_cuda")
         case = dataclasses.replace(small, shapes=((50_000,), (300,)), grad_dtypes=f32 * 2)
         update = jax.jit(case.update(implementation), donate_argnums=1)
         state = case.init()
@@ -783,19 +819,144 @@ def test_16_bit_noise_by_name():
 PLATFORMS = (("cpu",), ("cuda",), ("cpu", "cuda"))
 
 
+CHECKS = [jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, TRITON_CALL)]
+
+
 @pytest.mark.parametrize("platforms", PLATFORMS, ids=" ".join)
 def test_export(platforms):
     update, arguments = SMALL.update(None), (SMALL.grads_at(0), SMALL.init())
-    exported = jax.export.export(
-        jax.jit(update),
-        platforms=platforms,
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(TARGET)],
-    )(*arguments)
+    exported = jax.export.export(jax.jit(update), platforms=platforms, disabled_checks=CHECKS)(
+        *arguments
+    )
     assert exported.platforms == platforms
-    expects_call = "cpu" in platforms and not IMPLEMENTATIONS["cpp"].unavailable()
-    assert (TARGET in exported.mlir_module()) == expects_call
+    for name, target, platform in (("cpp", TARGET, "cpu"), ("pallas", TRITON_CALL, "cuda")):
+        expects_call = platform in platforms and not IMPLEMENTATIONS[name].unavailable()
+        assert (target in exported.mlir_module()) == expects_call
     if "cpu" in platforms:
         trees_allclose(exported.call(*arguments), update(*arguments), atol=1e-5)
+
+
+def lowered_for_cuda(case, implementation):
+    """The StableHLO of a step."""
+    with jax.enable_x64(case.x64):
+        update = jax.jit(case.update(implementation))
+        export = jax.export.export(update, platforms=("cuda",), disabled_checks=CHECKS)
+        return export(case.grads_at(0), case.init()).mlir_module()
+
+
+LOWERED = {
+    **FILTERS,
+    "one slot": dataclasses.replace(SMALL, coef=(1.0, 0.4)),
+    "no history": dataclasses.replace(SMALL, coef=(2.0,)),
+    "64 bands": dataclasses.replace(SMALL, coef=(1.0,) + (0.01,) * 63),
+    **{
+        f"{gradient} gradients, {noise} noise": dataclasses.replace(
+            SMALL, grad_dtypes=(gradient,) * 3, noise_dtype=noise
+        )
+        for gradient in ("float16", "bfloat16", "float64")
+        for noise in ("float32", "float64")
+    },
+    "float64 buffers": dataclasses.replace(FILTERS["buffers"], coef_dtype="float64"),
+    "float64 moving average": dataclasses.replace(
+        FILTERS["moving average"], coef_dtype="float64", noise_dtype="float64"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOWERED.values(), ids=LOWERED)
+def test_pallas_lowers_for_cuda(case):
+    """Without a GPU: one kernel for every leaf, in place, and nothing else as large as a leaf."""
+    if reason := IMPLEMENTATIONS["pallas"].unavailable():
+        pytest.skip(reason)
+    text = lowered_for_cuda(case, "pallas").splitlines()
+    calls = [line for line in text if TRITON_CALL in line]
+    assert len(calls) == 2  # the third leaf is empty
+    rows = case.layout.rows
+    aliases = "output_tuple_indices = [1], operand_index = 5"
+    assert all((aliases in line) == (rows > 0) for line in calls)
+    large = [line for line in text if "2500x" in line and "func.func" not in line]
+    assert large
+    for line in large:
+        operation = line.partition(" = ")[2].split(" ")[0] or line.split()[0]
+        kept = ("stablehlo.custom_call", "stablehlo.reshape", "call", "return", "func.return")
+        assert operation in kept or (rows == 0 and "2500x0" in line) or "tensor<0x2500" in line, (
+            line
+        )
+
+
+def test_pallas_lowers_dense_rows_for_cuda():
+    if reason := IMPLEMENTATIONS["pallas"].unavailable():
+        pytest.skip(reason)
+    function = functools.partial(dense_noise, key=SMALL.key, implementation="pallas")
+    arguments = SMALL.grads_at(0), jnp.ones(50)
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(TRITON_CALL) == 2
+
+
+def test_leaves_of_one_shape_share_a_kernel():
+    if reason := IMPLEMENTATIONS["pallas"].unavailable():
+        pytest.skip(reason)
+    case = Case(((1500,),) * 5 + ((7,),), f32 * 6, coef=(1.0, 0.5, 0.2))
+    assert lowered_for_cuda(case, "pallas").count(TRITON_CALL) == 2
+
+
+def test_pallas_lowers_in_a_shard_map():
+    """For a mesh of GPUs that are not here."""
+    if reason := IMPLEMENTATIONS["pallas"].unavailable():
+        pytest.skip(reason)
+    spec = jax.sharding.PartitionSpec("x")
+    device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((2,), ("x",), auto, abstract_device=device)
+    grads = [jax.ShapeDtypeStruct((5000,), jnp.float32)]
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def update(grads):
+        state = init_correlated_noise(grads, SMALL.matrix, key=SMALL.key)
+        return SMALL.update("pallas")(grads, state)[0]
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(update).trace(grads).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(TRITON_CALL) == 1
+
+
+@pytest.mark.parametrize("size", [2**30 + 1, 2**31 - 1024, 2**31 - 1023, 2**31])
+def test_indices_of_large_leaves_fit_or_are_refused(size):
+    entry, case = IMPLEMENTATIONS["pallas"], SMALL
+    if reason := entry.unavailable():
+        pytest.skip(reason)
+    struct = jax.ShapeDtypeStruct((size,), jnp.float32)
+    update = case.update("pallas")
+    state = jax.eval_shape(
+        lambda: init_correlated_noise([struct], case.matrix, key=case.key, dtype="float32")
+    )
+    lower = functools.partial(jax.jit(update).trace, [struct], state)
+    if size > 2**31 - 1024:
+        with pytest.raises(ValueError, match=rf"pallas.*{size} elements.*32 bits"):
+            lower()
+    else:
+        text = lower().lower(lowering_platforms=("cuda",)).as_text()
+        assert f"grid_x = {-(-size // 1024)} : i32" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (dataclasses.replace(SMALL, noise_dtype="bfloat16"), "not bfloat16"),
+        (
+            dataclasses.replace(SMALL, filter="moving_average", coef=(0.1,) * 33, look_ahead=2),
+            "33 samples",
+        ),
+        (dataclasses.replace(SMALL, filter="buffers", coef=((0.5,) * 33,) * 2), "33 buffers"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_what_pallas_refuses_goes_to_jax(case, reason):
+    if unavailable := IMPLEMENTATIONS["pallas"].unavailable():
+        pytest.skip(unavailable)
+    with pytest.raises(ValueError, match=rf"pallas.*{reason}"):
+        lowered_for_cuda(case, "pallas")
+    assert TRITON_CALL not in lowered_for_cuda(case, None)
 
 
 @pytest.mark.parametrize("platforms", PLATFORMS[1:], ids=" ".join)

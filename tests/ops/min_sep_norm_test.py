@@ -10,6 +10,7 @@ import itertools
 from fractions import Fraction
 
 import coefficients
+import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from jax_privacy_kernels.ops import min_sep_norm
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS
 
-implementation = coefficients.fixture(IMPLEMENTATIONS)
+implementation = implementations.fixture(IMPLEMENTATIONS)
 
 
 def op(n, min_sep, k, implementation=None):
@@ -274,6 +275,10 @@ def test_selection(monkeypatch):
 @pytest.mark.parametrize("platforms", coefficients.PLATFORMS, ids=" ".join)
 def test_export(monkeypatch, platforms):
     coefficients.check_export(*OP, monkeypatch, platforms, COEF)
+
+
+def test_pallas_lowers_for_cuda():
+    coefficients.check_pallas_lowers(*OP[1:], COEF)
 
 
 F = "float32"

@@ -12,6 +12,7 @@ import itertools
 from fractions import Fraction
 
 import coefficients
+import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from jax_privacy_kernels.ops import participation_max
 from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS
 
-implementation = coefficients.fixture(IMPLEMENTATIONS)
+implementation = implementations.fixture(IMPLEMENTATIONS)
 
 
 def op(min_sep, k, implementation=None):

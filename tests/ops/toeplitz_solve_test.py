@@ -11,6 +11,7 @@ import functools
 from fractions import Fraction
 
 import coefficients
+import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -22,7 +23,7 @@ from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import toeplitz_solve
 from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS
 
-implementation = coefficients.fixture(IMPLEMENTATIONS)
+implementation = implementations.fixture(IMPLEMENTATIONS)
 
 
 def error_of(coef, x, transpose):
@@ -224,6 +225,10 @@ def test_selection(monkeypatch):
 @pytest.mark.parametrize("platforms", coefficients.PLATFORMS, ids=" ".join)
 def test_export(monkeypatch, platforms):
     coefficients.check_export(*OP, monkeypatch, platforms, COEF, RHS)
+
+
+def test_pallas_lowers_for_cuda():
+    coefficients.check_pallas_lowers(*OP[1:], COEF, RHS)
 
 
 F = "float32"

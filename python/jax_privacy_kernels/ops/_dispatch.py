@@ -135,8 +135,9 @@ def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args
     def flat(branch: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
         return lambda *leaves: jax.tree.leaves(branch(*tree.unflatten(leaves)))
 
-    out = jax.eval_shape(next(iter(branches.values())), *args)
     axes = frozenset().union(*(_varying_axes(leaf) for leaf in leaves))
+    leaves = [_vary(leaf, axes) for leaf in leaves]  # kernels want all arguments alike
+    out = jax.eval_shape(next(iter(branches.values())), *tree.unflatten(leaves))
     flattened = {branch: flat(branch) for branch in set(branches.values())}
     results = _select_p.bind(
         *leaves,

@@ -14,8 +14,10 @@ from jax_privacy_kernels.ops import (
     _cpp,
     _dispatch,
     _lookahead,
+    _pallas,
     correlated_noise_cpp,
     correlated_noise_jax,
+    correlated_noise_pallas,
 )
 from jax_privacy_kernels.ops._lookahead import Clock, Leaf, NoiseState
 from jax_privacy_kernels.ops._recurrence import Layout, NoisingMatrix
@@ -54,6 +56,13 @@ IMPLEMENTATIONS: _dispatch.Table = {
         refuse=correlated_noise_cpp.refuse,
         run=correlated_noise_cpp.run,
         limits="to jax: noise of 16 bits; keys other than partitionable threefry2x32",
+    ),
+    "pallas": _dispatch.Implementation(
+        platforms=("cuda",),
+        unavailable=_pallas.unavailable,
+        refuse=correlated_noise_pallas.refuse,
+        run=correlated_noise_pallas.run,
+        limits="to jax: as cpp, and moving averages and buffers that need too many registers",
     ),
     "jax": _dispatch.Implementation(
         platforms=_dispatch.PLATFORMS,

@@ -12,8 +12,10 @@ from jax_privacy_kernels.ops import (
     _coefficients,
     _cpp,
     _dispatch,
+    _pallas,
     min_sep_norm_cpp,
     min_sep_norm_jax,
+    min_sep_norm_pallas,
 )
 
 __all__ = ["IMPLEMENTATIONS", "min_sep_norm"]
@@ -29,6 +31,9 @@ __all__ = ["IMPLEMENTATIONS", "min_sep_norm"]
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",), run=min_sep_norm_cpp.run, unavailable=_cpp.unavailable
+    ),
+    "pallas": _dispatch.Implementation(
+        platforms=("cuda",), run=min_sep_norm_pallas.run, unavailable=_pallas.unavailable
     ),
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=min_sep_norm_jax.run),
 }

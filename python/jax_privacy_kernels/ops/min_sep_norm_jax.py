@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["run"]
+__all__ = ["norm", "run"]
 
 
-@_coefficients.in_float64
-def run(
-    coef: jax.Array, *, n: int, min_sep: int, max_participations: int, differentiate: bool
+def norm(
+    window_sums: Callable[[jax.Array, int, int], jax.Array],
+    coef: jax.Array,
+    *,
+    n: int,
+    min_sep: int,
+    max_participations: int,
+    differentiate: bool,
 ) -> list[jax.Array]:
-    """Value and gradient; the contract stands in min_sep_norm.py, above its table."""
+    """Value and gradient, by a function for the sums of windows such as `_window_sums`."""
     *batch, m = coef.shape
     sizes = jnp.abs(coef)
     p = jax.lax.cummax(sizes, axis=sizes.ndim - 1, reverse=True)
     pad = [(0, 0)] * len(batch) + [(0, n - m)]
-    v = _window_sums(jnp.pad(p, pad), min_sep, max_participations)
+    v = window_sums(jnp.pad(p, pad), min_sep, max_participations)
     value = jnp.sum(v * v, axis=-1)
     if not differentiate:
         return [value]
     # 2 W^T v, where W^T is W between reversed vectors.
-    p_bar = 2 * _window_sums(v[..., ::-1], min_sep, max_participations)[..., ::-1][..., :m]
+    p_bar = 2 * window_sums(v[..., ::-1], min_sep, max_participations)[..., ::-1][..., :m]
     # The derivative of an element of p goes to the first coefficient behind it that equals it.
     t = jnp.broadcast_to(jnp.arange(m), coef.shape)
     to = jax.lax.cummin(jnp.where(sizes == p, t, m), axis=t.ndim - 1, reverse=True)
@@ -48,3 +56,9 @@ def _window_sums(x: jax.Array, min_sep: int, k: int) -> jax.Array:
     tail = jax.lax.cumsum(blocks, axis=axis, reverse=True)
     tail = jnp.pad(tail[..., :-1, 1:, :], [(0, 0)] * len(batch) + [(1, 0), (0, 1), (0, 0)])
     return (head + tail).reshape(*batch, -1)[..., :n]
+
+
+@_coefficients.in_float64
+def run(coef: jax.Array, **static: Any) -> list[jax.Array]:
+    """Value and gradient; the contract stands in min_sep_norm.py, above its table."""
+    return norm(_window_sums, coef, **static)

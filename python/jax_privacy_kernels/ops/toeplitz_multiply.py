@@ -13,8 +13,10 @@ from jax_privacy_kernels.ops import (
     _coefficients,
     _cpp,
     _dispatch,
+    _pallas,
     toeplitz_multiply_cpp,
     toeplitz_multiply_jax,
+    toeplitz_multiply_pallas,
 )
 
 __all__ = ["IMPLEMENTATIONS", "toeplitz_multiply"]
@@ -30,6 +32,9 @@ __all__ = ["IMPLEMENTATIONS", "toeplitz_multiply"]
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",), run=toeplitz_multiply_cpp.run, unavailable=_cpp.unavailable
+    ),
+    "pallas": _dispatch.Implementation(
+        platforms=("cuda",), run=toeplitz_multiply_pallas.run, unavailable=_pallas.unavailable
     ),
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=toeplitz_multiply_jax.run),
 }

@@ -12,8 +12,10 @@ from jax_privacy_kernels.ops import (
     _coefficients,
     _cpp,
     _dispatch,
+    _pallas,
     toeplitz_solve_cpp,
     toeplitz_solve_jax,
+    toeplitz_solve_pallas,
 )
 from jax_privacy_kernels.ops.toeplitz_multiply import coefficients_bar
 
@@ -29,6 +31,9 @@ __all__ = ["IMPLEMENTATIONS", "toeplitz_solve"]
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",), run=toeplitz_solve_cpp.run, unavailable=_cpp.unavailable
+    ),
+    "pallas": _dispatch.Implementation(
+        platforms=("cuda",), run=toeplitz_solve_pallas.run, unavailable=_pallas.unavailable
     ),
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=toeplitz_solve_jax.run),
 }

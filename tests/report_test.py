@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jax_privacy_kernels._report import report
-from jax_privacy_kernels.ops import _dispatch, _pallas
+from jax_privacy_kernels.ops import _dispatch, _pallas, _triton
 
 
 def words(text, key):
@@ -24,11 +24,12 @@ def test_what_it_says(monkeypatch):
     ops = [line[0] for line in words(text, "") if line[-1] == "takes"]
     assert "correlated_noise" in ops
     assert "toeplitz_solve" in ops
-    kernels = ["correlated_noise", "toeplitz_multiply", "toeplitz_solve", "min_sep_norm"]
-    if not _pallas.unavailable():
-        assert [line[-1] for line in words(text, "on cuda")] == [
-            "pallas" if op in kernels else "jax" for op in ops
-        ]
+    kernels = {op: ["pallas"] for op in ("toeplitz_multiply", "toeplitz_solve", "min_sep_norm")}
+    kernels["correlated_noise"] = ["triton", "pallas"]
+    reasons = {"triton": _triton.unavailable(), "pallas": _pallas.unavailable(), "jax": None}
+    assert [line[-1] for line in words(text, "on cuda")] == [
+        next(name for name in (*kernels.get(op, []), "jax") if not reasons[name]) for op in ops
+    ]
 
 
 @pytest.mark.parametrize("name", ["jax", "nonsense"])

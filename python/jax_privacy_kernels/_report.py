@@ -37,6 +37,8 @@ _PACKAGES = (
     "numpy",
     "dp-accounting",
     "jax-privacy",
+    "triton",
+    "jax-triton",
 )
 
 

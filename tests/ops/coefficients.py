@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from implementations import TRITON_CALL
+from implementations import CUDA_CALLS, first_on_cuda
 
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import _cpp, _dispatch
@@ -361,15 +361,16 @@ def check_export(name, op, table, monkeypatch, platforms, *arguments):
     def export(implementation):
         function = jax.jit(_sum_and_gradient(functools.partial(op, implementation=implementation)))
         checks = [custom_call(f"jpk_{target}") for target in targets]
-        checks.append(custom_call(TRITON_CALL))
+        checks += map(custom_call, CUDA_CALLS.values())
         export = jax.export.export(function, platforms=platforms, disabled_checks=checks)
         return export(*arguments)
 
     exported = export(None)
     assert exported.platforms == platforms
     assert (f"@jpk_{name}(" in exported.mlir_module()) == (compiled and "cpu" in platforms)
-    if "pallas" in table and not table["pallas"].unavailable():
-        assert (TRITON_CALL in exported.mlir_module()) == ("cuda" in platforms)
+    first = first_on_cuda(table) if "cuda" in platforms else None
+    for kernel, target in CUDA_CALLS.items():
+        assert (target in exported.mlir_module()) == (kernel == first)
     if jax.default_backend() in platforms:
         trees_close(exported.call(*arguments), _sum_and_gradient(op)(*arguments))
     assert "@jpk_" not in export("jax").mlir_module()
@@ -386,7 +387,7 @@ def check_pallas_lowers(op, table, *arguments):
     for x64 in (False, True):
         with jax.enable_x64(x64):
             traced = jax.jit(jax.vmap(function)).trace(*(jnp.stack([x, x]) for x in arguments))
-            assert TRITON_CALL in traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert CUDA_CALLS["pallas"] in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 F = "float32"

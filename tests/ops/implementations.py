@@ -9,18 +9,19 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
+import triton_interpreter
 
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
 from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
 
-INTERPRETED = "pallas"
-TRITON_CALL = "__gpu$xla.gpu.triton"  # what XLA calls the kernels that Pallas lowers
+# What XLA calls the kernels of each. Pallas leaves the compiling to XLA, jax-triton does it itself.
+CUDA_CALLS = {"triton": "triton_kernel_call", "pallas": "__gpu$xla.gpu.triton"}
 
 
 @contextlib.contextmanager
-def interpreted():
+def _interpreted_pallas():
     """Kernels in Pallas run in its interpreter, on CPUs. Nothing that is traced here stays."""
     from jax._src.pallas import hlo_interpreter
     from jax.experimental import pallas as pl
@@ -43,38 +44,54 @@ def interpreted():
         # Programs run one after the other, as one thread.
         stack.enter_context(mock.patch.object(triton, "debug_barrier", return_value=None))
         for table in (CORRELATED_NOISE, MIN_SEP_NORM, TOEPLITZ_MULTIPLY, TOEPLITZ_SOLVE):
-            entry = table[INTERPRETED]._replace(platforms=("cpu",))
-            stack.enter_context(mock.patch.dict(table, {INTERPRETED: entry}))
+            entry = table["pallas"]._replace(platforms=("cpu",))
+            stack.enter_context(mock.patch.dict(table, pallas=entry))
         yield
     jax.clear_caches()
 
 
+INTERPRETERS = {"triton": triton_interpreter.interpreted, "pallas": _interpreted_pallas}
+
+
 def is_interpreted(table, name):
-    return name == INTERPRETED and table[name].platforms == ("cpu",)
+    """Whether it is a kernel for GPUs that runs on the CPU, a thousand times slower."""
+    return name in INTERPRETERS and table[name].platforms == ("cpu",)
+
+
+def first_on_cuda(table):
+    """The name of the implementation that CUDA takes, if it refuses nothing."""
+    return next(
+        name
+        for name, entry in table.items()
+        if "cuda" in entry.platforms and not entry.unavailable()
+    )
 
 
 def fixture(table):
     """A fixture: the name of each implementation in turn, on a device that it runs on.
 
-    Kernels for GPUs run on one in the tests marked so; those in Pallas are also interpreted, on
-    CPUs.
+    Kernels for GPUs run on one in the tests marked so, and are interpreted, on CPUs, in others.
     """
     kernels = [name for name, entry in table.items() if entry.platforms == ("cuda",)]
-    params = [name for name in table if name == INTERPRETED or name not in kernels]
+    params = [name for name in table if name in INTERPRETERS or name not in kernels]
     params += [pytest.param((n, "cuda"), marks=pytest.mark.gpu, id=f"{n}-gpu") for n in kernels]
 
     @pytest.fixture(scope="class", params=params)
     def implementation(request):
         on_gpu = isinstance(request.param, tuple)
         name = request.param[0] if on_gpu else request.param
-        if reason := table[name].unavailable():
+        interpret = name in INTERPRETERS and not on_gpu
+        # Triton's interpreter needs neither jax-triton nor a GPU.
+        by_triton = interpret and name == "triton"
+        reason = triton_interpreter.unavailable() if by_triton else table[name].unavailable()
+        if reason:
             pytest.skip(reason)
         try:
             device = jax.devices("cuda" if on_gpu else "cpu")[0]
         except RuntimeError:
             pytest.skip("there is no CUDA device here")
-        interpret = name == INTERPRETED and not on_gpu
-        with interpreted() if interpret else contextlib.nullcontext(), jax.default_device(device):
+        interpreted = INTERPRETERS[name] if interpret else contextlib.nullcontext
+        with interpreted(), jax.default_device(device):
             yield name
 
     return implementation

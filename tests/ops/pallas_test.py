@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from jax_privacy_kernels._report import report
-from jax_privacy_kernels.ops import _dispatch, _pallas, toeplitz_multiply
+from jax_privacy_kernels.ops import _dispatch, _pallas, _triton, toeplitz_multiply
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew(monkeypatch):
     monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
+    _triton.unavailable()  # remembered from now on: not of the GPU that a test makes up
+    monkeypatch.delitem(IMPLEMENTATIONS, "triton", raising=False)
     _pallas.unavailable.cache_clear()
     yield
     _pallas.unavailable.cache_clear()

@@ -15,9 +15,11 @@ from jax_privacy_kernels.ops import (
     _dispatch,
     _lookahead,
     _pallas,
+    _triton,
     correlated_noise_cpp,
     correlated_noise_jax,
     correlated_noise_pallas,
+    correlated_noise_triton,
 )
 from jax_privacy_kernels.ops._lookahead import Clock, Leaf, NoiseState
 from jax_privacy_kernels.ops._recurrence import Layout, NoisingMatrix
@@ -56,6 +58,14 @@ IMPLEMENTATIONS: _dispatch.Table = {
         refuse=correlated_noise_cpp.refuse,
         run=correlated_noise_cpp.run,
         limits="to jax: noise of 16 bits; keys other than partitionable threefry2x32",
+    ),
+    # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
+    "triton": _dispatch.Implementation(
+        platforms=("cuda",),
+        unavailable=_triton.unavailable,
+        refuse=correlated_noise_triton.refuse,
+        run=correlated_noise_triton.run,
+        limits="to the next: as cpp, and noise of 64 bits, moving averages with slots, buffers",
     ),
     "pallas": _dispatch.Implementation(
         platforms=("cuda",),

@@ -1,0 +1,335 @@
+"""One step of correlated noise on one leaf, in Triton, by the schedule of ops/_lookahead.py.
+
+Arithmetic rounds as it is written, if compiled without fusion of multiplications and additions: the
+ones that are to be fused say so.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["recurrence", "weighted_samples"]
+
+# -- Samples, as jax.random.normal makes them ---------------------------------------------------
+
+
+@triton.jit
+def _round(x0, x1, rotation: tl.constexpr):
+    x0 += x1
+    return x0, ((x1 << rotation) | (x1 >> (32 - rotation))) ^ x0
+
+
+@triton.jit
+def _four_rounds(x0, x1, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):
+    x0, x1 = _round(x0, x1, a)
+    x0, x1 = _round(x0, x1, b)
+    x0, x1 = _round(x0, x1, c)
+    return _round(x0, x1, d)
+
+
+@triton.jit
+def _threefry2x32(k0, k1, x0, x1):
+    """Threefry-2x32 with 20 rounds, Salmon et al., SC'11."""
+    k2 = k0 ^ k1 ^ 0x1BD11BDA
+    x0, x1 = _four_rounds(x0 + k0, x1 + k1, 13, 15, 26, 6)
+    x0, x1 = _four_rounds(x0 + k1, x1 + (k2 + 1), 17, 29, 16, 24)
+    x0, x1 = _four_rounds(x0 + k2, x1 + (k0 + 2), 13, 15, 26, 6)
+    x0, x1 = _four_rounds(x0 + k0, x1 + (k1 + 3), 17, 29, 16, 24)
+    x0, x1 = _four_rounds(x0 + k1, x1 + (k2 + 4), 13, 15, 26, 6)
+    return x0 + k2, x1 + (k0 + 5)
+
+
+@triton.jit
+def _sqrt2_erf_inv(u, ACCURATE: tl.constexpr):
+    """sqrt(2) erf_inv(u), by the polynomials of M. Giles (GPU Computing Gems, 2011), as in XLA."""
+    # XLA rounds u^2 before it takes log(1 - u^2), unless jax_accurate_erf_inv is set.
+    if ACCURATE:
+        w = -0.693147181 * tl.log2((1.0 - u) * (1.0 + u))
+    else:
+        w = -0.693147181 * tl.log2(1.0 - u * u)
+    x = w - 2.5
+    p = tl.fma(x, 2.81022636e-08, 3.43273939e-07)
+    p = tl.fma(p, x, -3.5233877e-06)
+    p = tl.fma(p, x, -4.39150654e-06)
+    p = tl.fma(p, x, 0.00021858087)
+    p = tl.fma(p, x, -0.00125372503)
+    p = tl.fma(p, x, -0.00417768164)
+    p = tl.fma(p, x, 0.246640727)
+    p = tl.fma(p, x, 1.50140941)
+    x = tl.sqrt(w) - 3.0
+    q = tl.fma(x, -0.000200214257, 0.000100950558)
+    q = tl.fma(q, x, 0.00134934322)
+    q = tl.fma(q, x, -0.00367342844)
+    q = tl.fma(q, x, 0.00573950773)
+    q = tl.fma(q, x, -0.0076224613)
+    q = tl.fma(q, x, 0.00943887047)
+    q = tl.fma(q, x, 1.00167406)
+    q = tl.fma(q, x, 2.83297682)
+    return tl.where(w < 5.0, p, q) * u * 1.41421356
+
+
+@triton.jit
+def _normal(key, start, lane, ACCURATE: tl.constexpr):
+    """Elements start + lane of a leaf's samples; start is a multiple of the number of lanes."""
+    high, low = (start >> 32).to(tl.uint32), start.to(tl.uint32)  # no carry from low + lane
+    x0, x1 = _threefry2x32(tl.load(key), tl.load(key + 1), high, low + lane.to(tl.uint32))
+    unit = (((x0 ^ x1) >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    lowest = -0.99999994  # the float32 above -1
+    return _sqrt2_erf_inv(tl.maximum(unit * 2.0 + lowest, lowest), ACCURATE)
+
+
+# -- A tile, or a part of one -------------------------------------------------------------------
+
+
+@triton.jit
+def _emit(grad, out, scale, x, mask):
+    """out = grad + scale x, added in the wider of the two dtypes."""
+    total = tl.load(grad, mask=mask) + tl.load(scale) * x
+    if out.dtype.element_ty.primitive_bitwidth == 16:
+        total = total.to(tl.float32)  # there is no way from 64 bits to 16 but by these
+    tl.store(out, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weights_of(weights, ahead, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    if ROWS == 1:
+        return weights
+    else:
+        return weights + tl.minimum(ahead, ROWS - 1) * WIDTH
+
+
+@triton.jit
+def _look_ahead(
+    now,
+    keys,
+    weights,
+    column,
+    size,
+    start,
+    lane,
+    mask,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """Overwrites the slots with x_t .. x_{t+S-1}, a group of GROUP terms at a time.
+
+    The S terms before a group are read once for all of it, from the last to the first; those of the
+    group itself stay in registers.
+    """
+    for done in range(0, SLOTS, GROUP):
+        first = (now + done) % SLOTS
+        past = ()
+        for _k in tl.static_range(GROUP):
+            past = past + (tl.zeros_like(lane).to(column.dtype.element_ty),)
+        slot = first
+        row = slot * size
+        for back in range(0, SLOTS, GROUP):
+            for i in tl.static_range(GROUP):
+                row = tl.where(slot == 0, (SLOTS - 1) * size, row - size)
+                slot = tl.where(slot == 0, SLOTS - 1, slot - 1)
+                x = tl.load(column + row, mask=mask)
+                sums = ()
+                for k in tl.static_range(GROUP):
+                    weight = _weights_of(weights, done + k, ROWS, WIDTH) + back + (i + 1 + k)
+                    sums = sums + (tl.fma(x, tl.load(weight), past[k]),)
+                past = sums
+        group = ()
+        for k in tl.static_range(GROUP):
+            weight = _weights_of(weights, done + k, ROWS, WIDTH)
+            z = _normal(keys + 2 * tl.minimum(done + k, SLOTS - 1), start, lane, ACCURATE)
+            x = tl.fma(z.to(column.dtype.element_ty), tl.load(weight), past[k])
+            for i in tl.static_range(k):
+                x = tl.fma(group[i], tl.load(weight + (k - i)), x)
+            group = group + (x,)
+            tl.store(column + (first + k) % SLOTS * size, x, mask=mask & (done + k < SLOTS))
+        tl.debug_barrier()  # what one thread has written another may read
+
+
+@triton.jit
+def _warm_up(t, keys, weights, column, size, start, lane, mask, ACCURATE: tl.constexpr):
+    """Writes x_t, from the t terms before it."""
+    x = _normal(keys, start, lane, ACCURATE).to(column.dtype.element_ty) * tl.load(weights)
+    for lag in range(1, t + 1):
+        x = tl.fma(tl.load(column + (t - lag) * size, mask=mask), tl.load(weights + lag), x)
+    tl.store(column + t * size, x, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _tile(
+    REFRESH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    t,
+    phase,
+    start,
+    size,
+    keys,
+    weights,
+    scale,
+    grad,
+    out,
+    ring,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    mask = lane < tl.minimum(size - start, BLOCK).to(tl.int32)
+    column = ring + start + lane
+    now = t % SLOTS
+    if REFRESH:
+        _look_ahead(
+            now,
+            keys,
+            weights,
+            column,
+            size,
+            start,
+            lane,
+            mask,
+            SLOTS,
+            ROWS,
+            WIDTH,
+            GROUP,
+            ACCURATE,
+        )
+    else:
+        if phase > t:
+            _warm_up(t, keys, weights, column, size, start, lane, mask, ACCURATE)
+    x = tl.load(column + now * size, mask=mask)
+    _emit(grad + start + lane, out + start + lane, scale, x, mask)
+
+
+# -- Kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def recurrence(
+    step,
+    keys,
+    weights,
+    scale,
+    grad,
+    _,
+    first_key,
+    minus_phase,
+    units,
+    out,
+    ring,
+    UNIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """A step of x_t = w_0 z_t + sum_l w_l x_{t-l}, for S >= 1 slots.
+
+    Of S tiles in a row one is refreshed, by TILE / PART programs, and S - 1 are read, by a program
+    each. In this order they share a processor, the ones busy computing, the others with memory.
+
+    Args:
+      step: t.
+      keys: of every leaf for steps t .. t + S - 1, two words each.
+      weights: ``[ROWS, WIDTH]``, w_0 .. w_S and zeros up to any w that a group of terms may meet;
+        one row, or one for each of the steps.
+      scale: of x in what is added to the gradients.
+      grad: ``[size]``.
+      _: the ring's buffer as an operand; it is also a result, and used as such.
+      first_key: where the leaf's keys begin.
+      minus_phase: -(phase of the leaf's first tile).
+      units: size / UNIT. So the compiler knows what the size is a multiple of.
+      out: ``[size]``.
+      ring: ``[S, size]``.
+    """
+    PARTS: tl.constexpr = TILE // PART
+    t, size = tl.load(step), tl.cast(units, tl.int64) * UNIT
+    first_tile = tl.program_id(0) // (PARTS + SLOTS - 1) * SLOTS
+    place = tl.program_id(0) % (PARTS + SLOTS - 1)
+    turn = (t % SLOTS + minus_phase + SLOTS) % SLOTS  # which of the S tiles is refreshed
+    keys += first_key
+    if place < PARTS:
+        start = tl.cast(first_tile + turn, tl.int64) * TILE + place * PART
+        if start < size:
+            _tile(
+                True,
+                PART,
+                t,
+                0,
+                start,
+                size,
+                keys,
+                weights,
+                scale,
+                grad,
+                out,
+                ring,
+                SLOTS,
+                ROWS,
+                WIDTH,
+                GROUP,
+                ACCURATE,
+            )
+    else:
+        tile = (turn + 1 + place - PARTS) % SLOTS
+        start = tl.cast(first_tile + tile, tl.int64) * TILE
+        if start < size:
+            _tile(
+                False,
+                TILE,
+                t,
+                (tile - minus_phase) % SLOTS,
+                start,
+                size,
+                keys,
+                weights,
+                scale,
+                grad,
+                out,
+                ring,
+                SLOTS,
+                ROWS,
+                WIDTH,
+                GROUP,
+                ACCURATE,
+            )
+
+
+@triton.jit
+def weighted_samples(
+    keys,
+    weights,
+    scale,
+    grad,
+    first_key,
+    samples,
+    units,
+    out,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """out = grad + scale sum_j w_j z_j, by a program for every tile.
+
+    Args:
+      keys: of every leaf for each sample, two words each.
+      weights: ``[samples]`` w; a sample whose weight is zero is not made.
+      scale, grad, first_key, units, out: as of `recurrence`.
+      samples: how many there are.
+    """
+    start, size = tl.cast(tl.program_id(0), tl.int64) * TILE, tl.cast(units, tl.int64) * UNIT
+    lane = tl.arange(0, TILE)
+    mask = lane < tl.minimum(size - start, TILE).to(tl.int32)
+    x = tl.zeros_like(lane).to(weights.dtype.element_ty)
+    for j in range(samples):
+        weight = tl.load(weights + j)
+        if weight != 0:
+            z = _normal(keys + first_key + 2 * j, start, lane, ACCURATE)
+            x = tl.fma(z.to(weights.dtype.element_ty), weight, x)
+    _emit(grad + start + lane, out + start + lane, scale, x, mask)

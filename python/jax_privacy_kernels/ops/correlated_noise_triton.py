@@ -1,0 +1,137 @@
+"""Correlated noise as one launch for every leaf, in Triton (kernels/correlated_noise_triton.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_privacy_kernels.ops import _triton
+from jax_privacy_kernels.ops._lookahead import TILE, Leaf
+from jax_privacy_kernels.ops._recurrence import Layout
+
+__all__ = ["refuse", "run"]
+
+# Terms made together, at most, and elements of a tile to a program that makes them: more of either
+# keeps more in registers, and from 96 of them on the compiler starts to spill.
+GROUP = 8
+PART = 256
+
+
+def refuse(leaf: Leaf, layout: Layout) -> str | None:
+    """Why this implementation cannot take the leaf, or None."""
+    if not layout.ahead:
+        return "it samples threefry2x32 keys with jax_threefry_partitionable only"
+    if leaf.noise_dtype != jnp.float32:
+        return f"it samples float32, not {leaf.noise_dtype}"
+    if layout.filter != "recurrence" and layout.rows:
+        return f"it keeps no state of a {layout.filter}"
+    return None
+
+
+def run(
+    layout: Layout,
+    leaves: Sequence[Leaf],
+    step: jax.Array,
+    keys: jax.Array,
+    coef: jax.Array,
+    scale: jax.Array,
+    grads: Sequence[jax.Array],
+    rings: Sequence[jax.Array],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """One step; the contract stands in correlated_noise.py, above its table."""
+    assert layout.ahead
+    leaf_keys = _leaf_keys(layout, keys, leaves[0].count)
+    outs, new_rings = [], []
+    for leaf, grad, ring in zip(leaves, grads, rings, strict=True):
+        weights = _weights(layout, step, coef.astype(ring.dtype))
+        arrays = [leaf_keys, weights, scale.astype(ring.dtype), grad]
+        first_key = leaf_keys[0].size * leaf.index
+        if layout.slots:
+            out, ring = _recurrence(layout.slots, leaf, first_key, [step, *arrays, ring])
+        else:
+            out = _weighted_samples(leaf, first_key, arrays)
+        outs.append(out)
+        new_rings.append(ring)
+    return outs, new_rings
+
+
+def _recurrence(
+    slots: int, leaf: Leaf, first_key: int, arrays: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    from jax_privacy_kernels.kernels import correlated_noise_triton
+
+    *_, weights, _, grad, ring = arrays
+    unit = _triton.divisor(leaf.size)
+    tiles = -(-leaf.size // TILE)
+    return _triton.call(
+        correlated_noise_triton.recurrence,
+        arrays,
+        # No phase makes a number 1, for which there would be another kernel.
+        [first_key, -(leaf.first_tile % slots), leaf.size // unit],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (grad, ring)],
+        programs=-(-tiles // slots) * (TILE // PART + slots - 1),
+        aliases={len(arrays) - 1: 1},
+        UNIT=unit,
+        SLOTS=slots,
+        ROWS=weights.shape[0],
+        WIDTH=weights.shape[1],
+        GROUP=_group(slots),
+        PART=PART,
+        TILE=TILE,
+        ACCURATE=_accurate(),
+    )
+
+
+def _weighted_samples(leaf: Leaf, first_key: int, arrays: Sequence[jax.Array]) -> jax.Array:
+    from jax_privacy_kernels.kernels import correlated_noise_triton
+
+    _, weights, _, grad = arrays
+    unit = _triton.divisor(leaf.size)
+    (out,) = _triton.call(
+        correlated_noise_triton.weighted_samples,
+        arrays,
+        [first_key, weights.size, leaf.size // unit],
+        [jax.ShapeDtypeStruct(grad.shape, grad.dtype)],
+        programs=-(-leaf.size // TILE),
+        UNIT=unit,
+        TILE=TILE,
+        ACCURATE=_accurate(),
+    )
+    return out
+
+
+def _leaf_keys(layout: Layout, keys: jax.Array, count: int) -> jax.Array:
+    """``[count, samples, 2]`` uint32, the keys of every leaf's samples."""
+    leaf_keys = jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+    if layout.filter == "row":
+        samples = jnp.arange(layout.behind + 1)
+        fold_in = jax.vmap(jax.random.fold_in, (None, 0))
+        leaf_keys = jax.vmap(fold_in, (0, None))(leaf_keys[:, 0], samples)
+    return jax.random.key_data(leaf_keys)
+
+
+def _weights(layout: Layout, step: jax.Array, coef: jax.Array) -> jax.Array:
+    """The coefficients as the kernels take them."""
+    if layout.filter == "moving_average":
+        happened = step - layout.behind + jnp.arange(layout.behind + 1) >= 0
+        return jnp.where(happened, coef[0], 0)
+    if layout.filter == "row":
+        return coef[0]
+    weights = jnp.concatenate([jnp.ones_like(coef[:, :1]), -coef[:, 1:]], axis=1) / coef[:, :1]
+    if not layout.slots:
+        return weights[0]
+    # Behind the last lag, zeros for what the groups at either end reach beyond it.
+    group = _group(layout.slots)
+    width = -(-layout.slots // group) * group + group
+    return jnp.pad(weights, ((0, 0), (0, width - weights.shape[1])))
+
+
+def _group(slots: int) -> int:
+    """The size of a group: as many as there must be, and these as equal as can be."""
+    return -(-slots // -(-slots // GROUP))
+
+
+def _accurate() -> bool:
+    return bool(getattr(jax.config, "jax_accurate_erf_inv", False))

@@ -1,0 +1,116 @@
+"""Compiles every kernel in Triton as the ops launch it, for GPUs that need not be there.
+
+Prints a line of JSON for every kernel and architecture. A process of its own: one that has imported
+Triton to interpret kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import jax_privacy_kernels
+from jax_privacy_kernels.ops import BandedRecurrence, _triton, correlated_noise, dense_noise
+from jax_privacy_kernels.ops import init_correlated_noise as init
+from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
+
+ARCHITECTURES = (80, 90, 100)
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+TYPES |= {"int32": "i32", "uint32": "u32"}
+
+
+def compiler(label):
+    """A `_triton.call` that compiles instead of launching."""
+
+    def call(kernel, arrays, numbers, outs, *, programs, warps=4, aliases=None, **constants):
+        del programs, aliases
+        pointers = [f"*{TYPES[x.dtype.name]}" for x in (*arrays, *outs)]
+        scalars = ["i32" if abs(number) < 2**31 else "i64" for number in numbers]
+        first = len(arrays)
+        signature = dict(
+            zip(kernel.arg_names, [*pointers[:first], *scalars, *pointers[first:]], strict=False)
+        )
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, kind in enumerate(signature.values())
+            if kind[0] == "*"
+        }
+        ones = {kernel.arg_names[first + i]: 1 for i, number in enumerate(numbers) if number == 1}
+        constants |= ones
+        signature |= dict.fromkeys(constants, "constexpr")
+        for architecture in ARCHITECTURES:
+            compiled = triton.compile(
+                ASTSource(kernel, signature, constants, aligned),
+                target=GPUTarget("cuda", architecture, 32),
+                options={"num_warps": warps, "enable_fp_fusion": False},
+            )
+            result = {"case": label, "kernel": kernel.__name__, "sm": architecture}
+            result |= usage(compiled.asm["cubin"])
+            result["shared"] = compiled.metadata.shared
+            print(json.dumps(result), flush=True)
+        return [jnp.zeros(out.shape, out.dtype) for out in outs]
+
+    return call
+
+
+def usage(cubin):
+    """Registers of a thread, and bytes of its stack: where what is spilled goes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
+
+
+def noise(coef, size, dtype="float32"):
+    def step():
+        key, matrix = jax.random.key(0), BandedRecurrence(jnp.asarray(coef))
+        grads = jnp.zeros(size, dtype)
+        options = {"dtype": "float32"}
+        state = init(grads, matrix, key=key, **options)
+        impl = jax.random.key_impl(key)
+        return correlated_noise(grads, state, matrix, stddev=1.0, key_impl=impl, **options)
+
+    return step
+
+
+def dense():
+    return dense_noise(jnp.zeros(1000), jnp.ones(5), key=jax.random.key(0))
+
+
+CASES = {
+    "1 band": noise(jnp.ones(1), 1000),
+    "2 bands": noise(jnp.ones(2), 1000),
+    "8 bands": noise(jnp.ones(8), 1000),
+    "64 bands": noise(jnp.ones(64), 1000),
+    "64 bands by row, bfloat16, an odd size": noise(jnp.ones((70, 64)), 1001, "bfloat16"),
+    "8 bands, more than 2^31 elements": noise(jnp.ones(8), 2**31 + 9),
+    "a dense row": dense,
+}
+
+
+def main(names):
+    table = CORRELATED_NOISE
+    entry = table["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
+    with mock.patch.dict(table, triton=entry):
+        for name in names or CASES:
+            compiling = mock.patch.object(_triton, "call", compiler(name))
+            with compiling, jax_privacy_kernels.implementation("triton"):
+                jax.clear_caches()
+                jax.eval_shape(CASES[name])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

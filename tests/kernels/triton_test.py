@@ -1,0 +1,41 @@
+"""Every kernel in Triton compiles for every architecture, and spills no registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+SCRIPT = pathlib.Path(__file__).with_name("compile_triton.py")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, str(SCRIPT)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_all_are_there(compiled):
+    assert {kernel["sm"] for kernel in compiled} == {80, 90, 100}
+    assert {kernel["kernel"] for kernel in compiled} == {"recurrence", "weighted_samples"}
+
+
+def test_nothing_is_spilled(compiled, record_property):
+    for kernel in compiled:
+        print(*(f"{key} {value}" for key, value in kernel.items()), sep=", ")
+        record_property(f"{kernel['case']}, sm_{kernel['sm']}", kernel["registers"])
+    assert not [kernel for kernel in compiled if kernel["stack"] or kernel["local"]]
+    # Four warps of a program: this many registers leave room for five programs on a processor.
+    assert max(kernel["registers"] for kernel in compiled) <= 96

@@ -14,15 +14,20 @@ import pytest
 if not importlib.util.find_spec("triton"):
     pytest.skip("triton is not installed", allow_module_level=True)
 
-SCRIPT = pathlib.Path(__file__).with_name("compile_triton.py")
+FOLDER = pathlib.Path(__file__).parent
+
+
+def run(script, cache, *arguments):
+    """In a process of its own: in this one Triton may have been told to interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, str(SCRIPT)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = run("compile_triton.py", tmp_path_factory.mktemp("triton"))
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -39,3 +44,14 @@ def test_nothing_is_spilled(compiled, record_property):
     assert not [kernel for kernel in compiled if kernel["stack"] or kernel["local"]]
     # Four warps of a program: this many registers leave room for five programs on a processor.
     assert max(kernel["registers"] for kernel in compiled) <= 96
+
+
+def test_lowering(tmp_path):
+    """A custom call for every leaf, in which the ring keeps its place."""
+    result = run("lower_triton.py", tmp_path, "cuda")
+    if result.returncode == 77:
+        pytest.skip(result.stdout)
+    assert result.returncode == 0, result.stderr
+    calls = [line for line in result.stdout.splitlines() if "@triton_kernel_call(" in line]
+    assert len(calls) == 3
+    assert all("output_tuple_indices = [1], operand_index = 5" in call for call in calls)

@@ -110,7 +110,8 @@ def _patched_language():
 
     from jax_privacy_kernels.kernels import correlated_noise_triton as kernels
 
-    assert isinstance(kernels.recurrence, interpreter.InterpretedFunction)
+    for function in (tl.zeros, kernels.recurrence):  # before this process first imported Triton
+        assert isinstance(function, interpreter.InterpretedFunction), "TRITON_INTERPRET was not set"
     # What kernels see of it, and what its own functions do.
     scopes = [interpreter._patch_lang(f.fn) for f in (kernels.recurrence, tl.zeros)]
     scopes[-1].set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())

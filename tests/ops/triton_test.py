@@ -1,0 +1,200 @@
+"""When kernels in Triton are available, and that their offsets are long."""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import triton_interpreter
+
+from jax_privacy_kernels.ops import (
+    BandedRecurrence,
+    _counter_prng,
+    _triton,
+    correlated_noise,
+    init_correlated_noise,
+)
+from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
+
+KEY = jax.random.key(3)
+
+
+def step(coef, grads, implementation=None):
+    """A first step of noise for a tree of ShapeDtypeStructs, and its arguments."""
+    matrix = BandedRecurrence(jnp.asarray(coef, jnp.float32))
+    state = jax.eval_shape(lambda: init_correlated_noise(grads, matrix, key=KEY))
+
+    def update(grads, state):
+        return correlated_noise(
+            grads,
+            state,
+            matrix,
+            stddev=1.0,
+            key_impl=jax.random.key_impl(KEY),
+            implementation=implementation,
+        )
+
+    return update, (grads, state)
+
+
+# -- Whether it is available --------------------------------------------------------------------
+
+
+@pytest.fixture
+def unavailable():
+    _triton.unavailable.cache_clear()
+    yield _triton.unavailable
+    _triton.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("module", ["triton", "jax_triton"])
+def test_missing_packages(unavailable, monkeypatch, module):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else name)
+    assert unavailable() == f"not installed: {module} (extra cuda; Python 3.12 or newer)"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """jax_triton, and triton, not told to interpret, as far as it is looked at."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    knobs = types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=False))
+    modules = {"jax_triton": types.ModuleType("jax_triton"), "triton": types.ModuleType("triton")}
+    modules["triton"].knobs = knobs
+    with mock.patch.dict("sys.modules", modules):
+        yield knobs
+
+
+def has_gpu(monkeypatch, capability):
+    device = types.SimpleNamespace(compute_capability=capability, device_kind="A GPU")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+
+
+def test_no_gpu(unavailable, installed, monkeypatch):
+    def none(backend):
+        raise RuntimeError(f"no {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    assert "there is none" in unavailable()
+
+
+def test_old_gpu(unavailable, installed, monkeypatch):
+    has_gpu(monkeypatch, "7.5")
+    assert unavailable() == "it needs compute capability 8.0, and A GPU has 7.5"
+
+
+def test_gpu(unavailable, installed, monkeypatch):
+    has_gpu(monkeypatch, "8.0")
+    assert unavailable() is None
+
+
+def test_interpreter_is_for_tests(unavailable, installed, monkeypatch):
+    has_gpu(monkeypatch, "9.0")
+    installed.runtime.interpret = True
+    assert unavailable() == "TRITON_INTERPRET is set"
+
+
+def test_by_name(unavailable, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    update, arguments = step((1.0, 0.5), [jax.ShapeDtypeStruct((5,), jnp.float32)], "triton")
+    with pytest.raises(ValueError, match=r"'triton'.*not installed: triton, jax_triton"):
+        jax.eval_shape(update, *arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_noise_that_it_does_not_take(monkeypatch, dtype):
+    entry = IMPLEMENTATIONS["triton"]._replace(unavailable=lambda: None)
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", entry)
+    with jax.enable_x64(True):
+        update, arguments = step((1.0,), [jax.ShapeDtypeStruct((5,), dtype)], "triton")
+        with pytest.raises(ValueError, match=f"triton: it samples float32, not {dtype}"):
+            jax.eval_shape(update, *arguments)
+
+
+# -- Leaves of more than 2^32 elements ----------------------------------------------------------
+
+
+def launches(update, arguments):
+    """What `_triton.call` is called with."""
+    found = []
+
+    def call(kernel, arrays, numbers, outs, *, programs, aliases=None, **constants):
+        found.append((kernel, arrays, numbers, programs, constants))
+        return [jnp.zeros(out.shape, out.dtype) for out in outs]
+
+    with mock.patch.object(_triton, "call", call):
+        jax.clear_caches()
+        jax.eval_shape(update, *arguments)
+    jax.clear_caches()
+    return found
+
+
+def memory(shape):
+    """A float32 array of any size; what is not touched takes no memory."""
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux, which has no name in mmap
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return np.frombuffer(mmap.mmap(-1, 4 * int(np.prod(shape)), flags), np.float32).reshape(shape)
+
+
+def run_program(kernel, index, programs, arguments, constants):
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.set_grid_dim(programs, 1, 1)
+    builder.set_grid_idx(index, 0, 0)
+    kernel.rewrite()(*map(interpreter._implicit_cvt, arguments), **constants)
+
+
+def last_samples(key, start, count):
+    """Elements from ``start`` on, above 2^32, of jax.random.normal."""
+    leaf_key = jax.random.split(key, 1)[0]
+    words = [*np.asarray(jax.random.key_data(leaf_key)), start >> 32, start & 0xFFFFFFFF]
+    at = jax.random.wrap_key_data(
+        jnp.asarray(words, jnp.uint32), impl=jax.random.key_impl(_counter_prng.at(leaf_key, 0))
+    )
+    return np.asarray(jax.random.normal(at, (count,)))
+
+
+@pytest.mark.parametrize("coef", [(2.0,), (1.0, 0.5, 0.25)])
+def test_offsets_are_long(coef):
+    if reason := triton_interpreter.unavailable():
+        pytest.skip(reason)
+    size, start, slots = 2**32 + 9, 2**32, len(coef) - 1
+    with triton_interpreter.interpreted():
+        update, arguments = step(coef, [jax.ShapeDtypeStruct((size,), jnp.float32)], "triton")
+        ((kernel, arrays, numbers, programs, constants),) = launches(update, arguments)
+        key, keys = KEY, []
+        for _ in range(max(slots, 1)):
+            key, subkey = jax.random.split(key)
+            keys.append(subkey)
+        words = np.stack([jax.random.key_data(jax.random.split(key, 1)[0]) for key in keys])
+        grad, out = memory((size,)), memory((size,))
+        grad[start:] = 1.0
+        weights = np.zeros(arrays[2 if slots else 1].shape, np.float32)
+        weights.flat[: slots + 1] = np.array([1, *(-c for c in coef[1:])]) / coef[0]
+        inputs = [words, weights, np.float32([3.0]), grad]
+        results = [out]
+        if slots:
+            ring = memory((slots, size))
+            inputs, results = [np.int32([0]), *inputs, ring], [out, ring]
+        wrapped = [triton_interpreter._Array(x) for x in inputs]
+        wrapped += [*numbers, *map(triton_interpreter._Array, results)]
+        # At step 0 the first of S tiles is refreshed, and so is this one: 2^22 is even.
+        parts = 1024 // constants.get("PART", 1024)
+        index = 2**22 // slots * (parts + slots - 1) if slots else programs - 1
+        assert index < programs < 2**31
+        run_program(kernel, index, programs, wrapped, constants)
+    z = [last_samples(key, start, size - start) for key in keys]
+    x = z[0] / coef[0]
+    np.testing.assert_allclose(out[start:], 1 + 3 * x, rtol=1e-5, atol=1e-5)
+    if slots:
+        np.testing.assert_allclose(ring[0, start:], x, rtol=1e-5, atol=1e-5)
+        second = (z[1] - coef[1] * x) / coef[0]
+        np.testing.assert_allclose(ring[1, start:], second, rtol=1e-5, atol=1e-5)
+    assert not out[:9].any()
+    assert not out[start - 9 : start].any()

@@ -6,6 +6,7 @@ Triton to interpret kernels cannot compile them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -20,10 +21,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import jax_privacy_kernels
-from jax_privacy_kernels.ops import BandedRecurrence, _triton, correlated_noise, dense_noise
+from jax_privacy_kernels.ops import (
+    BandedRecurrence,
+    _triton,
+    correlated_noise,
+    dense_noise,
+    min_sep_norm,
+    toeplitz_multiply,
+    toeplitz_solve,
+)
 from jax_privacy_kernels.ops import init_correlated_noise as init
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
+from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
+from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
+from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
 
+TABLES = (CORRELATED_NOISE, MIN_SEP_NORM, TOEPLITZ_MULTIPLY, TOEPLITZ_SOLVE)
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 TYPES |= {"int32": "i32", "uint32": "u32"}
@@ -90,6 +103,18 @@ def dense():
     return dense_noise(jnp.zeros(1000), jnp.ones(5), key=jax.random.key(0))
 
 
+def multiply():
+    return toeplitz_multiply(jnp.ones(9), jnp.ones((20, 2)))
+
+
+def solve():
+    return toeplitz_solve(jnp.ones(9), jnp.ones((20, 2)))
+
+
+def norm():
+    return min_sep_norm(jnp.ones(9), n=10, min_sep=3, max_participations=2)
+
+
 CASES = {
     "1 band": noise(jnp.ones(1), 1000),
     "2 bands": noise(jnp.ones(2), 1000),
@@ -98,13 +123,17 @@ CASES = {
     "64 bands by row, bfloat16, an odd size": noise(jnp.ones((70, 64)), 1001, "bfloat16"),
     "8 bands, more than 2^31 elements": noise(jnp.ones(8), 2**31 + 9),
     "a dense row": dense,
+    "a product": multiply,
+    "a solution": solve,
+    "a norm": norm,
 }
 
 
 def main(names):
-    table = CORRELATED_NOISE
-    entry = table["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
-    with mock.patch.dict(table, triton=entry):
+    with contextlib.ExitStack() as stack:
+        for table in TABLES:
+            entry = table["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
+            stack.enter_context(mock.patch.dict(table, triton=entry))
         for name in names or CASES:
             compiling = mock.patch.object(_triton, "call", compiler(name))
             with compiling, jax_privacy_kernels.implementation("triton"):

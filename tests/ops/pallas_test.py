@@ -18,7 +18,7 @@ from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS
 def _asked_anew(monkeypatch):
     monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
     _triton.unavailable()  # remembered from now on: not of the GPU that a test makes up
-    monkeypatch.delitem(IMPLEMENTATIONS, "triton", raising=False)
+    monkeypatch.delitem(IMPLEMENTATIONS, "triton")  # which would come first
     _pallas.unavailable.cache_clear()
     yield
     _pallas.unavailable.cache_clear()

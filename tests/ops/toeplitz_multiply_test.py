@@ -171,7 +171,8 @@ class TestImplementation:
             assert abs(error) <= (len(terms) + 2) * coefficients.UNIT * sum(map(abs, terms))
 
     def test_square_of_the_optimal_strategy(self, implementation):
-        n = 2000 if implementation == "jax" else 20_000
+        slow = implementations.is_slow(IMPLEMENTATIONS, implementation)
+        n = 2000 if implementation == "jax" or slow else 20_000
         with jax.enable_x64(True):
             coef = toeplitz.optimal_max_error_strategy_coefs(n)
             ones = toeplitz_multiply(coef, coef, implementation=implementation)
@@ -186,6 +187,8 @@ class TestImplementation:
     )
     def test_long_vectors(self, implementation, kind, n, m, transpose, rows):
         """Entries are accurate relative to their own terms, however small those are."""
+        if implementations.is_slow(IMPLEMENTATIONS, implementation):
+            pytest.skip("too long for an interpreter")
         coef, x = LONG[kind](np.random.default_rng(0), n)
         coef = coef[:m].astype(np.float32)
         with jax.enable_x64(kind != "32 bits"):
@@ -201,6 +204,8 @@ class TestImplementation:
             coefficients.close(y[i], terms.sum(), 2e-13 * np.abs(terms).sum())
 
     def test_gradients_of_long_vectors(self, implementation):
+        if implementations.is_slow(IMPLEMENTATIONS, implementation):
+            pytest.skip("too long for an interpreter")
         n, m = 2**14, 2**14 + 3
         rng = np.random.default_rng(0)
         coef, x, weights = rng.normal(size=(2, m)), rng.normal(size=(2, n)), rng.normal(size=n)

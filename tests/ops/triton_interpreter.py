@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import math
 import os
+import sys
+import threading
 from unittest import mock
 
 import jax
 import numpy as np
 
-from jax_privacy_kernels.ops import _triton, correlated_noise_triton
-from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
+from jax_privacy_kernels.ops import _triton, correlated_noise_triton, toeplitz_multiply_triton
 
+OPS = ("correlated_noise", "min_sep_norm", "toeplitz_multiply", "toeplitz_solve")
 INTERPRET = {"TRITON_INTERPRET": "1"}  # Triton looks for it when it is imported, and later
 
 
@@ -22,10 +25,22 @@ def unavailable():
     """Why nothing can be interpreted, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if "triton" in sys.modules and not _interprets():
+        return "this process has imported triton to compile"
     with contextlib.suppress(RuntimeError):
         jax.devices("cuda")
         return "there is a GPU, and a process cannot both compile and interpret"
     return None
+
+
+def _interprets():
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    return isinstance(tl.zeros, interpreter.InterpretedFunction)
+
+
+_ONE_AT_A_TIME = threading.Lock()  # XLA has many threads; the interpreter knows of one program
 
 
 class _Array:
@@ -75,7 +90,8 @@ def call(kernel, arrays, numbers, outs, *, programs, warps=4, aliases=None, **co
         results = [np.full(math.prod(out.shape), 77, out.dtype) for out in outs]
         for operand, result in (aliases or {}).items():
             results[result][:] = arrays[operand]
-        kernel[(programs,)](*map(_Array, arrays), *numbers, *map(_Array, results), **constants)
+        with _ONE_AT_A_TIME:
+            kernel[(programs,)](*map(_Array, arrays), *numbers, *map(_Array, results), **constants)
         return [x.view(np.uint8) for x in results]
 
     # Bytes: XLA calls from any thread, and x64 mode is that of the one where this is traced.
@@ -110,8 +126,6 @@ def _patched_language():
 
     from jax_privacy_kernels.kernels import correlated_noise_triton as kernels
 
-    for function in (tl.zeros, kernels.recurrence):  # before this process first imported Triton
-        assert isinstance(function, interpreter.InterpretedFunction), "TRITON_INTERPRET was not set"
     # What kernels see of it, and what its own functions do.
     scopes = [interpreter._patch_lang(f.fn) for f in (kernels.recurrence, tl.zeros)]
     scopes[-1].set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())
@@ -132,15 +146,20 @@ def _patched_language():
 @contextlib.contextmanager
 def interpreted():
     """Kernels in Triton run on CPUs. Nothing traced here stays."""
-    entry = IMPLEMENTATIONS["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
-    with (
-        mock.patch.dict(os.environ, INTERPRET),
-        _patched_language(),
-        mock.patch.object(_triton, "call", call),
-        # What takes time is the number of operations, not of elements.
-        mock.patch.object(correlated_noise_triton, "PART", 512),
-        mock.patch.dict(IMPLEMENTATIONS, triton=entry),
-    ):
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.dict(os.environ, INTERPRET),
+            _patched_language(),
+            mock.patch.object(_triton, "call", call),
+            # What takes time is the number of operations, not of elements.
+            mock.patch.object(correlated_noise_triton, "PART", 512),
+            mock.patch.multiple(toeplitz_multiply_triton, ROWS=128, LAGS=256),
+        ):
+            stack.enter_context(patch)
+        for op in OPS:  # all: the derivative of one may call another
+            table = importlib.import_module(f"jax_privacy_kernels.ops.{op}").IMPLEMENTATIONS
+            entry = table["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
+            stack.enter_context(mock.patch.dict(table, triton=entry))
         jax.clear_caches()
         yield
     jax.clear_caches()

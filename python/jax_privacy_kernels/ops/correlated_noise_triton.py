@@ -13,8 +13,8 @@ from jax_privacy_kernels.ops._recurrence import Layout
 
 __all__ = ["refuse", "run"]
 
-# Terms made together, at most, and elements of a tile to a program that makes them: more of either
-# keeps more in registers, and from 96 of them on the compiler starts to spill.
+# Terms made together, at most, and elements of a tile to a program that makes them. With twice as
+# many of either, the compiler spills registers for some dtypes and sizes.
 GROUP = 8
 PART = 256
 

@@ -13,9 +13,11 @@ from jax_privacy_kernels.ops import (
     _cpp,
     _dispatch,
     _pallas,
+    _triton,
     min_sep_norm_cpp,
     min_sep_norm_jax,
     min_sep_norm_pallas,
+    min_sep_norm_triton,
 )
 
 __all__ = ["IMPLEMENTATIONS", "min_sep_norm"]
@@ -31,6 +33,10 @@ __all__ = ["IMPLEMENTATIONS", "min_sep_norm"]
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",), run=min_sep_norm_cpp.run, unavailable=_cpp.unavailable
+    ),
+    # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
+    "triton": _dispatch.Implementation(
+        platforms=("cuda",), run=min_sep_norm_triton.run, unavailable=_triton.unavailable
     ),
     "pallas": _dispatch.Implementation(
         platforms=("cuda",), run=min_sep_norm_pallas.run, unavailable=_pallas.unavailable

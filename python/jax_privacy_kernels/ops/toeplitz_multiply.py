@@ -14,9 +14,11 @@ from jax_privacy_kernels.ops import (
     _cpp,
     _dispatch,
     _pallas,
+    _triton,
     toeplitz_multiply_cpp,
     toeplitz_multiply_jax,
     toeplitz_multiply_pallas,
+    toeplitz_multiply_triton,
 )
 
 __all__ = ["IMPLEMENTATIONS", "toeplitz_multiply"]
@@ -32,6 +34,10 @@ __all__ = ["IMPLEMENTATIONS", "toeplitz_multiply"]
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",), run=toeplitz_multiply_cpp.run, unavailable=_cpp.unavailable
+    ),
+    # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
+    "triton": _dispatch.Implementation(
+        platforms=("cuda",), run=toeplitz_multiply_triton.run, unavailable=_triton.unavailable
     ),
     "pallas": _dispatch.Implementation(
         platforms=("cuda",), run=toeplitz_multiply_pallas.run, unavailable=_pallas.unavailable

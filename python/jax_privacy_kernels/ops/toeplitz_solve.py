@@ -13,9 +13,11 @@ from jax_privacy_kernels.ops import (
     _cpp,
     _dispatch,
     _pallas,
+    _triton,
     toeplitz_solve_cpp,
     toeplitz_solve_jax,
     toeplitz_solve_pallas,
+    toeplitz_solve_triton,
 )
 from jax_privacy_kernels.ops.toeplitz_multiply import coefficients_bar
 
@@ -31,6 +33,10 @@ __all__ = ["IMPLEMENTATIONS", "toeplitz_solve"]
 IMPLEMENTATIONS: _dispatch.Table = {
     "cpp": _dispatch.Implementation(
         platforms=("cpu",), run=toeplitz_solve_cpp.run, unavailable=_cpp.unavailable
+    ),
+    # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
+    "triton": _dispatch.Implementation(
+        platforms=("cuda",), run=toeplitz_solve_triton.run, unavailable=_triton.unavailable
     ),
     "pallas": _dispatch.Implementation(
         platforms=("cuda",), run=toeplitz_solve_pallas.run, unavailable=_pallas.unavailable

@@ -36,7 +36,7 @@ def error_of(coef, x, transpose):
 
 
 def check(case, implementation):
-    if implementations.is_slow(IMPLEMENTATIONS, implementation) and case.n > 4000:
+    if implementations.is_slow(IMPLEMENTATIONS, implementation) and case.n > 2000:
         pytest.skip("too long for an interpreter")
     with jax.enable_x64(case.x64):
         actual = toeplitz_solve(

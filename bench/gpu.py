@@ -256,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--seconds", type=float, default=420, help="after which nothing new is begun (420)"
     )
     args = parser.parse_args(argv)
+    if not args.quick and jax.default_backend() != "gpu":
+        parser.error(f"expected a GPU, found {jax.devices()}; --quick takes what there is")
     deadline = time.monotonic() + args.seconds
     cases, repeats = (QUICK, 3) if args.quick else (CASES, args.repeats)
     size = 10_000 if args.quick else LARGE

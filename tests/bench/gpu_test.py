@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import benchmarks
 import jax
@@ -54,6 +55,13 @@ def test_what_cannot_be_measured_is_left_out(bench, monkeypatch, tmp_path, capsy
     (row,) = json.loads(next(tmp_path.glob("gpu-*.json")).read_text())["rows"]
     assert row["missing"] == dict.fromkeys(bench.contestants(), reason)
     assert capsys.readouterr().out.count(reason) == len(bench.contestants())
+
+
+def test_without_a_gpu(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench.jax, "default_backend", lambda: "cpu")
+    with pytest.raises(SystemExit):
+        bench.main([])
+    assert re.search(r"expected a GPU, found \[.+\]; --quick", capsys.readouterr().err)
 
 
 def test_floors_are_those_of_the_largest_size(bench):

@@ -48,7 +48,7 @@ def compiler(label):
     def call(kernel, arrays, numbers, outs, *, programs, warps=4, aliases=None, **constants):
         del programs, aliases
         pointers = [f"*{TYPES[x.dtype.name]}" for x in (*arrays, *outs)]
-        scalars = ["i32" if abs(number) < 2**31 else "i64" for number in numbers]
+        scalars = [scalar_type(number) for number in numbers]
         first = len(arrays)
         signature = dict(
             zip(kernel.arg_names, [*pointers[:first], *scalars, *pointers[first:]], strict=False)
@@ -70,10 +70,18 @@ def compiler(label):
             result = {"case": label, "kernel": kernel.__name__, "sm": architecture}
             result |= usage(compiled.asm["cubin"])
             result["shared"] = compiled.metadata.shared
+            result["barriers"] = compiled.asm["ttir"].count("gpu.barrier")
             print(json.dumps(result), flush=True)
         return [jnp.zeros(out.shape, out.dtype) for out in outs]
 
     return call
+
+
+def scalar_type(number):
+    """As jax-triton has it."""
+    if -(2**31) <= number < 2**31:
+        return "i32"
+    return "u32" if 0 <= number < 2**32 else "i64"
 
 
 def usage(cubin):
@@ -122,6 +130,7 @@ CASES = {
     "64 bands": noise(jnp.ones(64), 1000),
     "64 bands by row, bfloat16, an odd size": noise(jnp.ones((70, 64)), 1001, "bfloat16"),
     "8 bands, more than 2^31 elements": noise(jnp.ones(8), 2**31 + 9),
+    "8 bands, more than 2^32 elements": noise(jnp.ones(8), 2**32 + 9),
     "a dense row": dense,
     "a product": multiply,
     "a solution": solve,

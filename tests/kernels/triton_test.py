@@ -53,6 +53,13 @@ def test_nothing_is_spilled(compiled, record_property):
     assert max(noise) <= 80
 
 
+def test_threads_wait_for_what_others_have_written(compiled):
+    """An interpreter runs one thread, and misses no barrier."""
+    expected = {"recurrence": 2, "solve": 1, "window_sums": 1}
+    for kernel in compiled:
+        assert kernel["barriers"] == expected.get(kernel["kernel"], 0), kernel
+
+
 def test_lowering(tmp_path):
     """A custom call for every leaf, in which the ring keeps its place."""
     result = run("lower_triton.py", tmp_path, "cuda")

@@ -54,8 +54,8 @@ def call(
 ) -> list[jax.Array]:
     """Launches ``kernel(*arrays, *numbers, *outs, **constants)``.
 
-    A kernel is compiled once for all numbers but 1, which jax-triton makes a constant, and once for
-    those that need 64 bits.
+    A kernel is compiled once for all numbers but 1, which jax-triton makes a constant, and once
+    more for those from 2^31 on, which are unsigned, and from 2^32 on, of 64 bits.
 
     Args:
       kernel: a function of `triton.jit`.

@@ -390,6 +390,30 @@ def check_pallas_lowers(op, table, *arguments):
             assert CUDA_CALLS["pallas"] in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def check_long_ones_are_refused(op, table, monkeypatch, shapes):
+    """Kernels with indices of 32 bits take problems of 2^30 rows, and no longer ones.
+
+    Args:
+      shapes: from a number of rows to an op of that many and the shapes of its arguments.
+    """
+    for name in CUDA_CALLS:
+        entry = table[name]._replace(unavailable=lambda: None, run=table["jax"].run)
+        monkeypatch.setitem(table, name, entry)
+    for rows in (2**30, 2**30 + 1, 2**31 + 1):
+        function, *shape = shapes(rows)
+        arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shape]
+        for name in CUDA_CALLS:
+            call = functools.partial(
+                jax.eval_shape, functools.partial(function, implementation=name), *arguments
+            )
+            if rows == 2**30:
+                call()
+            else:
+                with pytest.raises(ValueError, match=f"{op}.*{name}: {rows} rows.*most {2**30}"):
+                    call()
+        jax.eval_shape(function, *arguments)
+
+
 F = "float32"
 WRONG_ROWS = {  # messages of functions of rows, and arguments and results that they are about
     "needs float32 or float64 rows": [

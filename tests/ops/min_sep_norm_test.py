@@ -282,6 +282,13 @@ def test_pallas_lowers_for_cuda():
     coefficients.check_pallas_lowers(*OP[1:], COEF)
 
 
+def test_long_ones_are_refused(monkeypatch):
+    def shapes(rows):
+        return functools.partial(min_sep_norm, **{**STATIC, "n": rows}), (3,)
+
+    coefficients.check_long_ones_are_refused(OP[0], OP[2], monkeypatch, shapes)
+
+
 F = "float32"
 WRONG = {
     **coefficients.WRONG_ROWS,

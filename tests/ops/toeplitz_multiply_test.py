@@ -290,6 +290,13 @@ def test_pallas_lowers_for_cuda():
     coefficients.check_pallas_lowers(*OP[1:], COEF, RHS)
 
 
+def test_long_ones_are_refused(monkeypatch):
+    def shapes(rows):
+        return toeplitz_multiply, (3,), (rows,)
+
+    coefficients.check_long_ones_are_refused(OP[0], OP[2], monkeypatch, shapes)
+
+
 F = "float32"
 WRONG = {
     "needs float32 or float64 buffers": [

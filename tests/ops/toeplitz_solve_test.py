@@ -235,6 +235,21 @@ def test_pallas_lowers_for_cuda():
     coefficients.check_pallas_lowers(*OP[1:], COEF, RHS)
 
 
+def test_threads_in_pallas_wait_for_what_others_have_written():
+    """An interpreter runs one thread, and misses no barrier."""
+    if reason := IMPLEMENTATIONS["pallas"].unavailable():
+        pytest.skip(reason)
+    traced = jax.jit(functools.partial(toeplitz_solve, implementation="pallas")).trace(COEF, RHS)
+    assert "barrier" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_long_ones_are_refused(monkeypatch):
+    def shapes(rows):
+        return toeplitz_solve, (3,), (rows,)
+
+    coefficients.check_long_ones_are_refused(OP[0], OP[2], monkeypatch, shapes)
+
+
 F = "float32"
 WRONG = {
     "needs float32 or float64 buffers": [

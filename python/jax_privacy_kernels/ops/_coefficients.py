@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax_privacy_kernels._checks import check_real
 from jax_privacy_kernels.ops import _dispatch
 
-__all__ = ["call", "in_float64", "real"]
+__all__ = ["call", "in_float64", "real", "refuse_long"]
+
+LONGEST = 2**30  # rows, for kernels whose indices of 32 bits may be sums of two
 
 
 def real(x: Any) -> jax.Array:
@@ -28,12 +30,18 @@ def call(
     op: str, table: _dispatch.Table, name: str | None, *arrays: jax.Array, **static: Any
 ) -> Any:
     """Runs the implementation of the platform, which is called as ``run(*arrays, **static)``."""
-    chosen, refusals = _dispatch.candidates(table, name, *arrays)
+    chosen, refusals = _dispatch.candidates(table, name, *arrays, **static)
     if not chosen:
         raise ValueError(f"no implementation of {op} takes these arguments: {refusals}")
     refusal = f"{op}: implementation {name!r} runs on {sorted(chosen)} only; {refusals}"
     runs = {n: functools.partial(table[n].run, **static) for n in set(chosen.values())}
     return _dispatch.per_platform({on: runs[n] for on, n in chosen.items()}, refusal, *arrays)
+
+
+def refuse_long(*arrays: jax.Array, n: int = 0, **_: Any) -> str | None:
+    """Why a kernel with indices of 32 bits cannot take the arguments, or None."""
+    rows = max(n, *(len(x) for x in arrays))
+    return f"{rows} rows, but it takes at most {LONGEST}" if rows > LONGEST else None
 
 
 def in_float64(fun: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ class Implementation(NamedTuple):
     platforms: tuple[str, ...]
     run: Callable[..., Any]
     unavailable: Callable[[], str | None] = lambda: None
-    refuse: Callable[..., str | None] = lambda *_: None
+    refuse: Callable[..., str | None] = lambda *_, **__: None
     limits: str = ""
 
 
@@ -98,18 +98,20 @@ def requested(op: str, table: Table, name: str | None) -> str | None:
     return name
 
 
-def candidates(table: Table, name: str | None, *arguments: Any) -> tuple[dict[str, str], list[str]]:
+def candidates(
+    table: Table, name: str | None, *arguments: Any, **static: Any
+) -> tuple[dict[str, str], list[str]]:
     """Which implementation each platform takes for these arguments, and why not the others.
 
     Args:
       table: the op's implementations.
       name: the one asked for, or None for the first that can.
-      *arguments: what `Implementation.refuse` looks at.
+      *arguments, **static: what `Implementation.refuse` looks at.
     """
     chosen: dict[str, str] = {}
     refusals = []
     for candidate, entry in table.items() if name is None else [(name, table[name])]:
-        reason = entry.unavailable() or entry.refuse(*arguments)
+        reason = entry.unavailable() or entry.refuse(*arguments, **static)
         if reason:
             refusals.append(f"{candidate}: {reason}")
             continue

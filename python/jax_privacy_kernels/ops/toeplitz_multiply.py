@@ -37,10 +37,18 @@ IMPLEMENTATIONS: _dispatch.Table = {
     ),
     # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
     "triton": _dispatch.Implementation(
-        platforms=("cuda",), run=toeplitz_multiply_triton.run, unavailable=_triton.unavailable
+        platforms=("cuda",),
+        run=toeplitz_multiply_triton.run,
+        unavailable=_triton.unavailable,
+        refuse=_coefficients.refuse_long,
+        limits="to jax: more than 2^30 rows",
     ),
     "pallas": _dispatch.Implementation(
-        platforms=("cuda",), run=toeplitz_multiply_pallas.run, unavailable=_pallas.unavailable
+        platforms=("cuda",),
+        run=toeplitz_multiply_pallas.run,
+        unavailable=_pallas.unavailable,
+        refuse=_coefficients.refuse_long,
+        limits="to jax: more than 2^30 rows",
     ),
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=toeplitz_multiply_jax.run),
 }

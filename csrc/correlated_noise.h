@@ -2,8 +2,9 @@
 //
 // A leaf may keep a ring of S terms to come. A visit to a tile then makes the terms of S steps
 // (`advance` by S), or, in the first S steps of a run, of one step, or only reads one slot. Which
-// of them is a function of the step and the tile's position in the tree; ops/_lookahead.py states
-// it for all implementations, and they must agree: it is the meaning of the state that they share.
+// of them is a function of the step and the tile's position in the tree (visits.h);
+// ops/_lookahead.py states it for all implementations, and they must agree: it is the meaning of
+// the state that they share.
 #ifndef JPK_CORRELATED_NOISE_H_
 #define JPK_CORRELATED_NOISE_H_
 
@@ -18,11 +19,9 @@
 #include "parallel_for.h"
 #include "simd.h"
 #include "threefry.h"
+#include "visits.h"
 
 namespace jpk {
-
-inline constexpr int64_t kTile = 1024;
-static_assert(kTile % kBlock == 0);
 
 // Rows are added up in groups, one load and store of x for several multiply-adds; they are padded
 // with rows of zeros to a multiple of the smaller group.
@@ -31,17 +30,18 @@ inline constexpr int64_t kRows = 4;
 JPK_INLINE int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
 struct Leaf {
-  const void* grad;  // [size]
-  void* out;         // [size]
-  void* ring;        // [hidden + slots, size], null if there are no rows
-  int64_t size;
+  const void* grad;    // [size]
+  void* out;           // [size]
+  void* ring;          // [hidden + slots, size], null if there are no rows
+  int64_t size;        // of what is here
   int64_t first_tile;  // tiles of the leaves before this one
   uint32_t index;      // position among the leaves of the tree
   FloatType grad_type;
   FloatType noise_type;  // kFloat32 or kFloat64: what is sampled
   FloatType ring_type;   // kFloat32 or kFloat64, at least as wide as noise_type: what is computed
+  Shard shard{};         // which elements are here; all of them, unless it says otherwise
 
-  int64_t tiles() const { return (size + kTile - 1) / kTile; }
+  int64_t parts() const { return shard.parts(size); }
 };
 
 // How x is made of the samples z.
@@ -175,17 +175,58 @@ class Scratch {
   std::unique_ptr<void, Free> bytes_;
 };
 
-// Elements [first, first + count) of a leaf, count <= kBlock, and what a visit to them needs.
+// Some elements of a leaf that make terms, and what they need for it.
 template <typename X>
-struct Visit {
+struct Block {
   const Step& step;
   const Leaf& leaf;
   const Key* keys;
   const X* weights;
-  X* block;
-  int64_t first, count;
+  X* rows;  // [Step::block_rows(), kBlock]
+  const Visit* visit;
+  uint32_t hi[kBlock], lo[kBlock];  // the elements' indices in the leaf
 
-  X* ring(int64_t row) const { return static_cast<X*>(leaf.ring) + row * leaf.size + first; }
+  JPK_INLINE void begin(const Visit* of) {
+    visit = of;
+    uint32_t *h = hi, *l = lo;
+    for (int64_t s = 0; s < visit->spans; ++s) {
+      const Span& span = visit->span[s];
+      const uint32_t high = static_cast<uint32_t>(span.index >> 32);
+      const uint32_t low = static_cast<uint32_t>(span.index);
+      for (int64_t i = 0; i < span.count; ++i) {
+        l[i] = low + static_cast<uint32_t>(i);
+        h[i] = high + (l[i] < low);
+      }
+      h += span.count, l += span.count;
+    }
+    std::fill(h, hi + kBlock, 0u), std::fill(l, lo + kBlock, 0u);
+  }
+
+  // Copies a row of the ring, and pads it with zeros.
+  JPK_INLINE void load(int64_t row, X* __restrict to) const {
+    const X* from = static_cast<const X*>(leaf.ring) + row * leaf.size;
+    if (visit->span[0].count == kBlock) {
+      std::copy_n(from + visit->span[0].here, kBlock, to);
+      return;
+    }
+    X* const end = to + kBlock;
+    for (int64_t s = 0; s < visit->spans; ++s) {
+      to = std::copy_n(from + visit->span[s].here, visit->span[s].count, to);
+    }
+    std::fill(to, end, X(0));
+  }
+
+  JPK_INLINE void store(int64_t row, const X* __restrict from) const {
+    X* to = static_cast<X*>(leaf.ring) + row * leaf.size;
+    if (visit->span[0].count == kBlock) {
+      std::copy_n(from, kBlock, to + visit->span[0].here);
+      return;
+    }
+    for (int64_t s = 0; s < visit->spans; ++s) {
+      std::copy_n(from, visit->span[s].count, to + visit->span[s].here);
+      from += visit->span[s].count;
+    }
+  }
 };
 
 // x[i] += sum_m weight[m] * history[m * kBlock + i], 0 <= i < kBlock, over N rows.
@@ -208,27 +249,18 @@ JPK_INLINE void accumulate(int64_t rows, const X* weight, const X* history, X* _
   for (; m < rows; m += kRows) accumulate_group<kRows>(weight + m, history + m * kBlock, x);
 }
 
-// Copies the first rows of the ring to the block, and pads it with zeros.
-template <typename X>
-JPK_INLINE void gather(const Visit<X>& at, int64_t rows) {
-  for (int64_t m = 0; m < rows; ++m) {
-    std::copy_n(at.ring(m), at.count, at.block + m * kBlock);
-    std::fill(at.block + m * kBlock + at.count, at.block + (m + 1) * kBlock, X(0));
-  }
-}
-
-// x[i] = weight * normal(key, first + i).
+// x = weight * samples of the elements.
 template <typename Z, typename X>
-JPK_INLINE void sample(const Visit<X>& at, Key key, X weight, X* __restrict x) {
+JPK_INLINE void sample(const Block<X>& at, Key key, X weight, X* __restrict x) {
   Z z[kBlock];
-  normal_block<Z>(key, static_cast<uint64_t>(at.first), at.step.accurate, z);
+  normal_block<Z>(key, at.hi, at.lo, at.step.accurate, z);
   for (int i = 0; i < kBlock; ++i) x[i] = weight * static_cast<X>(z[i]);
 }
 
 // Makes x_t .. x_{t+steps-1}, steps being S or 1, in the ring's slots; without slots, x_t in x.
 // So do the two functions that follow.
 template <typename Z, typename X>
-JPK_INLINE void advance_recurrence(const Visit<X>& at, int64_t steps, X* __restrict x) {
+JPK_INLINE void advance_recurrence(const Block<X>& at, int64_t steps, X* __restrict x) {
   const Step& step = at.step;
   const int64_t slots = step.slots;
   if (slots == 0) {
@@ -236,24 +268,21 @@ JPK_INLINE void advance_recurrence(const Visit<X>& at, int64_t steps, X* __restr
   }
   // A single step of a run's first S reads the slots that have been written.
   const int64_t rows = steps == slots ? slots : std::min(step.t, slots);
-  gather(at, rows);
-  std::fill(at.block + rows * kBlock, at.block + padded(rows) * kBlock, X(0));
+  for (int64_t m = 0; m < rows; ++m) at.load(m, at.rows + m * kBlock);
+  std::fill(at.rows + rows * kBlock, at.rows + padded(rows) * kBlock, X(0));
   for (int64_t ahead = 0; ahead < steps; ++ahead) {
     const int64_t slot = step.slot(ahead);
     const X* weights = step.by_row ? at.weights + ahead * padded(slots) : at.weights + slots - slot;
     sample<Z, X>(at, at.keys[ahead], static_cast<X>(step.input_weight[step.by_row ? ahead : 0]), x);
-    accumulate<X>(padded(rows), weights, at.block, x);
-    if (steps == slots) std::copy_n(x, kBlock, at.block + slot * kBlock);
+    accumulate<X>(padded(rows), weights, at.rows, x);
+    if (steps == slots) std::copy_n(x, kBlock, at.rows + slot * kBlock);
   }
-  if (steps != slots) {
-    std::copy_n(x, at.count, at.ring(step.now));
-    return;
-  }
-  for (int64_t m = 0; m < slots; ++m) std::copy_n(at.block + m * kBlock, at.count, at.ring(m));
+  if (steps != slots) return at.store(step.now, x);
+  for (int64_t m = 0; m < slots; ++m) at.store(m, at.rows + m * kBlock);
 }
 
 template <typename Z, typename X>
-JPK_INLINE void advance_moving_average(const Visit<X>& at, int64_t steps, X* __restrict x) {
+JPK_INLINE void advance_moving_average(const Block<X>& at, int64_t steps, X* __restrict x) {
   const Step& step = at.step;
   const int64_t samples = step.behind + steps;
   if (step.slots == 0) {
@@ -268,47 +297,47 @@ JPK_INLINE void advance_moving_average(const Visit<X>& at, int64_t steps, X* __r
     return;
   }
   for (int64_t j = 0; j < samples; ++j) {
-    X* z = at.block + j * kBlock;
+    X* z = at.rows + j * kBlock;
     if (step.t - step.behind + j < 0) {
       std::fill(z, z + kBlock, X(0));  // nothing came before step 0
     } else {
       sample<Z, X>(at, at.keys[j], X(1), z);
     }
   }
-  std::fill(at.block + samples * kBlock, at.block + (samples + kRows) * kBlock, X(0));
+  std::fill(at.rows + samples * kBlock, at.rows + (samples + kRows) * kBlock, X(0));
   for (int64_t ahead = 0; ahead < steps; ++ahead) {
     std::fill(x, x + kBlock, X(0));
-    accumulate<X>(padded(step.behind + 1), at.weights, at.block + ahead * kBlock, x);
-    std::copy_n(x, at.count, at.ring(step.slot(ahead)));
+    accumulate<X>(padded(step.behind + 1), at.weights, at.rows + ahead * kBlock, x);
+    at.store(step.slot(ahead), x);
   }
 }
 
 template <typename Z, typename X>
-JPK_INLINE void advance_buffers(const Visit<X>& at, int64_t steps, X* __restrict x) {
+JPK_INLINE void advance_buffers(const Block<X>& at, int64_t steps, X* __restrict x) {
   const Step& step = at.step;
   const int64_t buffers = step.hidden;
   const X *decay = at.weights, *weight = at.weights + buffers;
-  gather(at, buffers);
+  for (int64_t m = 0; m < buffers; ++m) at.load(m, at.rows + m * kBlock);
   for (int64_t ahead = 0; ahead < steps; ++ahead) {
     X z[kBlock];
     sample<Z, X>(at, at.keys[ahead], X(1), z);
     std::copy_n(z, kBlock, x);
     for (int64_t m = 0; m < buffers; ++m) {
-      const X* u = at.block + m * kBlock;
+      const X* u = at.rows + m * kBlock;
       for (int i = 0; i < kBlock; ++i) x[i] += weight[m] * u[i];
     }
     const X* input = step.filter == Filter::kInverseBuffers ? x : z;
     for (int64_t m = 0; m < buffers; ++m) {
-      X* u = at.block + m * kBlock;
+      X* u = at.rows + m * kBlock;
       for (int i = 0; i < kBlock; ++i) u[i] = decay[m] * u[i] + input[i];
     }
-    if (step.slots) std::copy_n(x, at.count, at.ring(buffers + step.slot(ahead)));
+    if (step.slots) at.store(buffers + step.slot(ahead), x);
   }
-  for (int64_t m = 0; m < buffers; ++m) std::copy_n(at.block + m * kBlock, at.count, at.ring(m));
+  for (int64_t m = 0; m < buffers; ++m) at.store(m, at.rows + m * kBlock);
 }
 
 template <typename Z, typename X>
-JPK_INLINE void advance(const Visit<X>& at, int64_t steps, X* x) {
+JPK_INLINE void advance(const Block<X>& at, int64_t steps, X* x) {
   switch (at.step.filter) {
     case Filter::kRecurrence:
       return advance_recurrence<Z, X>(at, steps, x);
@@ -321,26 +350,32 @@ JPK_INLINE void advance(const Visit<X>& at, int64_t steps, X* x) {
   }
 }
 
-// out = grad + scale * x, added in the wider of the two types and rounded to the gradient's.
+// out = grad + scale * x, added in the wider of the two types and rounded to the gradient's. x is
+// in the order of the visit's elements, or, if `in_place`, where they are.
 template <typename X, typename G>
-JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X scale,
-                     const X* __restrict x) {
-  const G* __restrict grad = static_cast<const G*>(leaf.grad) + first;
-  G* out = static_cast<G*>(leaf.out) + first;
-  for (int64_t i = 0; i < count; ++i) narrow(widen(grad[i]) + scale * x[i], out[i]);
+JPK_INLINE void emit(const Leaf& leaf, const Visit& visit, X scale, const X* __restrict x,
+                     bool in_place) {
+  for (int64_t s = 0; s < visit.spans; ++s) {
+    const int64_t here = visit.span[s].here, count = visit.span[s].count;
+    const G* __restrict grad = static_cast<const G*>(leaf.grad) + here;
+    const X* __restrict from = in_place ? x + here : x;
+    G* out = static_cast<G*>(leaf.out) + here;
+    for (int64_t i = 0; i < count; ++i) narrow(widen(grad[i]) + scale * from[i], out[i]);
+    if (!in_place) x += count;
+  }
 }
 
 template <typename X>
-JPK_INLINE void emit(const Leaf& leaf, int64_t first, int64_t count, X scale, const X* x) {
+JPK_INLINE void emit(const Leaf& leaf, const Visit& visit, X scale, const X* x, bool in_place) {
   switch (leaf.grad_type) {
     case FloatType::kFloat16:
-      return emit<X, Float16>(leaf, first, count, scale, x);
+      return emit<X, Float16>(leaf, visit, scale, x, in_place);
     case FloatType::kBFloat16:
-      return emit<X, BFloat16>(leaf, first, count, scale, x);
+      return emit<X, BFloat16>(leaf, visit, scale, x, in_place);
     case FloatType::kFloat32:
-      return emit<X, float>(leaf, first, count, scale, x);
+      return emit<X, float>(leaf, visit, scale, x, in_place);
     case FloatType::kFloat64:
-      return emit<X, double>(leaf, first, count, scale, x);
+      return emit<X, double>(leaf, visit, scale, x, in_place);
   }
 }
 
@@ -352,85 +387,81 @@ inline void leaf_keys(const Step& step, uint32_t leaf, Key* keys) {
   }
 }
 
-// One step of tiles [begin, end) of one leaf, sampled as Z, kept as X.
+// One step of parts [begin, end) of one leaf, sampled as Z, kept as X.
 template <typename Z, typename X>
-JPK_INLINE void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
+JPK_INLINE void step_parts(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
                            Scratch& scratch) {
-  const int64_t slots = step.slots;
   const X scale = static_cast<X>(step.output_scale);
   X* weights = scratch.weights<X>();
   for (size_t i = 0; i < step.weights.size(); ++i) weights[i] = static_cast<X>(step.weights[i]);
   leaf_keys(step, leaf.index, scratch.keys());
-  Visit<X> at{step, leaf, scratch.keys(), weights, scratch.block<X>(), 0, 0};
+  Block<X> at{step, leaf, scratch.keys(), weights, scratch.block<X>(), nullptr, {}, {}};
   X x[kBlock];
 
   const X* ring_now = static_cast<const X*>(leaf.ring) + (step.hidden + step.now) * leaf.size;
-  int64_t phase = slots ? (begin + leaf.first_tile) % slots : 0;
-  for (int64_t tile = begin; tile < end; ++tile, phase = phase + 1 >= slots ? 0 : phase + 1) {
-    const int64_t start = tile * kTile, stop = std::min(start + kTile, leaf.size);
-    if (phase == step.now || step.t < phase) {
-      for (at.first = start; at.first < stop; at.first += kBlock) {
-        at.count = std::min<int64_t>(kBlock, stop - at.first);
-        advance<Z, X>(at, phase == step.now ? step.most_steps() : 1, x);
-        if (slots == 0) emit<X>(leaf, at.first, at.count, scale, x);
-      }
+  Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
+                leaf.shard.part(end, leaf.size));
+  while (const Visit* visit = visits.next()) {
+    if (visit->terms) {
+      at.begin(visit);
+      advance<Z, X>(at, visit->terms, x);
     }
-    if (slots) emit<X>(leaf, start, stop - start, scale, ring_now + start);
+    emit<X>(leaf, *visit, scale, step.slots ? ring_now : x, step.slots > 0);
   }
 }
 
-JPK_TARGET_CLONES static void step_tiles_f32_f32(const Step& step, const Leaf& leaf, int64_t begin,
+JPK_TARGET_CLONES static void step_parts_f32_f32(const Step& step, const Leaf& leaf, int64_t begin,
                                                  int64_t end, Scratch& scratch) {
-  step_tiles<float, float>(step, leaf, begin, end, scratch);
+  step_parts<float, float>(step, leaf, begin, end, scratch);
 }
 
-JPK_TARGET_CLONES static void step_tiles_f32_f64(const Step& step, const Leaf& leaf, int64_t begin,
+JPK_TARGET_CLONES static void step_parts_f32_f64(const Step& step, const Leaf& leaf, int64_t begin,
                                                  int64_t end, Scratch& scratch) {
-  step_tiles<float, double>(step, leaf, begin, end, scratch);
+  step_parts<float, double>(step, leaf, begin, end, scratch);
 }
 
-JPK_TARGET_CLONES static void step_tiles_f64_f64(const Step& step, const Leaf& leaf, int64_t begin,
+JPK_TARGET_CLONES static void step_parts_f64_f64(const Step& step, const Leaf& leaf, int64_t begin,
                                                  int64_t end, Scratch& scratch) {
-  step_tiles<double, double>(step, leaf, begin, end, scratch);
+  step_parts<double, double>(step, leaf, begin, end, scratch);
 }
 
-inline void step_tiles(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
+inline void step_parts(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
                        Scratch& scratch) {
   if (leaf.noise_type == FloatType::kFloat64)
-    return step_tiles_f64_f64(step, leaf, begin, end, scratch);
+    return step_parts_f64_f64(step, leaf, begin, end, scratch);
   if (leaf.ring_type == FloatType::kFloat64)
-    return step_tiles_f32_f64(step, leaf, begin, end, scratch);
-  return step_tiles_f32_f32(step, leaf, begin, end, scratch);
+    return step_parts_f32_f64(step, leaf, begin, end, scratch);
+  return step_parts_f32_f32(step, leaf, begin, end, scratch);
 }
 
 // The step on all leaves, shared out over `workers` threads of the pool.
 template <typename Pool>
 void correlated_noise(Pool& pool, int64_t workers, const Step& step,
                       const std::vector<Leaf>& leaves) {
-  std::vector<int64_t> first(1, 0);  // first[l] is the number of tiles in leaves before l
-  for (const Leaf& leaf : leaves) first.push_back(first.back() + leaf.tiles());
-  const int64_t tiles = first.back();
-  if (tiles == 0) return;
+  std::vector<int64_t> first(1, 0);  // first[l] is the number of parts of leaves before l
+  for (const Leaf& leaf : leaves) first.push_back(first.back() + leaf.parts());
+  const int64_t parts = first.back();
+  if (parts == 0) return;
 
   // Few enough elements that waking a thread costs more than it helps.
-  constexpr int64_t kTilesPerWorker = 8;
-  workers = std::clamp<int64_t>(tiles / kTilesPerWorker, 1, std::max<int64_t>(workers, 1));
-  // Long enough runs of tiles to stream, short enough to balance.
-  const int64_t chunk = std::clamp<int64_t>(tiles / (8 * workers), 1, 64);
+  constexpr int64_t kPartsPerWorker = 8;
+  workers = std::clamp<int64_t>(parts / kPartsPerWorker, 1, std::max<int64_t>(workers, 1));
+  // Long enough runs of parts to stream, short enough to balance.
+  const int64_t chunk = std::clamp<int64_t>(parts / (8 * workers), 1, 64);
 
   std::vector<Scratch> scratch;
   for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(step);
 
-  parallel_for(pool, (tiles + chunk - 1) / chunk, workers, [&](int64_t i, int64_t worker) {
-    int64_t tile = i * chunk;
-    const int64_t end = std::min(tile + chunk, tiles);
+  parallel_for(pool, (parts + chunk - 1) / chunk, workers, [&](int64_t i, int64_t worker) {
+    int64_t part = i * chunk;
+    const int64_t end = std::min(part + chunk, parts);
     size_t l =
-        static_cast<size_t>(std::upper_bound(first.begin(), first.end(), tile) - first.begin()) - 1;
-    for (; tile < end; ++l) {
+        static_cast<size_t>(std::upper_bound(first.begin(), first.end(), part) - first.begin()) - 1;
+    for (; part < end; ++l) {
       const int64_t stop = std::min(end, first[l + 1]);
-      if (tile < stop)
-        step_tiles(step, leaves[l], tile - first[l], stop - first[l], scratch[worker]);
-      tile = std::max(tile, stop);
+      if (part < stop)
+        step_parts(step, leaves[l], part - first[l], stop - first[l], scratch[worker]);
+      part = std::max(part, stop);
     }
   });
 }

@@ -88,14 +88,46 @@ std::string set_filter(std::string_view filter, int64_t slots, const ffi::AnyBuf
   return "";
 }
 
-// Operands: step, keys, coef, output_scale, then (gradient, ring) of every leaf; results: (output,
-// ring) of every leaf, the ring in the operand's memory. Without rows there are no rings.
+// What is here of every leaf. base is [leaves, 2], the words of the index of the first element;
+// axes are [count, stride, ..], axis_count of them for each leaf. Gives what is wrong, or nothing.
+std::string set_shards(const ffi::Buffer<ffi::U32>& base, ffi::Span<const int64_t> run,
+                       ffi::Span<const int64_t> axis_count, ffi::Span<const int64_t> axes,
+                       std::vector<Leaf>& leaves) {
+  if (base.element_count() != 2 * leaves.size() || run.size() != leaves.size() ||
+      axis_count.size() != leaves.size()) {
+    return "base, run and axis_count must be of every leaf";
+  }
+  size_t next = 0;
+  for (size_t l = 0; l < leaves.size(); ++l) {
+    Shard& shard = leaves[l].shard;
+    shard.base = uint64_t{base.typed_data()[2 * l]} << 32 | base.typed_data()[2 * l + 1];
+    shard.run = run[l];
+    if (run[l] < 1 || run[l] > leaves[l].size) return "a run must be of 1 to size elements";
+    int64_t runs = leaves[l].size / run[l];
+    if (runs * run[l] != leaves[l].size) return "a shard must be of whole runs";
+    for (int64_t k = 0; k < axis_count[l]; ++k, next += 2) {
+      if (next + 1 >= axes.size()) return "axes must have a count and a stride each";
+      if (axes[next] < 1 || runs % axes[next] || axes[next + 1] < 1) {
+        return "axes must count the runs of a shard, and have strides";
+      }
+      runs /= axes[next];
+      shard.axes.push_back({axes[next], axes[next + 1]});
+    }
+    if (runs != 1) return "axes must count the runs of a shard, and have strides";
+  }
+  return next == axes.size() ? "" : "there are more axes than leaves have";
+}
+
+// Operands: step, keys, coef, output_scale, base, then (gradient, ring) of every leaf; results:
+// (output, ring) of every leaf, the ring in the operand's memory. Without rows there are no rings.
 ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t, ffi::Buffer<ffi::U32>& keys,
-                     ffi::AnyBuffer& coef, ffi::AnyBuffer& scale_buffer, ffi::RemainingArgs& args,
+                     ffi::AnyBuffer& coef, ffi::AnyBuffer& scale_buffer,
+                     ffi::Buffer<ffi::U32>& base, ffi::RemainingArgs& args,
                      ffi::RemainingRets& rets, std::string_view filter, int64_t slots,
                      ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
-                     ffi::Span<const int64_t> noise_bits, ffi::Span<const int64_t> ring_bits,
-                     bool accurate) {
+                     ffi::Span<const int64_t> run, ffi::Span<const int64_t> axis_count,
+                     ffi::Span<const int64_t> axes, ffi::Span<const int64_t> noise_bits,
+                     ffi::Span<const int64_t> ring_bits, bool accurate) {
   std::vector<double> scale;
   if (!read_doubles(scale_buffer, scale) || scale.size() != 1) {
     return invalid("output_scale must be a float32 or float64 scalar");
@@ -168,19 +200,24 @@ ffi::Error step_impl(ffi::ThreadPool& pool, ffi::Buffer<ffi::S32>& t, ffi::Buffe
     }
   }
 
+  if (const std::string wrong = set_shards(base, run, axis_count, axes, list); !wrong.empty()) {
+    return invalid(wrong);
+  }
   correlated_noise(pool, pool.num_threads(), step, list);
   return ffi::Error::Success();
 }
 
 ffi::Error step(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Buffer<ffi::U32> keys,
-                ffi::AnyBuffer coef, ffi::AnyBuffer output_scale, ffi::RemainingArgs args,
-                ffi::RemainingRets rets, std::string_view filter, int64_t slots,
-                ffi::Span<const int64_t> leaf_index, ffi::Span<const int64_t> first_tile,
+                ffi::AnyBuffer coef, ffi::AnyBuffer output_scale, ffi::Buffer<ffi::U32> base,
+                ffi::RemainingArgs args, ffi::RemainingRets rets, std::string_view filter,
+                int64_t slots, ffi::Span<const int64_t> leaf_index,
+                ffi::Span<const int64_t> first_tile, ffi::Span<const int64_t> run,
+                ffi::Span<const int64_t> axis_count, ffi::Span<const int64_t> axes,
                 ffi::Span<const int64_t> noise_bits, ffi::Span<const int64_t> ring_bits,
                 bool accurate) {
   try {
-    return step_impl(pool, t, keys, coef, output_scale, args, rets, filter, slots, leaf_index,
-                     first_tile, noise_bits, ring_bits, accurate);
+    return step_impl(pool, t, keys, coef, output_scale, base, args, rets, filter, slots, leaf_index,
+                     first_tile, run, axis_count, axes, noise_bits, ring_bits, accurate);
   } catch (const std::exception& error) {  // out of memory, at worst
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       std::string("correlated_noise: ") + error.what());
@@ -197,12 +234,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_correlated_noise, jpk::step,
                                   .Arg<xla::ffi::Buffer<xla::ffi::U32>>()  // keys
                                   .Arg<xla::ffi::AnyBuffer>()              // coef
                                   .Arg<xla::ffi::AnyBuffer>()              // output_scale
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U32>>()  // base
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<std::string_view>("filter")
                                   .Attr<int64_t>("slots")
                                   .Attr<xla::ffi::Span<const int64_t>>("leaf_index")
                                   .Attr<xla::ffi::Span<const int64_t>>("first_tile")
+                                  .Attr<xla::ffi::Span<const int64_t>>("run")
+                                  .Attr<xla::ffi::Span<const int64_t>>("axis_count")
+                                  .Attr<xla::ffi::Span<const int64_t>>("axes")
                                   .Attr<xla::ffi::Span<const int64_t>>("noise_bits")
                                   .Attr<xla::ffi::Span<const int64_t>>("ring_bits")
                                   .Attr<bool>("accurate"));

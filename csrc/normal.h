@@ -145,14 +145,13 @@ struct Gaussian<double> {
   }
 };
 
-// out[i] = normal(key, counter i + first), 0 <= i < kBlock.
+// out[i] = normal(key, counter hi[i] * 2^32 + lo[i]), 0 <= i < kBlock.
 template <typename T>
-JPK_INLINE void normal_block(Key key, uint64_t first, bool accurate, T* __restrict out) {
+JPK_INLINE void normal_block(Key key, const uint32_t* hi, const uint32_t* lo, bool accurate,
+                             T* __restrict out) {
   T u[kBlock];
-  const uint32_t lo = static_cast<uint32_t>(first), hi = static_cast<uint32_t>(first >> 32);
   for (int i = 0; i < kBlock; ++i) {
-    uint32_t x1 = lo + static_cast<uint32_t>(i);
-    uint32_t x0 = hi + (x1 < lo);
+    uint32_t x0 = hi[i], x1 = lo[i];
     threefry2x32(key, x0, x1);
     u[i] = Gaussian<T>::uniform(x0, x1);
   }

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_privacy_kernels import sharding_utils
 from jax_privacy_kernels._checks import check_like, is_concrete
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
@@ -45,6 +46,7 @@ from jax_privacy_kernels.ops import (
     dense_kind,
     dense_noise,
     init_correlated_noise,
+    sharding_of,
 )
 
 __all__ = [
@@ -58,11 +60,13 @@ class SupportedStrategies(enum.Enum):
     """How noise is laid out over devices while it is made."""
 
     DEFAULT = "default"
-    """Whole, beside the gradients it is added to. On several devices the compiled kernel makes all
-    of it on each; ``implementation="jax"`` keeps the sharding of automatic mesh axes."""
+    """As the gradients are: every device makes the noise of what it has of them, and nothing is
+    communicated. It is the same noise on every mesh. Gradients that are replicated are so with
+    their noise."""
 
     ZERO = "zero"
-    """Split evenly over all devices of a mesh. Not yet available."""
+    """Split evenly over all devices of a mesh, whose axes have to be explicit; then brought to
+    where the gradients are (see `sharding_utils`)."""
 
     def __eq__(self, other: object) -> bool:  # jax_privacy's member of the same name, too
         return isinstance(other, enum.Enum) and str(self) == str(other)
@@ -75,6 +79,13 @@ class _StreamingState(NamedTuple):
 
     noise: NoiseState  # of the independent noise
     matrix: Any  # of StreamingMatrix.multiply_next
+
+
+class _ZeroState(NamedTuple):
+    """State of a privatizer whose noise is flat, and split evenly over all devices."""
+
+    shards: Any  # mirrors the parameters; (0,) + the number of shards along every dimension
+    noise: Any  # of the privatizer of the flat noise
 
 
 class _DenseState(NamedTuple):
@@ -129,7 +140,7 @@ def matrix_factorization_privatizer(
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
         gradient's own dtype. It is correlated and scaled in 32 bits at least. Gradients of 16 bits
         deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values.
-      intermediate_strategy: `SupportedStrategies.DEFAULT`.
+      intermediate_strategy: how noise is laid out over devices, see `SupportedStrategies`.
       implementation: of the noise kernel, "jax" or "cpp"; None for the fastest that takes the
         arguments.
 
@@ -147,26 +158,32 @@ def matrix_factorization_privatizer(
         a step beyond the rows of a dense matrix (NaN instead inside a trace, and beyond those of a
         ColumnNormalizedBanded); an implementation asked for that cannot run. Coefficients that are
         refused where a matrix is made give NaN if a trace has hidden them.
-      NotImplementedError: ``intermediate_strategy=SupportedStrategies.ZERO``; gradients sharded
-        over explicit mesh axes.
+      From init and update with ``SupportedStrategies.ZERO``, ValueError: a leaf without a mesh;
+      RuntimeError: one on a mesh with axes that are not explicit.
     """
-    if intermediate_strategy != SupportedStrategies.DEFAULT:
-        raise NotImplementedError(
-            f"expected intermediate_strategy SupportedStrategies.DEFAULT, found "
-            f"{intermediate_strategy}, which this version does not have yet"
+    strategies = SupportedStrategies.DEFAULT, SupportedStrategies.ZERO
+    if intermediate_strategy not in strategies:
+        raise TypeError(
+            f"expected intermediate_strategy to be one of {[str(s) for s in strategies]}, "
+            f"found {intermediate_strategy!r}"
         )
     stddev = _check_stddev(stddev)
     key = _as_key(prng_key)
     if hasattr(noising_matrix, "multiply_next"):
         structure = getattr(noising_matrix, "structure", None)
         if isinstance(structure, NoisingMatrix):
-            return _fused(structure, stddev, key, dtype, implementation)
-        return _streaming(noising_matrix, stddev, key, dtype, implementation)
-    if isinstance(noising_matrix, jax.typing.ArrayLike):
-        return _dense(noising_matrix, stddev, key, dtype, implementation)
-    raise TypeError(
-        f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
-    )
+            privatizer = _fused(structure, stddev, key, dtype, implementation)
+        else:
+            privatizer = _streaming(noising_matrix, stddev, key, dtype, implementation)
+    elif isinstance(noising_matrix, jax.typing.ArrayLike):
+        privatizer = _dense(noising_matrix, stddev, key, dtype, implementation)
+    else:
+        raise TypeError(
+            f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
+        )
+    if intermediate_strategy == SupportedStrategies.ZERO:
+        return _zero_redundancy(privatizer, dtype)
+    return privatizer
 
 
 def gaussian_privatizer(
@@ -227,8 +244,7 @@ def _streaming(
     def wide(path: Any, leaf: Any) -> Any:
         # In 16 bits, small noise rounds to none.
         z_dtype = jnp.promote_types(check_noise_dtype(path, leaf, dtype), jnp.float32)
-        same = z_dtype == leaf.dtype  # then keep the leaf, which may have a sharding
-        return leaf if same else jax.ShapeDtypeStruct(leaf.shape, z_dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, z_dtype, sharding=sharding_of(leaf))
 
     def init(model: Any) -> _StreamingState:
         z = jax.tree_util.tree_map_with_path(wide, model)
@@ -305,6 +321,47 @@ def _dense(
             implementation=implementation,
         )
         return noisy, noise_state._replace(step=step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _zero_redundancy(
+    privatizer: optax.GradientTransformation, dtype: Any
+) -> optax.GradientTransformation:
+    """The privatizer, on flat arrays that are split evenly over all devices."""
+
+    def flat(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        noise_dtype = check_noise_dtype(path, leaf, dtype)
+        try:
+            like = sharding_utils.flatten_with_zero_redundancy(leaf)
+        except (ValueError, RuntimeError) as error:
+            name = jax.tree_util.keystr(path) or "(the only one)"
+            raise type(error)(f"SupportedStrategies.ZERO, leaf {name}: {error}") from error
+        return jax.ShapeDtypeStruct(like.shape, noise_dtype, sharding=like.sharding)
+
+    def shards(leaf: Any) -> jax.Array:
+        """Which noise a parameter gets depends on them, so they have to stay as they are."""
+        sharding = jax.typeof(leaf).sharding
+        local = sharding.shard_shape(leaf.shape)
+        counts = (1 if not n else n // m for n, m in zip(leaf.shape, local, strict=True))
+        return jnp.zeros((0, *counts))
+
+    def init(model: Any) -> _ZeroState:
+        noise = privatizer.init(jax.tree_util.tree_map_with_path(flat, model))
+        return _ZeroState(jax.tree.map(shards, model), noise)
+
+    def update(
+        sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
+    ) -> tuple[Any, _ZeroState]:
+        del params
+        likes = jax.tree_util.tree_map_with_path(flat, sum_of_clipped_grads)
+        check_like("noise_state", noise_state, jax.eval_shape(init, sum_of_clipped_grads))
+        zeros = jax.tree.map(
+            lambda like: jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding), likes
+        )
+        noise, state = privatizer.update(zeros, noise_state.noise)
+        noisy = jax.tree.map(sharding_utils.local_reshape_add, sum_of_clipped_grads, noise)
+        return noisy, noise_state._replace(noise=state)
 
     return optax.GradientTransformation(init, update)
 

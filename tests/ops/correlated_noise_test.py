@@ -515,9 +515,9 @@ def cases(noise_dtypes, small=False):
 def takes(implementation):
     """Noise dtypes that an implementation samples."""
     refuse = IMPLEMENTATIONS[implementation].refuse
-    leaf = functools.partial(lookahead.Leaf, 0, 1, 1, 0)
     layout = Layout("recurrence", ahead=True, slots=0)
-    return [d for d in SAMPLE_RTOL if refuse(leaf(jnp.dtype(d)), layout) is None]
+    leaves = {d: lookahead.plan([(1,)], [jnp.dtype(d)])[0] for d in SAMPLE_RTOL}
+    return [d for d, leaf in leaves.items() if refuse(leaf, layout) is None]
 
 
 implementation = implementations.fixture(IMPLEMENTATIONS)

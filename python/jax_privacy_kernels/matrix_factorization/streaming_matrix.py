@@ -334,8 +334,9 @@ def momentum_sgd_matrix(
 
     def init_multiply(abstract_value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         dtype = jnp.result_type(abstract_value.dtype, rates.dtype, momentum)
-        zero = jnp.zeros_like(abstract_value, dtype=dtype)
-        return jnp.array(0), zero, zero
+        # Two arrays, so that both can be donated.
+        buffer, result = (jnp.zeros_like(abstract_value, dtype=dtype) for _ in range(2))
+        return jnp.array(0), buffer, result
 
     def multiply_next(value: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         t, buffer, result = state

@@ -8,6 +8,7 @@ from jax_privacy_kernels.ops._recurrence import (
     MovingAverage,
     NoisingMatrix,
 )
+from jax_privacy_kernels.ops._shards import sharding_of
 from jax_privacy_kernels.ops.banded_error import banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
@@ -39,6 +40,7 @@ __all__ = [
     "init_correlated_noise",
     "min_sep_norm",
     "participation_max",
+    "sharding_of",
     "toeplitz_multiply",
     "toeplitz_solve",
 ]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jax_privacy_kernels.kernels._threefry import threefry2x32
 from jax_privacy_kernels.ops._lookahead import looks_ahead
+from jax_privacy_kernels.ops._shards import Words
 
 __all__ = ["at", "normal"]
 
@@ -52,18 +53,18 @@ _THREEFRY_AT = jax.extend.random.define_prng_impl(
 )
 
 
-def at(key: jax.Array, index: jax.typing.ArrayLike) -> jax.Array:
-    """Keys that sample from the element of row-major index ``index`` on.
+def at(key: jax.Array, index: Words) -> jax.Array:
+    """Keys that sample from the element of a row-major index on.
 
     Args:
       key: typed threefry2x32 keys.
-      index: below 2^32, broadcastable against key.
+      index: its high and low word, uint32, broadcastable against key.
 
     Returns:
       Keys of the broadcast shape, for jax.random.normal and the like (of less than 2^32 elements).
     """
     data = jax.random.key_data(key)
-    words = (data[..., 0], data[..., 1], jnp.uint32(0), jnp.asarray(index, jnp.uint32))
+    words = (data[..., 0], data[..., 1], *index)
     return jax.random.wrap_key_data(
         jnp.stack(jnp.broadcast_arrays(*words), axis=-1), impl=_THREEFRY_AT
     )
@@ -74,5 +75,5 @@ def normal(
 ) -> jax.Array:
     """``jax.random.normal(key, shape, dtype)``, bit for bit, sooner where the key allows it."""
     if looks_ahead(jax.random.key_impl(key)) and math.prod(shape) < 2**32:
-        key = at(key, 0)
+        key = at(key, (jnp.uint32(0), jnp.uint32(0)))
     return jax.random.normal(key, shape, dtype)

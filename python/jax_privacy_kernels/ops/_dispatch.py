@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 __all__ = [
     "ENVIRONMENT",
@@ -120,7 +120,12 @@ def candidates(
     return chosen, refusals
 
 
-def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args: Any) -> Any:
+def per_platform(
+    branches: Mapping[str, Callable[..., Any]],
+    refusal: str,
+    *args: Any,
+    spread: Callable[..., Any] | None = None,
+) -> Any:
     """Calls the branch of the platform that this is lowered for; only that one is traced further.
 
     Args:
@@ -128,8 +133,9 @@ def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args
         are not the same function on all platforms, they are not differentiated through.
       refusal: the message of the NotImplementedError on platforms without a branch.
       *args: arrays or trees of arrays.
+      spread: what takes the branch's place where XLA spreads arrays over several devices.
     """
-    if set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
+    if spread is None and set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
         return branches[PLATFORMS[0]](*args)
     tree: Any
     leaves, tree = jax.tree.flatten(args)
@@ -146,6 +152,8 @@ def per_platform(branches: Mapping[str, Callable[..., Any]], refusal: str, *args
         branches=tuple((platform, flattened[branch]) for platform, branch in branches.items()),
         shapes=tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out)),
         refusal=refusal,
+        # A jaxpr, in which JAX sees that this has to know the devices when it is lowered.
+        spread=None if spread is None else jax.make_jaxpr(flat(spread))(*leaves),
     )
     return jax.tree.unflatten(jax.tree.structure(out), [_vary(x, axes) for x in results])
 
@@ -181,24 +189,39 @@ def _branch(platform: str, branches: Any, refusal: str) -> Callable[..., list[ja
 
 
 @_select_p.def_abstract_eval
-def _select_shapes(*_: Any, branches: Any, shapes: Any, refusal: str) -> list[Any]:
-    del branches, refusal
+def _select_shapes(*_: Any, branches: Any, shapes: Any, refusal: str, spread: Any) -> list[Any]:
+    del branches, refusal, spread
     return [jax.core.ShapedArray(shape, dtype) for shape, dtype in shapes]
 
 
 @_select_p.def_impl
-def _select_now(*args: Any, branches: Any, shapes: Any, refusal: str) -> list[jax.Array]:
-    del shapes
+def _select_now(
+    *args: Any, branches: Any, shapes: Any, refusal: str, spread: Any
+) -> list[jax.Array]:
+    del shapes, spread
     return _branch(jax.default_backend(), branches, refusal)(*args)  # jit is disabled
 
 
 def _select_lowering(platform: str) -> Callable[..., Any]:
-    def rule(ctx: Any, *args: Any, branches: Any, shapes: Any, refusal: str) -> Any:
+    def rule(ctx: Any, *args: Any, branches: Any, shapes: Any, refusal: str, spread: Any) -> Any:
         del shapes
-        branch = _branch(platform, branches, refusal)
+        if spread is not None and _is_partitioned(ctx.module_context.axis_context):
+            branch = jax.extend.core.jaxpr_as_fun(spread)
+        else:
+            branch = _branch(platform, branches, refusal)
         return mlir.lower_fun(branch, multiple_results=True)(ctx, *args)
 
     return rule
+
+
+def _is_partitioned(context: Any) -> bool:
+    """Whether XLA will spread the program over the devices of a mesh, and which they are is known.
+
+    They are not where a program is exported.
+    """
+    mesh = getattr(context, "abstract_mesh", None)
+    devices = getattr(context, "device_assignment", None)
+    return mesh is not None and not mesh.empty and devices is not None and len(devices) > 1
 
 
 for _platform in PLATFORMS:
@@ -206,7 +229,7 @@ for _platform in PLATFORMS:
 
 
 def _select_batch(
-    args: Any, dims: Any, *, branches: Any, shapes: Any, refusal: str
+    args: Any, dims: Any, *, branches: Any, shapes: Any, refusal: str, spread: Any
 ) -> tuple[list[jax.Array], list[int]]:
     axes = tuple(dim if isinstance(dim, int) else None for dim in dims)
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
@@ -216,8 +239,24 @@ def _select_batch(
         branches=tuple((platform, mapped[branch]) for platform, branch in branches),
         shapes=tuple(((size, *shape), dtype) for shape, dtype in shapes),
         refusal=refusal,
+        spread=None,
     )
     return results, [0] * len(results)
 
 
 batching.primitive_batchers[_select_p] = _select_batch
+
+
+def _select_jvp(
+    primals: Any, tangents: Any, *, branches: Any, shapes: Any, refusal: str, spread: Any
+) -> Any:
+    del shapes, refusal, spread
+    several = {branch for _, branch in branches}
+    if len(several) > 1:
+        raise NotImplementedError(
+            "kernels are not differentiated through; ask for implementation='jax', which is"
+        )
+    return jax.jvp(several.pop(), primals, [ad.instantiate_zeros(x) for x in tangents])
+
+
+ad.primitive_jvps[_select_p] = _select_jvp

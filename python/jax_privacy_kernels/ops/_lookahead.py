@@ -5,7 +5,8 @@ x_tau in slot tau mod S. Computing x_t needs every slot; but once they are loade
 can be computed too, each into the slot whose term it no longer needs, and the next S steps read
 one slot each. The visits are spread over the steps:
 
-* A leaf is cut, in row-major order, into tiles of ``TILE`` elements (the last may be shorter).
+* A leaf is cut, in row-major order, into tiles of ``TILE`` elements (the last may be shorter). If
+  it is spread over devices, these are the tiles of all of it, and a device may have parts of them.
   Tile q has phase ``(q + first_tile) mod S``, where first_tile counts the tiles of the leaves
   before it.
 * At step t the tiles with phase ``t mod S`` are *refreshed*: their slots get x_t .. x_{t+S-1}.
@@ -39,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels.ops._recurrence import Layout
+from jax_privacy_kernels.ops._shards import Shard
 
 __all__ = [
     "TILE",
@@ -116,16 +118,28 @@ class Leaf:
     Attributes:
       index: its position among the leaves, in flattening order.
       count: the number of leaves in the tree.
-      size: its number of elements.
+      shape: of all of it.
       first_tile: the number of tiles in the leaves before it.
       noise_dtype: what its noise is sampled as.
+      shard: what is here of it.
     """
 
     index: int
     count: int
-    size: int
+    shape: tuple[int, ...]
     first_tile: int
     noise_dtype: jnp.dtype
+    shard: Shard
+
+    @property
+    def size(self) -> int:
+        """The number of elements of all of it."""
+        return math.prod(self.shape)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is here."""
+        return self.shard == Shard(self.size)
 
 
 def plan(shapes: Sequence[tuple[int, ...]], noise_dtypes: Sequence[jnp.dtype]) -> tuple[Leaf, ...]:
@@ -134,7 +148,7 @@ def plan(shapes: Sequence[tuple[int, ...]], noise_dtypes: Sequence[jnp.dtype]) -
     first_tile = 0
     for index, (shape, dtype) in enumerate(zip(shapes, noise_dtypes, strict=True)):
         size = math.prod(shape)
-        leaves.append(Leaf(index, len(shapes), size, first_tile, jnp.dtype(dtype)))
+        leaves.append(Leaf(index, len(shapes), shape, first_tile, jnp.dtype(dtype), Shard(size)))
         first_tile += -(-size // TILE)
     return tuple(leaves)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jax_privacy_kernels._checks import check_like
 from jax_privacy_kernels.ops import (
@@ -15,6 +17,7 @@ from jax_privacy_kernels.ops import (
     _dispatch,
     _lookahead,
     _pallas,
+    _shards,
     _triton,
     correlated_noise_cpp,
     correlated_noise_jax,
@@ -36,11 +39,12 @@ __all__ = [
 
 # Fastest first. An implementation is a module with two functions:
 #
-#   refuse(leaf, layout) -> why it cannot take the leaf in this layout, or None
-#   run(layout, leaves, step, keys, coef, scale, grads, rings) -> (outs, rings)
+#   refuse(leaf, layout) -> why it cannot take what is here of the leaf in this layout, or None
+#   run(layout, leaves, step, keys, coef, scale, base, grads, rings) -> (outs, rings)
 #
-# run takes step t of some or all leaves of the tree, in the schedule of _lookahead.py, and gives
-# outs = grads + scale x_t and the rings after the step, which hold the x of unit variance.
+# run takes step t of some or all leaves of the tree, or of shards of them, in the schedule of
+# _lookahead.py, and gives outs = grads + scale x_t and the rings after the step, which hold the x
+# of unit variance.
 #
 #   layout   the Layout (static)
 #   leaves   a Leaf for each of grads, rings and outs (static)
@@ -49,6 +53,8 @@ __all__ = [
 #            one, [1], and the key of sample j of a leaf is fold_in(key of the leaf, j)
 #   coef     as coef_at of _recurrence.py gives it, float32 or float64
 #   scale    scalar
+#   base     uint32 [leaves, 2], the high and the low word of the index, in the whole leaf, of the
+#            first element that is here; the others are those of leaf.shard
 #   grads    any shapes, not empty, and floating dtypes
 #   rings    (layout.rows,) + shape; their dtype is the one x is computed in
 IMPLEMENTATIONS: _dispatch.Table = {
@@ -104,8 +110,7 @@ def init_correlated_noise(
     """
 
     def ring(leaf: Any, ring: jax.ShapeDtypeStruct) -> jax.Array:
-        zero = jnp.zeros_like(leaf, dtype=ring.dtype)  # keeps the leaf's sharding
-        return jnp.broadcast_to(zero, ring.shape)
+        return jnp.zeros(ring.shape, ring.dtype, device=_shards.rows_like(leaf))
 
     layout = _layout(matrix, jax.random.key_impl(key))
     expected = _abstract_state(model, layout, matrix, jax.random.key_impl(key), dtype)
@@ -148,10 +153,9 @@ def correlated_noise(
 
     Raises:
       TypeError: as `init_correlated_noise`.
-      ValueError: the state is not one of this tree and matrix, or the implementation asked for
-        cannot run here or cannot take a leaf.
-      NotImplementedError: a leaf is sharded over explicit mesh axes; or, when lowered, the
-        implementation asked for does not run on the platform.
+      ValueError: the state is not one of this tree and matrix, or is laid out over another mesh or
+        in another way; or the implementation asked for cannot run here or cannot take a leaf.
+      NotImplementedError: when lowered, the implementation asked for does not run on the platform.
     """
     layout = _layout(matrix, key_impl)
     matrix = jax.tree.map(_canonical, matrix)
@@ -163,10 +167,11 @@ def correlated_noise(
             f"of shape {expected.kind.shape}, found that of another, of shape {kind}"
         )
     check_like("noise_state", state, expected)
+    jax.tree_util.tree_map_with_path(_check_layout, grads, state.buffers)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     outs, clock, buffers = _step(
-        *_choose(grads, layout, dtype, implementation),
+        _plan(grads, dtype, implementation),
         layout,
         key_impl,
         matrix,
@@ -210,13 +215,17 @@ def dense_noise(
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     buffers = jax.tree.leaves(_abstract_buffers(grads, 0, row.dtype, dtype))
+    rings = [
+        jnp.zeros(buffer.shape, buffer.dtype, device=_shards.rows_like(grad))
+        for buffer, grad in zip(buffers, grad_leaves, strict=True)
+    ]
     outs = _dense(
-        *_choose(grads, layout, dtype, implementation),
+        _plan(grads, dtype, implementation),
         layout,
         row,
         key[None],
         grad_leaves,
-        [jnp.zeros(buffer.shape, buffer.dtype) for buffer in buffers],
+        rings,
     )
     return tree.unflatten(outs)
 
@@ -227,50 +236,55 @@ def dense_kind(key_impl: Any) -> jax.Array:
     return jnp.zeros(_lookahead.abstract_kind(key_impl, layout).shape)
 
 
-class _Choices(NamedTuple):
-    """For every platform, the implementation of every leaf. Static."""
+class _Plan(NamedTuple):
+    """What is known of a step when it is traced. Static."""
 
-    platforms: tuple[tuple[str, tuple[str, ...]], ...]
-    refusal: str  # the message on other platforms
+    name: str | None  # of the implementation asked for
+    leaves: tuple[Leaf, ...]
+    paths: tuple[str, ...]
 
 
-def _choose(
-    grads: Any, layout: Layout, dtype: Any, implementation: str | None
-) -> tuple[tuple[Leaf, ...], _Choices]:
+def _plan(grads: Any, dtype: Any, implementation: str | None) -> _Plan:
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
     paths_and_grads = jax.tree_util.tree_leaves_with_path(grads)
     leaves = _lookahead.plan(
         [grad.shape for _, grad in paths_and_grads],
         [check_noise_dtype(path, grad, dtype) for path, grad in paths_and_grads],
     )
-    for path, grad in paths_and_grads:
-        _check_sharding(path, grad)
+    return _Plan(name, leaves, tuple(_path(path) for path, _ in paths_and_grads))
 
+
+class _Choices(NamedTuple):
+    """For every platform, the implementation of every leaf. Static."""
+
+    platforms: dict[str, tuple[str, ...]]
+    refusal: str  # the message on other platforms
+
+
+def _choose(plan: _Plan, layout: Layout) -> _Choices:
     choices: dict[str, list[str]] = {platform: [] for platform in _dispatch.PLATFORMS}
     refusals: list[str] = []
-    for leaf, (path, _) in zip(leaves, paths_and_grads, strict=True):
-        chosen, refused = _dispatch.candidates(IMPLEMENTATIONS, name, leaf, layout)
-        where = f"leaf {_path(path)}"
+    for leaf, path in zip(plan.leaves, plan.paths, strict=True):
+        chosen, refused = _dispatch.candidates(IMPLEMENTATIONS, plan.name, leaf, layout)
+        where = f"leaf {path}"
         if not chosen:
             raise ValueError(f"no implementation of correlated_noise takes {where}: {refused}")
         refusals += [f"{where}: {reason}" for reason in refused]
         for platform, candidate in chosen.items():
             choices[platform].append(candidate)
-    static = {p: tuple(names) for p, names in choices.items() if len(names) == len(leaves)}
-    asked = f"implementation {name!r}" if name else "no implementation"
+    static = {p: tuple(names) for p, names in choices.items() if len(names) == len(plan.leaves)}
+    asked = f"implementation {plan.name!r}" if plan.name else "no implementation"
     refusal = (
         f"correlated_noise: {asked} runs on this platform; it would on {sorted(static)}"
         + "".join(f"; {reason}" for reason in refusals)
     )
-
-    return leaves, _Choices(tuple(static.items()), refusal)
+    return _Choices(static, refusal)
 
 
 # Jitted, so that a call outside jit compiles once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _step(
-    leaves: tuple[Leaf, ...],
-    choices: _Choices,
+    plan: _Plan,
     layout: Layout,
     key_impl: Any,
     matrix: NoisingMatrix,
@@ -290,14 +304,13 @@ def _step(
     # where it is seen. NaN is seen; no noise would not be.
     valid = (step >= 0) & jnp.isfinite(coef).all() & matrix.invertible(coef)
     scale = jnp.where(valid, scale, jnp.nan)
-    outs, rings = _run(leaves, choices, layout, step, keys, coef, scale, grads, rings)
+    outs, rings = _run(plan, layout, [step, keys, coef, scale], grads, rings)
     return outs, clock, rings
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _dense(
-    leaves: tuple[Leaf, ...],
-    choices: _Choices,
+    plan: _Plan,
     layout: Layout,
     row: jax.Array,
     keys: jax.Array,
@@ -305,51 +318,77 @@ def _dense(
     rings: list[jax.Array],
 ) -> list[jax.Array]:
     step, scale = jnp.zeros((), jnp.int32), jnp.ones((), row.dtype)
-    return _run(leaves, choices, layout, step, keys, row[None], scale, grads, rings)[0]
+    return _run(plan, layout, [step, keys, row[None], scale], grads, rings)[0]
 
 
 def _run(
-    leaves: tuple[Leaf, ...],
-    choices: _Choices,
-    layout: Layout,
-    step: jax.Array,
-    keys: jax.Array,
-    coef: jax.Array,
-    scale: jax.Array,
-    grads: list[jax.Array],
-    rings: list[jax.Array],
+    plan: _Plan, layout: Layout, common: list[Any], grads: list[jax.Array], rings: list[jax.Array]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The step by the implementations that were chosen for the platform."""
+    """The step, on all devices that the leaves are spread over."""
+    # Leaves without elements stay as they are.
+    mine = [i for i, leaf in enumerate(plan.leaves) if leaf.size]
+    plan = _Plan(plan.name, tuple(plan.leaves[i] for i in mine), tuple(plan.paths[i] for i in mine))
+    step, keys, coef, scale = common
     # Kernels take coefficients of 32 or 64 bits; the rings' dtype was settled before.
-    coef = coef.astype(jnp.promote_types(coef.dtype, jnp.float32))
+    common = [step, keys, coef.astype(jnp.promote_types(coef.dtype, jnp.float32)), scale]
+    run = functools.partial(_run_here, plan, layout)
+    some = [grads[i] for i in mine], [rings[i] for i in mine]
+    mesh = next((mesh for mesh in map(_shards.explicit_mesh, grads) if mesh is not None), None)
+    if mesh is not None:
+        results = _shards.over_explicit_axes(run, mesh, common, *some)
+    else:
+        results = run([[0] * grad.ndim for grad in some[0]], common, *some)
+    outs, rings = list(grads), list(rings)
+    for i, out, ring in zip(mine, *results, strict=True):
+        outs[i], rings[i] = out, ring
+    return outs, rings
 
-    def run(names: tuple[str, ...], *arrays: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        *common, grads, rings = arrays
+
+def _run_here(
+    plan: _Plan, layout: Layout, places: Any, common: Any, grads: Any, rings: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The step on what is here, by the implementations that are chosen for the platform."""
+    leaves = [
+        dataclasses.replace(leaf, shard=_shards.shard(leaf.shape, grad.shape))
+        for leaf, grad in zip(plan.leaves, grads, strict=True)
+    ]
+    first = [
+        _shards.first(leaf.shape, grad.shape, place)
+        for leaf, grad, place in zip(leaves, grads, places, strict=True)
+    ]
+    base = jnp.array(first, jnp.uint32).reshape(-1, 2)
+    choices = _choose(plan._replace(leaves=tuple(leaves)), layout)
+
+    def run(names: tuple[str, ...], common: Any, base: Any, grads: Any, rings: Any) -> Any:
         outs, rings = list(grads), list(rings)
         for name in dict.fromkeys(names):
-            # Leaves without elements stay as they are.
-            mine = [i for i, leaf in enumerate(leaves) if names[i] == name and leaf.size]
-            if not mine:
-                continue
-            some = ([tree[i] for i in mine] for tree in (leaves, grads, rings))
-            some_leaves, some_grads, some_rings = some
+            mine = [i for i, other in enumerate(names) if other == name]
             results = IMPLEMENTATIONS[name].run(
-                layout, some_leaves, *common, some_grads, some_rings
+                layout,
+                [leaves[i] for i in mine],
+                *common,
+                base[np.array(mine)],
+                [grads[i] for i in mine],
+                [rings[i] for i in mine],
             )
             for i, out, ring in zip(mine, *results, strict=True):
                 outs[i], rings[i] = out, ring
         return outs, rings
 
-    shared = {names: functools.partial(run, names) for _, names in choices.platforms}
+    def spread(common: Any, _: Any, grads: Any, rings: Any) -> Any:
+        return _shards.over_automatic_axes(
+            functools.partial(_run_here, plan, layout), common, grads, rings
+        )
+
+    shared = {names: functools.partial(run, names) for names in choices.platforms.values()}
     return _dispatch.per_platform(
-        {platform: shared[names] for platform, names in choices.platforms},
+        {platform: shared[names] for platform, names in choices.platforms.items()},
         choices.refusal,
-        step,
-        keys,
-        coef,
-        scale,
+        common,
+        base,
         grads,
         rings,
+        spread=spread,
     )
 
 
@@ -406,12 +445,18 @@ def _abstract_buffers(model: Any, rows: int, coef_dtype: Any, dtype: Any) -> Any
     return jax.tree_util.tree_map_with_path(ring, model)
 
 
-def _check_sharding(path: Any, leaf: Any) -> None:
-    sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
-    if any(axis is not None for axis in getattr(sharding, "spec", ())):
-        raise NotImplementedError(
-            f"leaf {_path(path)} is sharded over explicit mesh axes, {sharding.spec}, which this "
-            "version does not support yet; automatic axes work"
+def _check_layout(path: Any, grad: Any, ring: Any) -> None:
+    """Raises a ValueError unless the types of a ring and its gradient lay them out alike."""
+    on_mesh = [_shards.explicit_mesh(x) for x in (grad, ring)]
+    specs = PartitionSpec(None, *_shards.spec(grad)), _shards.spec(ring)
+    if on_mesh[0] != on_mesh[1] or specs[0] != specs[1]:
+        described = [
+            "no explicit mesh" if mesh is None else f"{dict(mesh.shape)} as {spec}"
+            for mesh, spec in zip(on_mesh, specs, strict=True)
+        ]
+        raise ValueError(
+            f"expected the noise_state of leaf {_path(path)} to be laid out as its gradient is, "
+            f"over {described[0]}; found it over {described[1]}"
         )
 
 

@@ -30,6 +30,7 @@ def run(
     keys: jax.Array,
     coef: jax.Array,
     scale: jax.Array,
+    base: jax.Array,
     grads: Sequence[jax.Array],
     rings: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -38,7 +39,8 @@ def run(
     # Where nothing is kept there is nothing to carry: rings of no rows do not travel.
     kept = layout.rows > 0
     per_leaf = [(g, r) if kept else (g,) for g, r in zip(grads, rings, strict=True)]
-    operands = [step, jax.random.key_data(keys), coef, scale]
+    operands = [step, jax.random.key_data(keys), coef, scale, base]
+    shards = [leaf.shard for leaf in leaves]
     buffers = [buffer for leaf in per_leaf for buffer in leaf]
     stride, first = len(per_leaf[0]), len(operands)
     results = jax.ffi.ffi_call(
@@ -53,6 +55,9 @@ def run(
         slots=np.int64(layout.slots),
         leaf_index=np.array([leaf.index for leaf in leaves], np.int64),
         first_tile=np.array([leaf.first_tile for leaf in leaves], np.int64),
+        run=np.array([shard.run for shard in shards], np.int64),
+        axis_count=np.array([len(shard.axes) for shard in shards], np.int64),
+        axes=np.array([x for shard in shards for axis in shard.axes for x in axis], np.int64),
         noise_bits=np.array([8 * leaf.noise_dtype.itemsize for leaf in leaves], np.int64),
         ring_bits=np.array([8 * ring.dtype.itemsize for ring in rings], np.int64),
         accurate=bool(getattr(jax.config, "jax_accurate_erf_inv", False)),

@@ -3,31 +3,39 @@
 The look-ahead of a tile is a matrix product. Every filter is linear, so with x' the ring after a
 visit, x the ring before and z the samples, all [.., elements], x' = P z + Q x for two small
 matrices that depend on the coefficients and the slots only.
+
+A shard that is one run of a leaf is treated as the leaf is, from another index on; the elements of
+another one by one. Samples are the same bit for bit wherever they are made. Sums of them are not:
+how XLA rounds a product depends on its size.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 
-from jax_privacy_kernels.ops import _counter_prng
+from jax_privacy_kernels.ops import _counter_prng, _shards
 from jax_privacy_kernels.ops._lookahead import TILE, Leaf
 from jax_privacy_kernels.ops._recurrence import Layout
+from jax_privacy_kernels.ops._shards import Shard, Words
 
 __all__ = ["refuse", "run"]
 
-_Sampler = Callable[[jax.Array, int], jax.Array]  # (key, size) -> z
+_Sampler = Callable[[jax.Array], jax.Array]  # of all elements, from a key
 _Matrices = tuple[jax.Array, jax.Array | None]  # P, and Q if it is not zero
 
 
 def refuse(leaf: Leaf, layout: Layout) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
-    if layout.ahead and leaf.size >= 2**31:
-        return f"{leaf.size} elements, but its indices are 32 bits wide"
+    # Where keys do not count, samples are those of the whole leaf.
+    size = leaf.shard.size if layout.ahead else leaf.size
+    if size >= 2**31 and (layout.ahead or not leaf.whole):
+        return f"{size} elements, but its indices are 32 bits wide"
     return None
 
 
@@ -38,6 +46,7 @@ def run(
     keys: jax.Array,
     coef: jax.Array,
     scale: jax.Array,
+    base: jax.Array,
     grads: Sequence[jax.Array],
     rings: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -49,12 +58,15 @@ def run(
     if layout.slots and layout.ahead:
         matrices = _visit(layout, step, coef.astype(jnp.result_type(coef, *rings)))
     outs, new_rings = [], []
-    for leaf, grad, ring in zip(leaves, grads, rings, strict=True):
+    for leaf, first, grad, ring in zip(leaves, base, grads, rings, strict=True):
         out, ring = _leaf_step(
             layout,
             leaf.noise_dtype,
+            None if leaf.whole else leaf.shard,
+            0 if layout.ahead else leaf.size,
             step,
             jnp.int32(leaf.first_tile % max(layout.slots, 1)),
+            (first[0], first[1]),
             leaf_keys[:, leaf.index],
             coef,
             matrices,
@@ -68,12 +80,15 @@ def run(
 
 
 # Jitted, so that leaves of one shape are traced once.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _leaf_step(
     layout: Layout,
     noise_dtype: jnp.dtype,
+    shard: Shard | None,
+    leaf_size: int,
     step: jax.Array,
     first_phase: jax.Array,
+    first: Words,
     keys: jax.Array,
     coef: jax.Array,
     matrices: _Matrices | None,
@@ -81,25 +96,79 @@ def _leaf_step(
     grad: jax.Array,
     ring: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    def sample(key: jax.Array, size: int) -> jax.Array:
-        return _counter_prng.normal(key, (size,), noise_dtype).astype(ring.dtype)
-
+    """A step of one leaf; shard is None if all of it is here."""
+    here = _Here(shard, first, leaf_size, grad.size, noise_dtype, ring.dtype)
     flat = ring.reshape(layout.rows, grad.size)
     one_step = functools.partial(
-        _one_step, layout, sample, step, keys, coef.astype(ring.dtype), flat
+        _one_step, layout, here.sample, step, keys, coef.astype(ring.dtype), flat
     )
     if matrices is None:
         x, hidden = one_step()
         flat = _put(layout, step, flat, x, hidden)
     else:
-        if layout.slots > 1:
-            flat = _warm_up(layout, one_step, step, first_phase, flat)
-        flat = _refresh(
-            layout.slots, sample, step % layout.slots, first_phase, keys, matrices, flat
-        )
-        x = flat[layout.hidden + step % layout.slots]
+        slots, now = layout.slots, step % layout.slots
+        if slots > 1:
+            flat = _warm_up(layout, one_step, step, here.phase(slots, first_phase), flat)
+        if shard is None or not shard.axes:
+            flat = _refresh(slots, here, now, first_phase, keys, matrices, flat)
+        else:
+            due = here.phase(slots, first_phase) == now
+            flat = _refresh_elements(here, due, keys, matrices, flat)
+        x = flat[layout.hidden + now]
     noise = scale.astype(ring.dtype) * x.reshape(grad.shape)
     return (grad + noise).astype(grad.dtype), flat.reshape(ring.shape)
+
+
+class _Here(NamedTuple):
+    """The elements of a leaf that are here."""
+
+    shard: Shard | None  # None: all of it
+    first: Words
+    leaf_size: int  # where keys do not count
+    size: int
+    noise_dtype: jnp.dtype
+    dtype: jnp.dtype  # of the ring
+
+    @property
+    def shift(self) -> int | jax.Array:
+        """By how many elements a tile begins before the first that is here."""
+        return 0 if self.shard is None else (self.first[1] % TILE).astype(jnp.int32)
+
+    def tile(self, index: Words, slots: int) -> jax.Array:
+        """The place of elements' tiles, modulo ``slots``."""
+        tiles = 2**32 // TILE % slots  # of a high word of 1
+        place = index[0] % slots * tiles + index[1] // TILE
+        return (place % slots).astype(jnp.int32)
+
+    def phase(self, slots: int, first_phase: jax.Array) -> jax.Array:
+        """``[size]``, of all elements."""
+        if self.shard is None:
+            tile = jnp.arange(self.size) // TILE
+        else:
+            tile = self.tile(_shards.indices(self.shard, self.first), slots)
+        return (tile + first_phase) % slots
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """``[size]``, of all elements."""
+        if self.shard is None:
+            z = _counter_prng.normal(key, (self.size,), self.noise_dtype)
+        elif self.leaf_size:
+            z = _counter_prng.normal(key, (self.leaf_size,), self.noise_dtype)
+            z = z[_shards.indices(self.shard, self.first)[1]]
+        elif not self.shard.axes:
+            return self.sample_from(key, self.first, self.size)
+        else:
+            return self.sample_at(key, _shards.indices(self.shard, self.first))
+        return z.astype(self.dtype)
+
+    def sample_from(self, key: jax.Array, index: Words, size: int) -> jax.Array:
+        """``[size]``, of elements that follow each other in the leaf."""
+        key = _counter_prng.at(key, index)
+        return jax.random.normal(key, (size,), self.noise_dtype).astype(self.dtype)
+
+    def sample_at(self, key: jax.Array, index: Words) -> jax.Array:
+        """Of any elements."""
+        return jax.vmap(lambda hi, lo: self.sample_from(key, (hi, lo), 1)[0])(*index)
 
 
 # -- One step of all elements -----------------------------------------------------------------
@@ -122,7 +191,7 @@ def _one_step(
     if layout.filter == "row":
         key_of = functools.partial(jax.random.fold_in, keys[0])
         return _weighted_samples(sample, key_of, coef[0], size), hidden
-    z = sample(keys[0], size)
+    z = sample(keys[0])
     if layout.filter == "recurrence":
         past = jnp.zeros_like(z)
         if layout.slots:
@@ -150,7 +219,7 @@ def _weighted_samples(
     first, last = jnp.argmax(used), weights.shape[0] - jnp.argmax(used[::-1])
 
     def add(j: jax.Array, total: jax.Array) -> jax.Array:
-        return total + weights[j] * sample(key_of(j), size)
+        return total + weights[j] * sample(key_of(j))
 
     stop = jnp.where(used.any(), last, first)
     return jax.lax.fori_loop(first, stop, add, jnp.zeros(size, weights.dtype))
@@ -171,14 +240,13 @@ def _warm_up(
     layout: Layout,
     one_step: Callable[[], tuple[jax.Array, jax.Array]],
     step: jax.Array,
-    first_phase: jax.Array,
+    phase: jax.Array,
     ring: jax.Array,
 ) -> jax.Array:
     """Makes x_t of the tiles not refreshed yet, in the first S - 1 steps."""
     old = ring[layout.hidden + step % layout.slots], ring[: layout.hidden]
 
     def compute() -> tuple[jax.Array, jax.Array]:
-        phase = (jnp.arange(ring.shape[1]) // TILE + first_phase) % layout.slots
         new = one_step()
         return jnp.where(phase > step, new[0], old[0]), jnp.where(phase > step, new[1], old[1])
 
@@ -191,7 +259,7 @@ def _warm_up(
 
 def _refresh(
     slots: int,
-    sample: _Sampler,
+    here: _Here,
     now: jax.Array,
     first_phase: jax.Array,
     keys: jax.Array,
@@ -200,40 +268,70 @@ def _refresh(
 ) -> jax.Array:
     """Overwrites the tiles whose turn it is with x_t .. x_{t+S-1}."""
     size = ring.shape[1]
+    if here.shard is not None:
+        first_phase = first_phase + here.tile(here.first, slots)
     tile = (now - first_phase) % slots  # the first tile whose turn it is; then every S-th
-    tiles, groups = -(-size // TILE), (size // TILE) // slots
+    tiles, groups = (size + here.shift + TILE - 1) // TILE, (size // TILE) // slots
+    refresh = functools.partial(_refresh_tiles, here, keys, matrices)
     if groups:
         every = tile + slots * jnp.arange(groups, dtype=jnp.int32)
-        ring = _refresh_tiles(sample, keys, matrices, every, ring)
-    if tiles > slots * groups:  # fewer than S tiles more, or S with a short one
-        last = tile + slots * groups
+        ring = refresh(every, ring)
+    # The tiles of a shard may begin before it, and then there is one more of them.
+    most = -(-size // TILE) + (here.shard is not None)
+    for group in range(groups, -(-most // slots)):
+        last = tile + slots * group
         ring = jax.lax.cond(
-            last < tiles,
-            lambda ring: _refresh_tiles(sample, keys, matrices, last[None], ring),
-            lambda ring: ring,
-            ring,
+            last < tiles, functools.partial(refresh, last[None]), lambda ring: ring, ring
         )
     return ring
 
 
 def _refresh_tiles(
-    sample: _Sampler, keys: jax.Array, matrices: _Matrices, tiles: jax.Array, ring: jax.Array
+    here: _Here, keys: jax.Array, matrices: _Matrices, tiles: jax.Array, ring: jax.Array
 ) -> jax.Array:
     size = ring.shape[1]
     width = min(TILE, size)
-    # The last tile may be short: its window reaches back into the tile before, which stays.
-    start = jnp.minimum(tiles * TILE, size - width)
+    begin = tiles * TILE - here.shift
+    # A tile may be short at either end: its window reaches into the next, which stays.
+    start = jnp.clip(begin, 0, size - width)
     old = _read(ring, start, width)  # [rows, tiles, width]
-    at = _counter_prng.at(keys[:, None], start)
-    z = jax.vmap(jax.vmap(lambda key: sample(key, width)))(at)
+    index = _shards.plus(here.first, (jnp.zeros_like(start, jnp.uint32), start.astype(jnp.uint32)))
+    sample = functools.partial(here.sample_from, size=width)
+    z = jax.vmap(lambda key: jax.vmap(lambda hi, lo: sample(key, (hi, lo)))(*index))(keys)
+    new = _visited(matrices, z, old)
+    if size % TILE or here.shard is not None:
+        place = start[:, None] + jnp.arange(width)[None, :] - begin[:, None]
+        new = jnp.where((place >= 0) & (place < TILE), new, old)
+    return _write(ring, start, new)
+
+
+def _refresh_elements(
+    here: _Here, due: jax.Array, keys: jax.Array, matrices: _Matrices, ring: jax.Array
+) -> jax.Array:
+    """Overwrites the elements whose turn it is with x_t .. x_{t+S-1}, a few at a time."""
+    assert here.shard is not None
+    size = ring.shape[1]
+    width = min(4 * TILE, size)
+    chosen = jnp.nonzero(due, size=-(-size // width) * width, fill_value=size)[0]
+    hi, lo = _shards.indices(here.shard, here.first)
+
+    def some(i: jax.Array, ring: jax.Array) -> jax.Array:
+        at = jax.lax.dynamic_slice_in_dim(chosen, i * width, width)
+        index = hi.at[at].get(mode="clip"), lo.at[at].get(mode="clip")
+        z = jax.vmap(lambda key: here.sample_at(key, index))(keys)[:, None]
+        old = ring.at[:, at].get(mode="clip")[:, None]
+        new = _visited(matrices, z, old)[:, 0]
+        return ring.at[:, at].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+    count = (jnp.count_nonzero(due) + width - 1) // width
+    return jax.lax.fori_loop(0, count, some, ring)
+
+
+def _visited(matrices: _Matrices, z: jax.Array, ring: jax.Array) -> jax.Array:
+    """P z + Q x, of samples and rings ``[.., tiles, width]``."""
     of_noise, of_ring = matrices
     new = _matmul(of_noise.astype(ring.dtype), z)
-    if of_ring is not None:
-        new = new + _matmul(of_ring.astype(ring.dtype), old)
-    if size % TILE:
-        mine = start[:, None] + jnp.arange(width)[None, :] >= tiles[:, None] * TILE
-        new = jnp.where(mine[None], new, old)
-    return _write(ring, start, new)
+    return new if of_ring is None else new + _matmul(of_ring.astype(ring.dtype), ring)
 
 
 def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:

@@ -22,6 +22,8 @@ MOST = 32  # terms or buffers that a thread can hold in registers
 
 def refuse(leaf: Leaf, layout: Layout) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
+    if not leaf.whole:
+        return "it takes whole leaves only"
     if not layout.ahead:
         return "it samples threefry2x32 keys with jax_threefry_partitionable only"
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
@@ -42,6 +44,7 @@ def run(
     keys: jax.Array,
     coef: jax.Array,
     scale: jax.Array,
+    base: jax.Array,
     grads: Sequence[jax.Array],
     rings: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -21,6 +21,8 @@ PART = 256
 
 def refuse(leaf: Leaf, layout: Layout) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
+    if not leaf.whole:
+        return "it takes whole leaves only"
     if not layout.ahead:
         return "it samples threefry2x32 keys with jax_threefry_partitionable only"
     if leaf.noise_dtype != jnp.float32:
@@ -37,6 +39,7 @@ def run(
     keys: jax.Array,
     coef: jax.Array,
     scale: jax.Array,
+    base: jax.Array,
     grads: Sequence[jax.Array],
     rings: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:

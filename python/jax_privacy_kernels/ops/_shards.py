@@ -1,0 +1,243 @@
+"""Leaves that are spread over devices: which elements are here, and how a step runs on them.
+
+The noise of an element is a function of its index in the leaf, so that every device makes the noise
+of its own shards, and no device needs to hear of another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+__all__ = [
+    "Shard",
+    "Words",
+    "explicit_mesh",
+    "first",
+    "indices",
+    "over_automatic_axes",
+    "over_explicit_axes",
+    "plus",
+    "rows_like",
+    "shard",
+    "sharding_of",
+    "spec",
+]
+
+Words = tuple[jax.Array, jax.Array]  # the high and the low 32 bits of numbers, uint32
+
+
+class Shard(NamedTuple):
+    """Some elements of a leaf, but for the first of them. Static.
+
+    They are runs of elements that follow each other in the leaf, one for each place on the axes.
+
+    Attributes:
+      run: the elements of a run.
+      axes: the outermost first, how many places, and how many elements of the leaf from each to
+        the next.
+    """
+
+    run: int
+    axes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.run * math.prod(count for count, _ in self.axes)
+
+
+def shard(shape: Sequence[int], local: Sequence[int]) -> Shard:
+    """The shard that a block of shape ``local`` is of a leaf of ``shape``, both in row-major order.
+
+    Blocks may reach beyond the leaf, as the last one does where blocks do not divide it.
+    """
+    axes: list[tuple[int, int]] = []
+    run = stride = 1
+    whole = True  # so far, from the innermost dimension on
+    for size, count in zip(reversed(shape), reversed(local), strict=True):
+        if whole:
+            run *= count
+        elif axes and axes[-1][0] * axes[-1][1] == stride:
+            axes[-1] = (axes[-1][0] * count, axes[-1][1])
+        elif count > 1:
+            axes.append((count, stride))
+        whole = whole and count == size
+        stride *= size
+    return Shard(run, tuple(reversed(axes)))
+
+
+def first(shape: Sequence[int], local: Sequence[int], place: Sequence[Any]) -> Words:
+    """The index in the leaf of the first element of a block, at that place among the blocks."""
+    total = (jnp.uint32(0), jnp.uint32(0))
+    stride = 1
+    for size, count, at in zip(reversed(shape), reversed(local), reversed(place), strict=True):
+        if not isinstance(at, int) or at:
+            total = plus(total, _times(jnp.asarray(at).astype(jnp.uint32), count * stride))
+        stride *= size
+    return total
+
+
+def indices(shard: Shard, first: Words) -> Words:
+    """The indices in the leaf of all elements of a shard, ``[shard.size]``."""
+    shape = (*(count for count, _ in shard.axes), shard.run)
+    total = first
+    for dimension, stride in enumerate([*(stride for _, stride in shard.axes), 1]):
+        place = jax.lax.broadcasted_iota(jnp.uint32, shape, dimension)
+        total = plus(total, _times(place, stride))
+    return total[0].reshape(-1), total[1].reshape(-1)
+
+
+def plus(x: Words, y: Words) -> Words:
+    """x + y modulo 2^64."""
+    lo = x[1] + y[1]
+    return x[0] + y[0] + (lo < y[1]).astype(jnp.uint32), lo
+
+
+def _times(x: jax.Array, factor: int) -> Words:
+    """x factor modulo 2^64, by halves of words."""
+    high, low = np.uint32(factor >> 32), np.uint32(factor & 0xFFFFFFFF)
+    x0, x1, y0, y1 = x & 0xFFFF, x >> 16, low & 0xFFFF, low >> 16
+    middle = ((x0 * y0) >> 16) + ((x0 * y1) & 0xFFFF) + ((x1 * y0) & 0xFFFF)
+    carried = x1 * y1 + ((x0 * y1) >> 16) + ((x1 * y0) >> 16) + (middle >> 16)
+    return carried + x * high, x * low
+
+
+# -- Over the devices of a mesh ---------------------------------------------------------------
+
+# A step on what is here: run(places, common, grads, rings) -> (outs, rings). Places are those of
+# the blocks of each leaf, a number for every dimension; common is the same on all devices.
+_Run = Callable[[Sequence[Any], Any, list[jax.Array], list[jax.Array]], Any]
+
+
+def explicit_mesh(x: Any) -> Any:
+    """The mesh that the type of x is spread over explicit axes of, or None."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def spec(x: Any) -> PartitionSpec:
+    """How an array is laid out over explicit axes, an entry for every dimension."""
+    if explicit_mesh(x) is None:
+        return PartitionSpec(*[None] * np.ndim(x))
+    return _full(jax.typeof(x).sharding.spec, np.ndim(x))
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """How x, an array or a ShapeDtypeStruct, is laid out over a mesh, as far as that is known."""
+    sharding = getattr(x, "sharding", None)
+    if explicit_mesh(x) is not None:
+        sharding = jax.typeof(x).sharding
+    elif isinstance(x, jax.core.Tracer):
+        return None
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def rows_like(x: Any) -> NamedSharding | None:
+    """The sharding of ``[.., *x.shape]`` with every row laid out as x, as far as that is known."""
+    sharding = sharding_of(x)
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def over_explicit_axes(run: _Run, mesh: Any, common: Any, grads: Any, rings: Any) -> Any:
+    """The step on every device's own shards, which the types of the gradients say."""
+    specs = [spec(grad) for grad in grads]
+    ring_specs = [PartitionSpec(None, *entries) for entries in specs]
+    axes = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+
+    def here(common: Any, grads: Any, rings: Any) -> Any:
+        return run([_place(entries) for entries in specs], common, grads, rings)
+
+    mapped = jax.shard_map(
+        here,
+        mesh=mesh,
+        axis_names=axes,
+        in_specs=(PartitionSpec(), specs, ring_specs),
+        out_specs=(specs, ring_specs),
+        check_vma=False,
+    )
+    return mapped(common, grads, rings)
+
+
+def over_automatic_axes(run: _Run, common: Any, grads: Any, rings: Any) -> Any:
+    """The step on every device's own shards, which XLA's partitioner says when it has chosen them.
+
+    Programs that hold it cannot be exported.
+    """
+    key_types = [
+        jax.random.key_impl(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else None
+        for x in common
+    ]
+    data = [
+        x if kind is None else jax.random.key_data(x)
+        for x, kind in zip(common, key_types, strict=True)
+    ]
+
+    def here(specs: Any, data: Any, grads: Any, rings: Any) -> Any:
+        common = [
+            x if kind is None else jax.random.wrap_key_data(x, impl=kind)
+            for x, kind in zip(data, key_types, strict=True)
+        ]
+        return run([_place(entries) for entries in specs], common, grads, rings)
+
+    def partition(mesh: Any, arguments: Any, _: Any) -> Any:
+        specs = [_full(grad.sharding.spec, len(grad.shape)) for grad in arguments[1]]
+
+        def lower(*arguments: Any) -> Any:
+            return here(specs, *arguments)
+
+        def on_mesh(entries: Any) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*entries))
+
+        results = (
+            [on_mesh(entries) for entries in specs],
+            [on_mesh((None, *entries)) for entries in specs],
+        )
+        return mesh, lower, results, ([on_mesh(()) for _ in data], *results)
+
+    def shapes_alone(data: Any, grads: Any, rings: Any) -> Any:
+        del data
+        return grads, rings
+
+    spread = custom_partitioning(shapes_alone)
+    spread.def_partition(partition, sharding_rule=_rule(data, grads))
+    return spread(data, grads, rings)
+
+
+def _rule(data: Any, grads: Any) -> SdyShardingRule:
+    """Every leaf may be laid out in its own way, its gradient and the rows of its ring alike."""
+    factors = [[f"l{leaf}_{d}" for d in range(grad.ndim)] for leaf, grad in enumerate(grads)]
+    rows = [f"r{leaf}" for leaf in range(len(grads))]
+    whole = [[f"c{i}_{d}" for d in range(x.ndim)] for i, x in enumerate(data)]
+    leaves = [ArrayMapping(*names) for names in factors]
+    leaves += [ArrayMapping(row, *names) for row, names in zip(rows, factors, strict=True)]
+    return SdyShardingRule(
+        (*(ArrayMapping(*names) for names in whole), *leaves),
+        tuple(leaves),
+        need_replication_factors=(*(name for names in whole for name in names), *rows),
+    )
+
+
+def _place(entries: PartitionSpec) -> list[Any]:
+    """Which block of a leaf is here, along every dimension."""
+    return [0 if axes is None else jax.lax.axis_index(axes) for axes in entries]
+
+
+def _full(entries: PartitionSpec, ndim: int) -> PartitionSpec:
+    return PartitionSpec(*entries, *[None] * (ndim - len(entries)))

@@ -350,32 +350,25 @@ JPK_INLINE void advance(const Block<X>& at, int64_t steps, X* x) {
   }
 }
 
-// out = grad + scale * x, added in the wider of the two types and rounded to the gradient's. x is
-// in the order of the visit's elements, or, if `in_place`, where they are.
+// out = grad + scale * x, added in the wider of the two types and rounded to the gradient's.
 template <typename X, typename G>
-JPK_INLINE void emit(const Leaf& leaf, const Visit& visit, X scale, const X* __restrict x,
-                     bool in_place) {
-  for (int64_t s = 0; s < visit.spans; ++s) {
-    const int64_t here = visit.span[s].here, count = visit.span[s].count;
-    const G* __restrict grad = static_cast<const G*>(leaf.grad) + here;
-    const X* __restrict from = in_place ? x + here : x;
-    G* out = static_cast<G*>(leaf.out) + here;
-    for (int64_t i = 0; i < count; ++i) narrow(widen(grad[i]) + scale * from[i], out[i]);
-    if (!in_place) x += count;
-  }
+JPK_INLINE void emit(const Leaf& leaf, const Span& span, X scale, const X* __restrict x) {
+  const G* __restrict grad = static_cast<const G*>(leaf.grad) + span.here;
+  G* out = static_cast<G*>(leaf.out) + span.here;
+  for (int64_t i = 0; i < span.count; ++i) narrow(widen(grad[i]) + scale * x[i], out[i]);
 }
 
 template <typename X>
-JPK_INLINE void emit(const Leaf& leaf, const Visit& visit, X scale, const X* x, bool in_place) {
+JPK_INLINE void emit(const Leaf& leaf, const Span& span, X scale, const X* x) {
   switch (leaf.grad_type) {
     case FloatType::kFloat16:
-      return emit<X, Float16>(leaf, visit, scale, x, in_place);
+      return emit<X, Float16>(leaf, span, scale, x);
     case FloatType::kBFloat16:
-      return emit<X, BFloat16>(leaf, visit, scale, x, in_place);
+      return emit<X, BFloat16>(leaf, span, scale, x);
     case FloatType::kFloat32:
-      return emit<X, float>(leaf, visit, scale, x, in_place);
+      return emit<X, float>(leaf, span, scale, x);
     case FloatType::kFloat64:
-      return emit<X, double>(leaf, visit, scale, x, in_place);
+      return emit<X, double>(leaf, span, scale, x);
   }
 }
 
@@ -399,6 +392,7 @@ JPK_INLINE void step_parts(const Step& step, const Leaf& leaf, int64_t begin, in
   X x[kBlock];
 
   const X* ring_now = static_cast<const X*>(leaf.ring) + (step.hidden + step.now) * leaf.size;
+  Span later{0, 0, 0};  // what of the ring is still to be emitted: a tile at once
   Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
   while (const Visit* visit = visits.next()) {
@@ -406,8 +400,21 @@ JPK_INLINE void step_parts(const Step& step, const Leaf& leaf, int64_t begin, in
       at.begin(visit);
       advance<Z, X>(at, visit->terms, x);
     }
-    emit<X>(leaf, *visit, scale, step.slots ? ring_now : x, step.slots > 0);
+    const X* from = x;
+    for (int64_t s = 0; s < visit->spans; ++s) {
+      const Span& span = visit->span[s];
+      if (step.slots == 0) {
+        emit<X>(leaf, span, scale, from);
+        from += span.count;
+      } else if (span.here == later.here + later.count && later.count < kTile) {
+        later.count += span.count;
+      } else {
+        emit<X>(leaf, later, scale, ring_now + later.here);
+        later = span;
+      }
+    }
   }
+  if (later.count) emit<X>(leaf, later, scale, ring_now + later.here);
 }
 
 JPK_TARGET_CLONES static void step_parts_f32_f32(const Step& step, const Leaf& leaf, int64_t begin,
@@ -446,8 +453,9 @@ void correlated_noise(Pool& pool, int64_t workers, const Step& step,
   // Few enough elements that waking a thread costs more than it helps.
   constexpr int64_t kPartsPerWorker = 8;
   workers = std::clamp<int64_t>(parts / kPartsPerWorker, 1, std::max<int64_t>(workers, 1));
-  // Long enough runs of parts to stream, short enough to balance.
-  const int64_t chunk = std::clamp<int64_t>(parts / (8 * workers), 1, 64);
+  // Long enough runs of parts to stream and to leave few blocks that are not full, short enough to
+  // balance.
+  const int64_t chunk = std::clamp<int64_t>(parts / (8 * workers), 1, 256);
 
   std::vector<Scratch> scratch;
   for (int64_t i = 0; i < workers; ++i) scratch.emplace_back(step);

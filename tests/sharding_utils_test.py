@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import subprocess
 import sys
 import threading
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +22,6 @@ from jax_privacy_kernels.sharding_utils import (
     local_reshape_add,
     parallel_sample_pytree,
 )
-
-EIGHT = "--xla_force_host_platform_device_count=8"
-IN_CHILD = EIGHT in os.environ.get("XLA_FLAGS", "")
 
 MESHES = {"x": (8,), "xy": (4, 2), "xyz": (2, 2, 2)}
 
@@ -267,24 +263,13 @@ def test_what_cannot_be_sampled():
 # -- Eight devices ----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(IN_CHILD, reason="is this process")
-def test_eight_devices():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"
-    tests = f"{__file__}::TestEightDevices"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
-        cwd=os.path.dirname(os.path.dirname(__file__)),
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+@pytest.mark.skipif(eight_devices.IN_CHILD, reason="is this process")
+def test_on_eight_devices():
+    eight_devices.run(__file__)
 
 
 class TestEightDevices:
-    __test__ = IN_CHILD
+    __test__ = eight_devices.IN_CHILD
 
     @layouts
     def test_flattened_is_split_over_all(self, axes, shape, spec, within):

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels import sharding_utils
 from jax_privacy_kernels._checks import check_like, is_concrete
@@ -182,8 +183,8 @@ def matrix_factorization_privatizer(
             f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
-        return _zero_redundancy(privatizer, dtype)
-    return privatizer
+        privatizer = _zero_redundancy(privatizer, dtype)
+    return optax.GradientTransformation(_on_mesh(privatizer.init), privatizer.update)
 
 
 def gaussian_privatizer(
@@ -323,6 +324,24 @@ def _dense(
         return noisy, noise_state._replace(step=step + 1)
 
     return optax.GradientTransformation(init, update)
+
+
+def _on_mesh(init: Any) -> Any:
+    """The same, with all of the state on the mesh of the model, if it is known to be on one."""
+
+    def init_on_mesh(model: Any) -> Any:
+        state = init(model)
+        shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(model)]
+        meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+        if not is_concrete(state) or not meshes or not isinstance(meshes[0], Mesh):
+            return state
+        whole = NamedSharding(meshes[0], PartitionSpec())
+        return jax.tree.map(
+            lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole),
+            state,
+        )
+
+    return init_on_mesh
 
 
 def _zero_redundancy(

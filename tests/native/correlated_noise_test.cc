@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -156,7 +157,7 @@ double to_normal(double u) {
 }
 
 // The i-th standard normal under a leaf's key.
-double normal(Key leaf_key, int64_t i, FloatType type) {
+double normal(Key leaf_key, uint64_t i, FloatType type) {
   uint32_t x[2] = {static_cast<uint32_t>(i >> 32), static_cast<uint32_t>(i)};
   encrypt(leaf_key, x);
   const bool wide = type == FloatType::kFloat64;
@@ -281,7 +282,25 @@ struct Problem {
   bool accurate;
   std::vector<int64_t> sizes;
   std::vector<Types> types;
+  std::vector<jpk::Shard> shards{};  // of the leaves; none for whole leaves
 };
+
+// The index in the leaf of every element of a shard, counted out.
+std::vector<uint64_t> indices(const jpk::Shard& shard, int64_t size) {
+  std::vector<uint64_t> found{shard.base};
+  for (const jpk::Axis& axis : shard.axes) {
+    std::vector<uint64_t> finer;
+    for (uint64_t index : found) {
+      for (int64_t i = 0; i < axis.count; ++i) finer.push_back(index + i * axis.stride);
+    }
+    found = finer;
+  }
+  std::vector<uint64_t> all;
+  for (uint64_t index : found) {
+    for (int64_t i = 0; i < std::min(shard.run, size); ++i) all.push_back(index + i);
+  }
+  return all;
+}
 
 void run(ThreadPool& pool, const Problem& problem) {
   const Definition& definition = problem.definition;
@@ -296,6 +315,15 @@ void run(ThreadPool& pool, const Problem& problem) {
   for (int64_t size : problem.sizes) {
     first_tile.push_back(first_tile.back() + (size + jpk::kTile - 1) / jpk::kTile);
   }
+  std::vector<std::vector<uint64_t>> place(leaves);
+  for (size_t l = 0; l < leaves; ++l) {
+    const jpk::Shard shard = problem.shards.empty() ? jpk::Shard{} : problem.shards[l];
+    place[l] = indices(shard, problem.sizes[l]);
+    CHECK(place[l].size() == static_cast<size_t>(problem.sizes[l]), "leaf %zu", l);
+  }
+  auto phase_of = [&](size_t l, int64_t i) {
+    return slots ? static_cast<int64_t>((place[l][i] / jpk::kTile + first_tile[l]) % slots) : 0;
+  };
   // Positions need not be 0, 1, ..: a step may be asked for some leaves of a tree.
   auto index = [](size_t l) { return static_cast<uint32_t>(3 * l + 1); };
 
@@ -317,7 +345,8 @@ void run(ThreadPool& pool, const Problem& problem) {
     std::vector<double> z(horizon), of_element;
     std::vector<std::vector<double>> buffers;
     for (int64_t i = 0; i < size; ++i) {
-      for (int64_t t = 0; t < horizon; ++t) z[t] = normal(keys[t], i, problem.types[l].noise);
+      for (int64_t t = 0; t < horizon; ++t)
+        z[t] = normal(keys[t], place[l][i], problem.types[l].noise);
       definition.apply(z, of_element, buffers);
       for (int64_t t = 0; t < horizon; ++t) x[l][t * size + i] = of_element[t];
       if (row) x[l][i] = of_element.back();  // all of its samples are there at once
@@ -361,7 +390,8 @@ void run(ThreadPool& pool, const Problem& problem) {
                    index(l),
                    problem.types[l].grad,
                    problem.types[l].noise,
-                   problem.types[l].ring};
+                   problem.types[l].ring,
+                   problem.shards.empty() ? jpk::Shard{} : problem.shards[l]};
       }
       jpk::correlated_noise(pool, workers[w], step, list);
       for (size_t l = 0; l < leaves; ++l) {
@@ -394,7 +424,7 @@ void run(ThreadPool& pool, const Problem& problem) {
         for (int64_t i = 0; i < size; ++i) {
           // Which term stands here. Warming up: x_slot, or nothing yet. Refreshed last at step r:
           // the one of r .. r + S - 1 that is slot modulo S.
-          const int64_t phase = (i / jpk::kTile + first_tile[l]) % slots;
+          const int64_t phase = phase_of(l, i);
           const int64_t r = t - (t - phase) % slots;
           const int64_t tau = t < phase ? slot : r + (slot - r % slots + slots) % slots;
           const double want = t < phase && slot > t ? 0 : x[l][tau * size + i];
@@ -407,7 +437,7 @@ void run(ThreadPool& pool, const Problem& problem) {
       for (int64_t m = 0; m < hidden; ++m) {
         for (int64_t i = 0; i < size; ++i) {
           // The buffers stand where the terms made so far end.
-          const int64_t phase = slots ? (i / jpk::kTile + first_tile[l]) % slots : 0;
+          const int64_t phase = phase_of(l, i);
           const int64_t refreshed = t - (slots ? (t - phase) % slots : 0);
           const int64_t made = t < phase ? t + 1 : refreshed + ahead;
           const double want = u[l][(made * hidden + m) * size + i];
@@ -427,6 +457,67 @@ void run(ThreadPool& pool, const Problem& problem) {
   if (rows == 0) return;
   std::printf("filter %d, %d slots: x differs by up to %.1e (float32), %.1e (float64)\n",
               int(definition.filter), int(slots), largest[0], largest[1]);
+}
+
+// One run from within a tile, also far behind; runs of several tiles, of less than a block, and of
+// single elements; axes within axes.
+const jpk::Shard kShards[] = {
+    {100, 5000, {}},
+    {(uint64_t{1} << 32) - 700, 3000, {}},
+    {(uint64_t{1} << 40) + 5, 1024, {}},
+    {1024, 2048, {{3, 8192}}},
+    {300, 1500, {{2, 3000}}},
+    {7, 16, {{200, 128}}},
+    {(uint64_t{1} << 33) - 50, 100, {{30, 1000}}},
+    {3, 1, {{1500, 8}}},
+    {11, 5, {{4, 10000}, {3, 100}, {20, 10}}},
+};
+
+int64_t size_of(const jpk::Shard& shard) {
+  int64_t size = shard.run;
+  for (const jpk::Axis& axis : shard.axes) size *= axis.count;
+  return size;
+}
+
+// Everything is visited once, as its tile has it, in full blocks as far as can be.
+void visit(const jpk::Shard& shard, int64_t size, int64_t first_tile, int64_t slots, int64_t t) {
+  const std::vector<uint64_t> place = indices(shard, size);
+  for (int64_t cut : {int64_t{0}, size / 3, size}) {
+    std::vector<int> seen(size, 0);
+    for (auto [first, last] : {std::pair{int64_t{0}, cut}, std::pair{cut, size}}) {
+      int64_t making[2] = {0, 0}, blocks[2] = {0, 0};
+      jpk::Visits visits(shard, first_tile, slots, t, first, last);
+      while (const jpk::Visit* visit = visits.next()) {
+        int64_t count = 0;
+        for (int64_t s = 0; s < visit->spans; ++s) {
+          const jpk::Span& span = visit->span[s];
+          count += span.count;
+          for (int64_t i = 0; i < span.count; ++i) {
+            const int64_t at = span.here + i;
+            CHECK(at >= first && at < last, "element %d", int(at));
+            ++seen[at];
+            const int64_t tile = place[at] / jpk::kTile + first_tile;
+            const int64_t phase = slots ? tile % slots : 0, now = slots ? t % slots : 0;
+            const int64_t terms = phase == now ? std::max<int64_t>(slots, 1) : t < phase ? 1 : 0;
+            CHECK(visit->terms == terms, "element %d", int(at));
+            // An idle span may go on in other tiles and runs.
+            CHECK(terms == 0 || span.index + i == place[at], "element %d", int(at));
+          }
+        }
+        CHECK(count == visit->count && count > 0, "count %d", int(count));
+        if (visit->terms == 0) continue;
+        CHECK(count <= jpk::kBlock, "count %d", int(count));
+        const bool one = visit->terms == 1;
+        making[one] += count, blocks[one] += 1;
+      }
+      for (int one = 0; one < 2; ++one) {
+        CHECK(blocks[one] == (making[one] + jpk::kBlock - 1) / jpk::kBlock,
+              "%d elements, %d blocks", int(making[one]), int(blocks[one]));
+      }
+    }
+    CHECK(std::all_of(seen.begin(), seen.end(), [](int times) { return times == 1; }), "slots %d",
+          int(slots));
+  }
 }
 
 }  // namespace
@@ -484,6 +575,22 @@ int main() {
       problem.types = all_types;
     }
     run(pool, problem);
+  }
+  for (const Definition& definition : definitions) {
+    Problem problem{definition, true, {}, {}, {}};
+    for (const jpk::Shard& shard : kShards) {
+      if (definition.slots > 7 && size_of(shard) > 3000) continue;  // to be done in time
+      problem.shards.push_back(shard);
+      problem.sizes.push_back(size_of(shard));
+      problem.types.push_back(all_types[problem.shards.size() % all_types.size()]);
+    }
+    run(pool, problem);
+  }
+  for (int64_t slots : {0, 1, 2, 7, 31}) {
+    for (int64_t t : {0, 1, 5, 6, 7, 30, 31, 100}) {
+      for (const jpk::Shard& shard : kShards) visit(shard, size_of(shard), 5, slots, t);
+      for (int64_t size : {1, 127, 1024, 70000}) visit(jpk::Shard{}, size, 2, slots, t);
+    }
   }
   return report();
 }

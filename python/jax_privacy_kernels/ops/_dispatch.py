@@ -205,7 +205,7 @@ def _select_now(
 def _select_lowering(platform: str) -> Callable[..., Any]:
     def rule(ctx: Any, *args: Any, branches: Any, shapes: Any, refusal: str, spread: Any) -> Any:
         del shapes
-        if spread is not None and _is_partitioned(ctx.module_context.axis_context):
+        if spread is not None and _is_partitioned(ctx.module_context):
             branch = jax.extend.core.jaxpr_as_fun(spread)
         else:
             branch = _branch(platform, branches, refusal)
@@ -214,14 +214,15 @@ def _select_lowering(platform: str) -> Callable[..., Any]:
     return rule
 
 
-def _is_partitioned(context: Any) -> bool:
-    """Whether XLA will spread the program over the devices of a mesh, and which they are is known.
+def _is_partitioned(module: Any) -> bool:
+    """Whether XLA will spread the program over the devices of a mesh, and here.
 
-    They are not where a program is exported.
+    What is exported cannot ask how. It runs the branch, whole, on every device.
     """
-    mesh = getattr(context, "abstract_mesh", None)
-    devices = getattr(context, "device_assignment", None)
-    return mesh is not None and not mesh.empty and devices is not None and len(devices) > 1
+    mesh = getattr(module.axis_context, "abstract_mesh", None)
+    devices = getattr(module.axis_context, "device_assignment", None)
+    several = mesh is not None and not mesh.empty and devices is not None and len(devices) > 1
+    return several and not module.lowering_parameters.for_export
 
 
 for _platform in PLATFORMS:

@@ -1,0 +1,32 @@
+"""Tests that need eight devices run again, in a process that has them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+_EIGHT = "--xla_force_host_platform_device_count=8"
+
+IN_CHILD = _EIGHT in os.environ.get("XLA_FLAGS", "")
+
+
+def run(file: str) -> None:
+    """Runs the class TestEightDevices of a file, and fails with what it says."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            f"{file}::TestEightDevices",
+        ],
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

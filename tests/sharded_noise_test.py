@@ -1,0 +1,491 @@
+"""Noise on eight devices: that of one, made where it is wanted, and once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+
+import eight_devices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_privacy_kernels import noise_addition, sharding_utils
+from jax_privacy_kernels.matrix_factorization import (
+    banded,
+    buffered_toeplitz,
+    streaming_matrix,
+    toeplitz,
+)
+from jax_privacy_kernels.noise_addition import SupportedStrategies
+from jax_privacy_kernels.ops import _cpp
+
+STEPS = 12
+COEF = toeplitz.optimal_max_error_strategy_coefs(5)
+DENSE = np.tril(np.random.default_rng(0).normal(size=(STEPS, STEPS))) * (np.arange(STEPS) % 3 != 1)
+
+MATRICES = {
+    "banded": lambda: toeplitz.inverse_as_streaming_matrix(COEF),
+    "two bands": lambda: toeplitz.inverse_as_streaming_matrix(COEF[:2]),
+    "by row": lambda: banded.ColumnNormalizedBanded.from_banded_toeplitz(
+        STEPS, COEF
+    ).inverse_as_streaming_matrix(),
+    "inverse banded": lambda: toeplitz.noising_coef_as_streaming_matrix(
+        toeplitz.inverse_coef(COEF, 4)
+    ),
+    "buffered": lambda: buffered_toeplitz.BufferedToeplitz.build(
+        buf_decay=[0.9, 0.5], output_scale=[0.3, 0.2], dtype=jnp.float32
+    ).inverse_as_streaming_matrix(),
+    "dense": lambda: DENSE,
+    "identity": streaming_matrix.identity,
+    "prefix": streaming_matrix.prefix_sum,
+    "momentum": lambda: streaming_matrix.momentum_sgd_matrix(0.9),
+}
+
+MESHES = {"x": (8,), "xy": (4, 2), "xyz": (2, 2, 2)}
+
+# Shapes and, for every mesh, specs: replicated, sharded on any axis, in another order than the
+# mesh's; in runs of whole tiles, of less, and of single elements.
+SHAPES = {
+    "scalar": (),
+    "odd": (7, 5),
+    "rows": (16, 700),
+    "columns": (6, 4096),
+    "thin": (1000, 8),
+    "middle": (4, 24, 100),
+    "flat": (9 * 1024,),
+    "empty": (0, 8),
+}
+SPECS = {
+    "x": {
+        "rows": P("x"),
+        "columns": P(None, "x"),
+        "thin": P(None, "x"),
+        "middle": P(None, "x"),
+        "flat": P("x"),
+        "empty": P(None, "x"),
+    },
+    "xy": {
+        "rows": P("y", "x"),
+        "columns": P("y", "x"),
+        "thin": P("y"),
+        "middle": P("x", ("y",), None),
+        "flat": P(("y", "x")),
+    },
+    "xyz": {
+        "rows": P(("x", "z")),
+        "columns": P(None, ("z", "x")),
+        "thin": P("y", ("x", "z")),
+        "middle": P("x", "y", "z"),
+        "flat": P(("x", "y", "z")),
+        "empty": P(None, "z"),
+    },
+}
+SMALL = "odd", "columns", "flat"
+
+KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
+COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
+
+needs_cpp = pytest.mark.skipif(bool(_cpp.unavailable()), reason=f"{_cpp.unavailable()}")
+implementations = pytest.mark.parametrize(
+    "implementation", [pytest.param("cpp", marks=needs_cpp), "jax"]
+)
+
+
+def mesh_of(axes, kind="explicit"):
+    return jax.make_mesh(MESHES[axes], tuple(axes), axis_types=(KINDS[kind],) * len(axes))
+
+
+def within(mesh):
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.set_mesh(mesh) if explicit else contextlib.nullcontext()
+
+
+def privatizer(matrix="banded", implementation=None, strategy="DEFAULT", **kwargs):
+    return noise_addition.matrix_factorization_privatizer(
+        MATRICES[matrix](),
+        **{"stddev": 1.0, "prng_key": 3, "implementation": implementation, **kwargs},
+        intermediate_strategy=SupportedStrategies[strategy],
+    )
+
+
+def model(names=tuple(SHAPES), dtype=jnp.float32):
+    numbers = np.random.default_rng(1)
+    return {name: jnp.asarray(numbers.normal(size=SHAPES[name]), dtype) for name in names}
+
+
+def on_mesh(tree, mesh, axes):
+    specs = SPECS[axes]
+    return {k: jax.device_put(x, NamedSharding(mesh, specs.get(k, P()))) for k, x in tree.items()}
+
+
+def run(privatizer, grads, steps=STEPS, state=None):
+    """The gradients after every step, and the last state."""
+    state = privatizer.init(grads) if state is None else state
+    update = jax.jit(privatizer.update, donate_argnums=1)
+    outs = []
+    for _ in range(steps):
+        out, state = update(grads, state)
+        outs.append(jax.tree.map(np.asarray, out))
+        for name, x in out.items():
+            assert not x.size or x.sharding.is_equivalent_to(grads[name].sharding, x.ndim), name
+    return outs, state
+
+
+@functools.cache
+def on_one_device(matrix, implementation, names):
+    outs, state = run(privatizer(matrix, implementation), model(names))
+    return outs, jax.tree.map(np.asarray, state)
+
+
+def assert_same(implementation, actual, expected):
+    """XLA rounds the sums of the JAX implementation as it likes."""
+    if implementation == "cpp":
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    else:
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+        jax.tree.map(close, actual, expected)
+
+
+def program(privatizer, grads):
+    """What XLA makes of a step."""
+    update = jax.jit(privatizer.update, donate_argnums=1)
+    return update.lower(grads, privatizer.init(grads)).compile().as_text()
+
+
+def collectives(hlo):
+    found = rf"= (\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\("
+    return [(kind, shape.split("{")[0]) for shape, kind in re.findall(found, hlo)]
+
+
+def cases():
+    """Every mechanism and mesh compiled; a few in plain JAX, which takes long to compile."""
+    for matrix in MATRICES:
+        for axes in MESHES:
+            yield pytest.param("cpp", matrix, axes, marks=needs_cpp)
+    yield from (("jax", matrix, "xy") for matrix in ("banded", "inverse banded", "buffered"))
+    yield from (("jax", matrix, "x") for matrix in ("dense", "prefix"))
+
+
+@pytest.mark.skipif(eight_devices.IN_CHILD, reason="is this process")
+def test_on_eight_devices():
+    eight_devices.run(__file__)
+
+
+class TestEightDevices:
+    __test__ = eight_devices.IN_CHILD
+
+    # -- The same noise -----------------------------------------------------------------------
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("implementation", "matrix", "axes"), cases())
+    def test_noise_is_that_of_one_device(self, implementation, matrix, axes, kind):
+        names = tuple(SHAPES) if implementation == "cpp" else SMALL
+        mesh = mesh_of(axes, kind)
+        with within(mesh):
+            grads = on_mesh(model(names), mesh, axes)
+            outs, state = run(privatizer(matrix, implementation), grads)
+        expected, last = on_one_device(matrix, implementation, names)
+        assert_same(implementation, outs, expected)
+        assert_same(implementation, jax.tree.map(np.asarray, state), last)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_samples_in_plain_jax_are_those_of_one_device(self, kind):
+        mesh = mesh_of("xyz", kind)
+        with within(mesh):
+            outs, _ = run(privatizer("identity", "jax"), on_mesh(model(), mesh, "xyz"), 2)
+        expected, _ = on_one_device("identity", "jax", tuple(SHAPES))
+        jax.tree.map(np.testing.assert_array_equal, outs, expected[:2])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+    def test_dtypes(self, dtype, kind):
+        with jax.enable_x64(dtype == "float64"):
+            mechanism = privatizer("prefix", dtype=jnp.promote_types(dtype, jnp.float32))
+            expected, _ = run(mechanism, model(dtype=dtype), 5)
+            mesh = mesh_of("xy", kind)
+            with within(mesh):
+                outs, _ = run(mechanism, on_mesh(model(dtype=dtype), mesh, "xy"), 5)
+            jax.tree.map(np.testing.assert_array_equal, outs, expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_keys_that_do_not_count(self, kind):
+        """All of a leaf is sampled everywhere, there is no other way."""
+        mechanism = privatizer(prng_key=jax.random.key(5, impl="rbg"))
+        expected, _ = run(mechanism, model(SMALL), 6)
+        mesh = mesh_of("xy", kind)
+        with within(mesh):
+            outs, _ = run(mechanism, on_mesh(model(SMALL), mesh, "xy"), 6)
+        assert_same("jax", outs, expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_scan(self, kind):
+        mechanism = privatizer()
+        mesh = mesh_of("xy", kind)
+
+        def all_steps(grads):
+            def step(state, _):
+                return mechanism.update(grads, state)[::-1]
+
+            return jax.lax.scan(step, mechanism.init(grads), length=STEPS)[1]
+
+        with within(mesh):
+            outs = jax.jit(all_steps)(on_mesh(model(), mesh, "xy"))
+        expected, _ = on_one_device("banded", None, tuple(SHAPES))
+        for t, want in enumerate(expected):
+            assert_same("cpp", jax.tree.map(lambda x, t=t: np.asarray(x[t]), outs), want)
+
+    def test_blocks_that_do_not_divide_a_leaf(self):
+        """They reach beyond it, inside of a program with automatic axes."""
+        mesh, mechanism = mesh_of("xy", "automatic"), privatizer()
+        grads = {"a": jnp.ones((10, 7)), "b": jnp.ones((2050, 3))}
+        specs = {"a": P("x", "y"), "b": P(("x", "y"))}
+
+        @jax.jit
+        def steps(grads):
+            state, outs = mechanism.init(grads), []
+            for _ in range(6):
+                grads = {
+                    k: jax.lax.with_sharding_constraint(g, NamedSharding(mesh, specs[k]))
+                    for k, g in grads.items()
+                }
+                out, state = mechanism.update(grads, state)
+                outs.append(out)
+            return outs
+
+        expected, _ = run(mechanism, grads, 6)
+        jax.tree.map(np.testing.assert_array_equal, steps(grads), expected)
+
+    @needs_cpp
+    @pytest.mark.parametrize("matrix", ["banded", "by row", "inverse banded", "buffered", "dense"])
+    def test_state_moves_between_meshes(self, matrix):
+        """In the middle of a cycle of the look-ahead, too: before, while and after all warm up."""
+        mechanism = privatizer(matrix)
+        expected, _ = on_one_device(matrix, None, tuple(SHAPES))
+        state, outs = None, []
+        for axes, kind in (
+            ("x", "explicit"),
+            ("xyz", "automatic"),
+            (None, None),
+            ("xy", "explicit"),
+        ):
+            mesh = mesh_of(axes, kind) if axes else None
+            with within(mesh) if mesh else contextlib.nullcontext():
+                grads = on_mesh(model(), mesh, axes) if mesh else model()
+                like = mechanism.init(grads)
+                if state is not None:
+                    state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
+                some, state = run(mechanism, grads, 3, state)
+            outs += some
+            state = jax.tree.map(np.asarray, state)
+        assert_same("cpp", outs, expected)
+
+    # -- No more than is needed ---------------------------------------------------------------
+
+    @needs_cpp
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("axes", MESHES)
+    @pytest.mark.parametrize("matrix", MATRICES)
+    def test_nothing_is_communicated(self, matrix, axes, kind):
+        mesh = mesh_of(axes, kind)
+        with within(mesh):
+            hlo = program(privatizer(matrix), on_mesh(model(), mesh, axes))
+        assert not collectives(hlo)
+        assert hlo.count("jpk_correlated_noise") >= 1
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_nothing_is_communicated_in_plain_jax(self, kind):
+        mesh = mesh_of("xy", kind)
+        with within(mesh):
+            assert not collectives(
+                program(privatizer("banded", "jax"), on_mesh(model(SMALL), mesh, "xy"))
+            )
+
+    @needs_cpp
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_donated_state_is_updated_in_place(self, kind):
+        mesh = mesh_of("xy", kind)
+        with within(mesh):
+            grads = on_mesh(model(), mesh, "xy")
+            hlo = program(privatizer(), grads)
+        copies = [line for line in hlo.splitlines() if " copy(" in line or "copy-start" in line]
+        for name in ("rows", "columns", "thin", "middle", "flat"):
+            local = grads[name].sharding.shard_shape(grads[name].shape)
+            ring = f"f32[4,{','.join(map(str, local))}]"
+            assert ring in hlo
+            assert not [line for line in copies if ring in line]
+
+    @pytest.mark.parametrize("matrix", ["banded", "buffered", "prefix"])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_state_is_laid_out_as_the_gradients(self, matrix, kind):
+        mesh = mesh_of("xy", kind)
+        mechanism = privatizer(matrix)
+        with within(mesh):
+            grads = on_mesh(model(), mesh, "xy")
+            states = [mechanism.init(grads), run(mechanism, grads, 1)[1]]
+            if kind == "explicit":
+                structs = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), grads
+                )
+                states.append(mechanism.init(structs))
+                states.append(jax.jit(mechanism.init)(grads))
+        for state in states:
+            for path, x in jax.tree_util.tree_leaves_with_path(state):
+                name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
+                used = re.findall("[xy]", str(SPECS["xy"].get(name, "")).removeprefix("P"))
+                parts = np.prod([mesh.shape[axis] for axis in used], dtype=int) if x.size else 1
+                assert x.addressable_shards[0].data.size * parts == x.size, path
+
+    # -- ZeRO ---------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("axes", MESHES)
+    @pytest.mark.parametrize("matrix", MATRICES)
+    def test_zero_is_the_same_noise_elsewhere(self, matrix, axes):
+        """Over all steps: what a parameter gets is the series of noise of one parameter."""
+        mechanism, mesh = privatizer(matrix, strategy="ZERO"), mesh_of(axes)
+        names = [
+            name for name, shape in SHAPES.items() if np.prod(shape) % 8 == 0 and 0 not in shape
+        ]
+        grads = {name: jnp.zeros(SHAPES[name]) for name in names}
+        expected, _ = run(privatizer(matrix), grads)
+        with jax.set_mesh(mesh):
+            outs, state = run(mechanism, on_mesh(grads, mesh, axes))
+            places = {
+                name: np.asarray(sharding_utils.local_reshape_add(x, jnp.arange(x.size))).ravel()
+                for name, x in on_mesh(
+                    {name: x.astype(int) for name, x in grads.items()}, mesh, axes
+                ).items()
+            }
+        for name in names:
+            found, want = (
+                np.stack([out[name].ravel() for out in series]) for series in (outs, expected)
+            )
+            np.testing.assert_allclose(found, want[:, places[name]], rtol=1e-6, atol=1e-6)
+            assert (np.sort(places[name]) == np.arange(found.shape[1])).all()
+            if name not in SPECS[axes]:  # replicated gradients have it in the order of one device
+                assert (np.diff(places[name]) == 1).all()
+        rings = [x for x in jax.tree.leaves(state) if x.size >= 1024]
+        if matrix not in ("dense", "identity"):
+            assert len(rings) >= len(names)
+        for ring in rings:
+            assert P(ring.sharding.spec[-1]) in (P(mesh.axis_names), P(*mesh.axis_names))
+            assert ring.addressable_shards[0].data.nbytes == ring.nbytes // 8
+
+    @pytest.mark.parametrize("axes", MESHES)
+    def test_zero_pads(self, axes):
+        """Sizes that eight do not divide: every parameter gets noise, and all of them others."""
+        mesh, mechanism = mesh_of(axes), privatizer(strategy="ZERO")
+        with jax.set_mesh(mesh):
+            grads = on_mesh({"scalar": jnp.zeros(()), "odd": jnp.zeros((7, 5))}, mesh, axes)
+            outs, state = run(mechanism, grads)
+        assert state.noise.buffers["scalar"].shape == (4, 8)
+        assert state.noise.buffers["odd"].shape == (4, 40)
+        values = np.concatenate([x.ravel() for out in outs for x in out.values()])
+        assert len(np.unique(values)) == len(values) == 36 * STEPS
+        assert 0.5 < values.std() < 2
+
+    def test_zero_adds_in_the_dtype_of_the_gradients(self):
+        mesh = mesh_of("xy")
+        mechanism = privatizer("identity", strategy="ZERO", dtype=jnp.float32)
+        with jax.set_mesh(mesh):
+            outs, _ = run(mechanism, on_mesh(model(("odd",), jnp.bfloat16), mesh, "xy"), 2)
+        flat = {"odd": jnp.zeros(40, jnp.float32)}
+        noise, _ = run(privatizer("identity"), flat, 2)
+        for out, z in zip(outs, noise, strict=True):
+            grad = model(("odd",), jnp.bfloat16)["odd"]
+            want = (grad + z["odd"][:35].reshape(7, 5)).astype(jnp.bfloat16)
+            np.testing.assert_array_equal(out["odd"], want)
+
+    @needs_cpp
+    @pytest.mark.parametrize("matrix", ["banded", "buffered", "dense", "prefix"])
+    def test_zero_communicates_the_noise_alone(self, matrix):
+        """To replicas. Gradients that are split as the noise is need none."""
+        mesh = mesh_of("xy")
+        with jax.set_mesh(mesh):
+            put = functools.partial(jax.device_put, jnp.zeros((16, 1024)))
+            mechanism = privatizer(matrix, strategy="ZERO")
+            split = {"w": put(NamedSharding(mesh, P("x", "y")))}
+            assert not collectives(program(mechanism, split))
+            replicated = {"w": put(NamedSharding(mesh, P()))}
+            found = collectives(program(mechanism, replicated))
+        assert found
+        for kind, shape in found:
+            assert kind == "all-gather"
+            assert np.prod([int(n) for n in re.findall(r"\d+", shape[3:])]) <= 16 * 1024
+
+    # -- What cannot be ------------------------------------------------------------------------
+
+    def test_zero_needs_explicit_axes(self):
+        mechanism, grads = privatizer(strategy="ZERO"), {"a": {"w": jnp.zeros(16)}}
+        with pytest.raises(ValueError, match=r"ZERO, leaf \['a'\]\['w'\].*mesh"):
+            mechanism.init(grads)
+        mesh = mesh_of("x", "automatic")
+        spread = {"a": {"w": jax.device_put(grads["a"]["w"], NamedSharding(mesh, P("x")))}}
+        with pytest.raises(RuntimeError, match=r"ZERO, leaf \['a'\]\['w'\].*explicit"):
+            mechanism.init(spread)
+        with jax.set_mesh(mesh_of("x")):
+            explicit = {"a": {"w": jnp.zeros(16)}}
+            state = mechanism.init(explicit)
+        with pytest.raises(ValueError, match=r"ZERO, leaf \['a'\]\['w'\].*mesh"):
+            mechanism.update(grads, state)
+
+    @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
+    @pytest.mark.parametrize("matrix", ["banded", "identity", "prefix"])
+    def test_a_mesh_that_changes(self, matrix, strategy):
+        mechanism, grads = privatizer(matrix, strategy=strategy), model(("flat",))
+        with jax.set_mesh(mesh_of("x")):
+            state = mechanism.init(on_mesh(grads, mesh_of("x"), "x"))
+        with jax.set_mesh(mesh_of("xy")):
+            moved = on_mesh(grads, mesh_of("xy"), "xy")
+            for update in (mechanism.update, jax.jit(mechanism.update)):
+                with pytest.raises(ValueError, match=r"\['flat'\].*'x': 4, 'y': 2.*'x': 8"):
+                    update(moved, state)
+
+    def test_a_state_that_is_laid_out_otherwise(self):
+        mechanism, grads, mesh = privatizer(), model(("flat",)), mesh_of("x")
+        with jax.set_mesh(mesh):
+            state = mechanism.init(on_mesh(grads, mesh, "x"))
+            replicated = {"flat": jax.device_put(grads["flat"], NamedSharding(mesh, P()))}
+            with pytest.raises(ValueError, match=r"leaf \['flat'\] to be laid out.*\(None, None\)"):
+                mechanism.update(replicated, state)
+
+    def test_zero_state_for_other_shards(self):
+        """The layout of the gradients says which noise is whose."""
+        mechanism, mesh = privatizer(strategy="ZERO"), mesh_of("xy")
+        with jax.set_mesh(mesh):
+            grads = {"w": jnp.zeros((16, 8))}
+            state = mechanism.init(grads)
+            for spec in (P("x"), P(None, "y"), P("x", "y")):
+                moved = {"w": jax.device_put(grads["w"], NamedSharding(mesh, spec))}
+                with pytest.raises(ValueError, match=r"shards\['w'\].*\(0, .*found.*\(0, 1, 1\)"):
+                    mechanism.update(moved, state)
+
+    def test_zero_state_of_another_size(self):
+        mechanism = privatizer(strategy="ZERO")
+        with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))):
+            state = mechanism.init({"w": jnp.zeros((7, 5))})
+        with jax.set_mesh(mesh_of("x")), pytest.raises(ValueError, match=r"\['w'\].*40.*found.*36"):
+            mechanism.update({"w": jnp.zeros((7, 5))}, state)
+
+    def test_an_axis_that_is_not_there(self):
+        with pytest.raises(ValueError, match="nowhere"):
+            NamedSharding(mesh_of("x"), P("nowhere"))  # there is no array with such a spec
+
+    @needs_cpp
+    def test_export_for_eight_devices(self):
+        """With explicit axes all is as it was; automatic ones are not known, and noise is whole."""
+        mechanism = privatizer()
+        for kind in KINDS:
+            mesh = mesh_of("xy", kind)
+            with within(mesh):
+                grads = on_mesh(model(SMALL), mesh, "xy")
+                state = mechanism.init(grads)
+                disabled = [jax.export.DisabledSafetyCheck.custom_call("jpk_correlated_noise")]
+                exported = jax.export.export(jax.jit(mechanism.update), disabled_checks=disabled)
+                out, _ = jax.jit(exported(grads, state).call)(grads, state)
+            expected, _ = on_one_device("banded", None, SMALL)
+            jax.tree.map(np.testing.assert_array_equal, out, expected[0])

@@ -199,7 +199,9 @@ def all_work(
     if case.strategy == ZERO:
         shapes = [(-(-math.prod(shape) // devices) * devices,) for shape in shapes]
         specs = [PartitionSpec("x")] * len(shapes)
-    first_tiles = [leaf.first_tile for leaf in _lookahead.plan(shapes, ["float32"] * len(shapes))]
+    first_tiles = [
+        leaf.first_tile for leaf in _lookahead.plan(shapes, [np.dtype("float32")] * len(shapes))
+    ]
     work = []
     for device in range(devices):
         shards = []
@@ -272,7 +274,7 @@ class Runner:
     def collectives(self) -> dict[str, int]:
         """How often the compiled step communicates, by kind."""
         with self._on_mesh():
-            text = self._update.lower(self._grads, self._state).compile().as_text()
+            text = self._update.lower(self._grads, self._state).compile().as_text() or ""
         kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
         return dict(Counter(re.findall(rf"({kinds})(?:-start)?\(", text)))
 
@@ -297,9 +299,9 @@ def measure(
     slots = bands - 1
     calls = slots * -(-repeats // slots)
     times = harness.interleave(runners, warmup=bands, repeats=calls)
-    for n, runner in runners.items():
-        times[n]["processor_s"] = float(np.median(runner.processor_seconds[-calls:]))
-    outs = {n: runner() for n, runner in runners.items()}
+    for label, runner in runners.items():
+        times[label]["processor_s"] = float(np.median(runner.processor_seconds[-calls:]))
+    outs = {label: runner() for label, runner in runners.items()}
     threads = max(harness.cores(), jax.device_count())  # XLA's, which it shares among devices
     leaves = [shapes[leaf] for leaf in sorted(shapes)]  # in the order of the tree
     one = summarize(all_work(CASES["rows"], leaves, 1, slots, threads))
@@ -649,7 +651,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(tables())
         return None
     if args.measure:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, bands in args.measure.pop("what"):
             rows += measure(name, bands, **args.measure)
             print(f"{name}, {bands} bands: done", file=sys.stderr, flush=True)

@@ -153,7 +153,7 @@ def leaf_work(
     here, count = edges[:-1], np.diff(edges)
 
     index = starts[here // shard.run] + here % shard.run
-    phase = (index // tile + first_tile) % slots
+    phase = (index // tile + index // (tile * slots) + first_tile) % slots
     taken = (part + (here + shift) // tile) // chunk
     taken -= taken[0]
     elements = np.bincount(phase, count, slots)
@@ -182,7 +182,7 @@ def device_work(shards: Sequence[tuple[_shards.Shard, int, int]], slots: int, wo
 
     total = sum(parts(shard, base) for shard, base, _ in shards)
     workers = min(max(total // 8, 1), workers)
-    chunk = min(max(total // (8 * workers), 1), 64)
+    chunk = min(max(total // (8 * workers), 1), 256)
     zero = np.zeros(slots)
     work, part = Work(zero, zero, zero), 0
     for shard, base, first_tile in shards:
@@ -583,8 +583,8 @@ def tables() -> str:
 
 
 def busiest(columns: int, bands: int, devices: int) -> float:
-    """`summarize`'s, for a leaf whose rows are split, of enough rows to be typical."""
-    shape = (8 * (bands - 1), columns)
+    """`summarize`'s, for a leaf of 4,096 rows that are split."""
+    shape = (4096, columns)
     return summarize(all_work(CASES["columns"], [shape], devices, bands - 1, 1))["busiest"]
 
 

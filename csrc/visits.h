@@ -104,8 +104,8 @@ class Visits {
     const int64_t in_tile = kTile - static_cast<int64_t>(rest_.index % kTile);
     rest_.count = std::min({last_ - here_, shard_.run - offset, in_tile});
     here_ += rest_.count;
-    const int64_t tile = static_cast<int64_t>(rest_.index / kTile) + first_tile_;
-    const int64_t phase = slots_ ? tile % slots_ : 0;
+    const int64_t tile = static_cast<int64_t>(rest_.index / kTile);
+    const int64_t phase = slots_ ? (tile + tile / slots_ + first_tile_) % slots_ : 0;
     rest_terms_ = phase == (slots_ ? t_ % slots_ : 0) ? ahead_.terms : t_ < phase ? 1 : 0;
   }
 

@@ -98,7 +98,7 @@ def terms(slots, size, first_tile, step, *, ahead=True):
     tiles = np.full((slots, -(-size // TILE)), -1)
     for t in range(step):
         for q in range(tiles.shape[1]):
-            phase = (q + first_tile) % slots
+            phase = (q + q // slots + first_tile) % slots
             if not ahead:
                 tiles[t % slots, q] = t
             elif phase == t % slots:

@@ -95,7 +95,7 @@ def test_work_is_what_the_kernel_visits(bench, slots, workers):
     shifts = [0 if shard.axes else base % TILE for shard, base, _ in leaves]
     parts = [-(-(leaf[0].size + shift) // TILE) for leaf, shift in zip(leaves, shifts, strict=True)]
     workers_used = min(max(sum(parts) // 8, 1), workers)
-    chunk = min(max(sum(parts) // (8 * workers_used), 1), 64)
+    chunk = min(max(sum(parts) // (8 * workers_used), 1), 256)
     samples, lanes, moved = np.zeros((3, slots), int)
     for step in range(slots):
         part = 0
@@ -118,9 +118,9 @@ def test_work_is_what_the_kernel_visits(bench, slots, workers):
     assert samples.sum() == slots * sum(leaf[0].size for leaf in leaves)
 
 
-def test_whoever_has_all_tiles_of_a_phase_is_waited_for(bench):
-    assert bench.busiest(7168, 8, 8) == pytest.approx(40 / 7)  # 7 tiles in a row, 7 slots
-    assert bench.busiest(8192, 8, 8) < 1.01
+def test_nobody_is_waited_for(bench):
+    assert bench.busiest(7168, 8, 8) < 1.01  # 7 tiles in a row, 7 slots
+    assert 1.1 < bench.busiest(5120, 32, 8) < 1.2  # the worst of docs/scaling.md
     # One run on every device has all phases alike.
     work = bench.all_work(bench.CASES["rows"], [(8 * 7 * 1024, 16)], 8, 7, 1)
     assert bench.summarize(work)["busiest"] == 1

@@ -322,7 +322,8 @@ void run(ThreadPool& pool, const Problem& problem) {
     CHECK(place[l].size() == static_cast<size_t>(problem.sizes[l]), "leaf %zu", l);
   }
   auto phase_of = [&](size_t l, int64_t i) {
-    return slots ? static_cast<int64_t>((place[l][i] / jpk::kTile + first_tile[l]) % slots) : 0;
+    const int64_t tile = place[l][i] / jpk::kTile;
+    return slots ? (tile + tile / slots + first_tile[l]) % slots : 0;
   };
   // Positions need not be 0, 1, ..: a step may be asked for some leaves of a tree.
   auto index = [](size_t l) { return static_cast<uint32_t>(3 * l + 1); };
@@ -496,8 +497,8 @@ void visit(const jpk::Shard& shard, int64_t size, int64_t first_tile, int64_t sl
             const int64_t at = span.here + i;
             CHECK(at >= first && at < last, "element %d", int(at));
             ++seen[at];
-            const int64_t tile = place[at] / jpk::kTile + first_tile;
-            const int64_t phase = slots ? tile % slots : 0, now = slots ? t % slots : 0;
+            const int64_t tile = place[at] / jpk::kTile, now = slots ? t % slots : 0;
+            const int64_t phase = slots ? (tile + tile / slots + first_tile) % slots : 0;
             const int64_t terms = phase == now ? std::max<int64_t>(slots, 1) : t < phase ? 1 : 0;
             CHECK(visit->terms == terms, "element %d", int(at));
             // An idle span may go on in other tiles and runs.

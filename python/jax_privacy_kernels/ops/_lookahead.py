@@ -7,8 +7,9 @@ one slot each. The visits are spread over the steps:
 
 * A leaf is cut, in row-major order, into tiles of ``TILE`` elements (the last may be shorter). If
   it is spread over devices, these are the tiles of all of it, and a device may have parts of them.
-  Tile q has phase ``(q + first_tile) mod S``, where first_tile counts the tiles of the leaves
-  before it.
+  Tile q has phase ``(q + floor(q / S) + first_tile) mod S``, where first_tile counts the tiles of
+  the leaves before it: every S tiles have all phases, and where rows are split over devices, each
+  device has tiles of all phases, though a row have S tiles.
 * At step t the tiles with phase ``t mod S`` are *refreshed*: their slots get x_t .. x_{t+S-1}.
 * At the first S - 1 steps, tiles with phase > t *warm up*: slot t gets x_t. Slots not yet written
   are 0.

@@ -135,10 +135,9 @@ class _Here(NamedTuple):
         return 0 if self.shard is None else (self.first[1] % TILE).astype(jnp.int32)
 
     def tile(self, index: Words, slots: int) -> jax.Array:
-        """The place of elements' tiles, modulo ``slots``."""
-        tiles = 2**32 // TILE % slots  # of a high word of 1
-        place = index[0] % slots * tiles + index[1] // TILE
-        return (place % slots).astype(jnp.int32)
+        """The place of elements' tiles, modulo ``slots^2``."""
+        tiles = 2**32 // TILE  # of a high word of 1
+        return ((index[0] * tiles + index[1] // TILE) % min(slots**2, 2**31)).astype(jnp.int32)
 
     def phase(self, slots: int, first_phase: jax.Array) -> jax.Array:
         """``[size]``, of all elements."""
@@ -146,7 +145,7 @@ class _Here(NamedTuple):
             tile = jnp.arange(self.size) // TILE
         else:
             tile = self.tile(_shards.indices(self.shard, self.first), slots)
-        return (tile + first_phase) % slots
+        return (tile + tile // slots + first_phase) % slots
 
     def sample(self, key: jax.Array) -> jax.Array:
         """``[size]``, of all elements."""
@@ -266,22 +265,29 @@ def _refresh(
     matrices: _Matrices,
     ring: jax.Array,
 ) -> jax.Array:
-    """Overwrites the tiles whose turn it is with x_t .. x_{t+S-1}."""
-    size = ring.shape[1]
-    if here.shard is not None:
-        first_phase = first_phase + here.tile(here.first, slots)
-    tile = (now - first_phase) % slots  # the first tile whose turn it is; then every S-th
-    tiles, groups = (size + here.shift + TILE - 1) // TILE, (size // TILE) // slots
+    """Overwrites the tiles whose turn it is with x_t .. x_{t+S-1}, one of every S in the leaf."""
+    size, shard = ring.shape[1], here.shard is not None
+    begin = here.tile(here.first, slots) if shard else 0  # the first tile that is here, or part of
+
+    def turn(group: int | jax.Array) -> jax.Array:
+        """The place among the tiles here of the one of a group of S whose turn it is."""
+        phase = first_phase + group + begin // slots
+        return slots * group + (now - phase) % slots - begin % slots
+
     refresh = functools.partial(_refresh_tiles, here, keys, matrices)
-    if groups:
-        every = tile + slots * jnp.arange(groups, dtype=jnp.int32)
-        ring = refresh(every, ring)
-    # The tiles of a shard may begin before it, and then there is one more of them.
-    most = -(-size // TILE) + (here.shard is not None)
-    for group in range(groups, -(-most // slots)):
-        last = tile + slots * group
+    # Shards may begin within a group, and within a tile.
+    sure = range(1 if shard else 0, (size // TILE) // slots)
+    if sure:
+        ring = refresh(turn(jnp.arange(sure.start, sure.stop, dtype=jnp.int32)), ring)
+    tiles, most = (size + here.shift + TILE - 1) // TILE, -(-size // TILE)
+    groups = -(-(most + slots) // slots) if shard else -(-most // slots)
+    for group in sorted(set(range(groups)) - set(sure)):
+        tile = turn(group)
         ring = jax.lax.cond(
-            last < tiles, functools.partial(refresh, last[None]), lambda ring: ring, ring
+            (tile >= 0) & (tile < tiles),
+            functools.partial(refresh, tile[None]),
+            lambda ring: ring,
+            ring,
         )
     return ring
 

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +126,8 @@ def digest(tree):
 def program(directory, pause):
     """Trains, and after every step prints digests of its gradients and of the noisy ones.
 
-    Every EVERY steps it saves. From ``pause`` on it waits to be killed: after that step ("7"), or
-    when orbax has begun to save it ("8 saving").
+    Every EVERY steps it saves. At ``pause`` it waits to be killed: after that step ("6"), or when
+    orbax has begun to save it ("8 saving").
     """
     save, restore = page()
     rng = np.random.default_rng(0)
@@ -150,9 +151,9 @@ def program(directory, pause):
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "optimizer": opt_state, "noise": noise}, grads, noisy
 
-    def say(*words):
-        print(*words, flush=True)
-        if " ".join(map(str, words[:2])).startswith(f"{pause} "):
+    def say(label, *digests):
+        print(f"{label}:", *digests, flush=True)
+        if label == pause:
             sys.stdin.read()  # until killed
 
     state = {
@@ -172,23 +173,23 @@ def program(directory, pause):
             step += 1
             if step % EVERY == 0:
                 save(manager, step, state)
-                say(step, "saving")
+                say(f"{step} saving")
                 if not pause.endswith("saving"):
                     manager.wait_until_finished()
-            say(step, digest(grads), digest(noisy))
+            say(f"{step}", digest(grads), digest(noisy))
     say("end", digest(state))
 
 
 @pytest.mark.skipif(IN_CHILD, reason="starts processes of its own")
 def test_sigkill(tmp_path):
     def lines(text):
-        """Digests by step. A step that is done twice has to be the same."""
-        words = [line.split() for line in text.splitlines() if "saving" not in line]
-        return {word: rest for word, *rest in words}
+        """Digests by step."""
+        pairs = (line.split(": ") for line in text.splitlines() if "saving" not in line)
+        return {label: digests.split() for label, digests in pairs}
 
     whole = lines(run(__file__, tmp_path / "whole", "never"))
     assert list(whole) == [*map(str, range(1, STEPS + 1)), "end"]
-    assert len({noisy for _, noisy in list(whole.values())[:-1]}) == STEPS
+    assert len({noisy for _, noisy in [whole[str(step)] for step in range(1, STEPS + 1)]}) == STEPS
     # With its key, which no process knows but from what was saved before the first step.
     shutil.copytree(tmp_path / "whole" / "0", tmp_path / "killed" / "0")
 
@@ -202,13 +203,16 @@ def test_sigkill(tmp_path):
                 stderr=log,
                 text=True,
             )
+        timer = threading.Timer(240, child.kill)
+        timer.start()
         said = ""
         try:
-            for line in child.stdout:  # ends when the child does, or at the pause
+            for line in child.stdout:
                 said += line
-                if line.startswith(f"{pause} ") or line.strip() == pause:
+                if line.startswith(f"{pause}:"):
                     break
         finally:
+            timer.cancel()
             child.kill()
             child.communicate()
         assert child.returncode == -9, said + (tmp_path / "log").read_text()

@@ -6,7 +6,10 @@ This file is also the program that the processes run.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -25,8 +28,10 @@ from jax_privacy_kernels.noise_addition import (
     matrix_factorization_privatizer,
 )
 
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "checkpointing.md"
 DEVICES = 8
 STEPS = 20
+SAVED = 9  # so many steps have been made
 BATCH, FEATURES, HIDDEN, CLASSES = 64, 24, 40, 5
 TIMEOUT = 240  # seconds, for all that a test starts
 
@@ -73,8 +78,21 @@ def clipped_grad(params, x, label):
     return jax.tree.map(lambda g: jnp.round(g / jnp.maximum(norm, 1.0) * 2**16) / 2**16, grad)
 
 
-def train(strategy, axis_type, specs):
-    """The noisy gradients of all steps and the parameters after the last, as NumPy arrays."""
+def through_orbax(state, folder):
+    """The state, saved and restored by all processes, as the page on checkpoints does it."""
+    (code,) = re.findall(r"^```python\n(import orbax.*?)^```$", PAGE.read_text(), re.M | re.S)
+    names = {"jax": jax, "jnp": jnp, "np": np}
+    exec(compile(code, PAGE, "exec"), names)
+    with names["ocp"].CheckpointManager(folder) as manager:
+        names["save"](manager, SAVED, {"noise": state})
+        return names["restore"](manager, SAVED, {"noise": state})["noise"]
+
+
+def train(strategy, axis_type, specs, folder):
+    """The noisy gradients of all steps and the parameters after the last, as NumPy arrays.
+
+    Unless ``folder`` is None, the noise state is saved and restored on the way.
+    """
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(axis_type,))
     x, labels, params = data_and_params()
     privatizer = matrix_factorization_privatizer(
@@ -105,9 +123,11 @@ def train(strategy, axis_type, specs):
 
     with jax.set_mesh(mesh):
         params = {name: put(array, specs[name]) for name, array in params.items()}
-        state = jax.jit(privatizer.init)(params)
+        state = privatizer.init(params)
         noisy = []
         for t in range(STEPS):
+            if t == SAVED and folder:
+                state = through_orbax(state, folder)
             params, state, grads = step(
                 params, state, put(x[t], P("x", None)), put(labels[t], P("x"))
             )
@@ -128,11 +148,12 @@ def main(port, processes, process, out):
         )
     assert jax.process_count() == int(processes)
     assert jax.device_count() == DEVICES
-    results = {
-        f"{case}/{name}": array
-        for case, arguments in CASES.items()
-        for name, array in train(*arguments).items()
-    }
+    results = {}
+    for case, arguments in CASES.items():
+        save = int(processes) > 1 and importlib.util.find_spec("orbax")
+        folder = pathlib.Path(out).with_name(case) if save else None
+        for name, array in train(*arguments, folder).items():
+            results[f"{case}/{name}"] = array
     np.savez(out, **results)
     if int(processes) > 1:
         jax.distributed.shutdown()

@@ -339,7 +339,7 @@ class Saved:
                     save(manager, stop, {"noise": state})  # whose next step donates it
 
     def restored(self, step, setting):
-        like = {"noise": setting.start()}
+        like = {"noise": setting.start()}  # the page also makes it without data
         with ocp.CheckpointManager(self.folder) as manager, setting.within():
             return self._restore(manager, step, like)["noise"]
 

@@ -568,7 +568,7 @@ def tables() -> str:
         for kind, each in TRAINING.items()
     ]
     balance = [
-        [f"{columns:,}", *(f"{busiest(columns, bands, 8):.1f}" for bands in BANDS)]
+        [f"{columns:,}", *(f"{busiest(columns, bands, 8):.2f}" for bands in BANDS)]
         for columns in (4096, 5120, 7168, 8192, 14336, 28672)
     ]
     names = [f"{bands} bands" for bands in BANDS]

@@ -48,6 +48,7 @@ from jax_privacy_kernels.ops import (
     dense_noise,
     init_correlated_noise,
     sharding_of,
+    zeros_on_mesh,
 )
 
 __all__ = [
@@ -356,7 +357,9 @@ def _zero_redundancy(
         except (ValueError, RuntimeError) as error:
             name = jax.tree_util.keystr(path) or "(the only one)"
             raise type(error)(f"SupportedStrategies.ZERO, leaf {name}: {error}") from error
-        return jax.ShapeDtypeStruct(like.shape, noise_dtype, sharding=like.sharding)
+        known = sharding_of(leaf) or like.sharding  # with devices, outside of traces
+        sharding = NamedSharding(known.mesh, like.sharding.spec)
+        return jax.ShapeDtypeStruct(like.shape, noise_dtype, sharding=sharding)
 
     def shards(leaf: Any) -> jax.Array:
         """Which noise a parameter gets depends on them, so they have to stay as they are."""
@@ -376,7 +379,7 @@ def _zero_redundancy(
         likes = jax.tree_util.tree_map_with_path(flat, sum_of_clipped_grads)
         check_like("noise_state", noise_state, jax.eval_shape(init, sum_of_clipped_grads))
         zeros = jax.tree.map(
-            lambda like: jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding), likes
+            lambda like: zeros_on_mesh(like.shape, like.dtype, like.sharding), likes
         )
         noise, state = privatizer.update(zeros, noise_state.noise)
         noisy = jax.tree.map(sharding_utils.local_reshape_add, sum_of_clipped_grads, noise)

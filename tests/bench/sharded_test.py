@@ -68,7 +68,8 @@ def visited(leaf, first, last, slots, step):
         run, offset = divmod(here, shard.run)
         index = starts[run] + offset
         count = min(last - here, shard.run - offset, TILE - index % TILE)
-        if (index // TILE + first_tile) % slots == step % slots:
+        tile = index // TILE
+        if (tile + tile // slots + first_tile) % slots == step % slots:
             refreshed += range(here, here + count)
             blocks += count // LANES
             waiting += count % LANES

@@ -9,6 +9,7 @@ from jax_privacy_kernels.ops._recurrence import (
     NoisingMatrix,
 )
 from jax_privacy_kernels.ops._shards import sharding_of
+from jax_privacy_kernels.ops._shards import zeros as zeros_on_mesh
 from jax_privacy_kernels.ops.banded_error import banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
@@ -43,4 +44,5 @@ __all__ = [
     "sharding_of",
     "toeplitz_multiply",
     "toeplitz_solve",
+    "zeros_on_mesh",
 ]

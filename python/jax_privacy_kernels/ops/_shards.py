@@ -18,7 +18,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 __all__ = [
     "Shard",
@@ -33,6 +33,7 @@ __all__ = [
     "shard",
     "sharding_of",
     "spec",
+    "zeros",
 ]
 
 Words = tuple[jax.Array, jax.Array]  # the high and the low 32 bits of numbers, uint32
@@ -135,11 +136,9 @@ def spec(x: Any) -> PartitionSpec:
 
 def sharding_of(x: Any) -> NamedSharding | None:
     """How x, an array or a ShapeDtypeStruct, is laid out over a mesh, as far as that is known."""
+    if isinstance(x, jax.core.Tracer):
+        return None if explicit_mesh(x) is None else jax.typeof(x).sharding
     sharding = getattr(x, "sharding", None)
-    if explicit_mesh(x) is not None:
-        sharding = jax.typeof(x).sharding
-    elif isinstance(x, jax.core.Tracer):
-        return None
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
@@ -149,6 +148,14 @@ def rows_like(x: Any) -> NamedSharding | None:
     if sharding is None:
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def zeros(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> jax.Array:
+    """Zeros that are laid out so, inside of traces and outside."""
+    if sharding is None or isinstance(sharding.mesh, Mesh):
+        return jnp.zeros(shape, dtype, device=sharding)
+    # jnp.zeros would forget it where no mesh is set.
+    return jax.sharding.reshard(jnp.zeros(shape, dtype), sharding)
 
 
 def over_explicit_axes(run: _Run, mesh: Any, common: Any, grads: Any, rings: Any) -> Any:

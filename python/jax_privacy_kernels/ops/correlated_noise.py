@@ -110,7 +110,7 @@ def init_correlated_noise(
     """
 
     def ring(leaf: Any, ring: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.zeros(ring.shape, ring.dtype, device=_shards.rows_like(leaf))
+        return _shards.zeros(ring.shape, ring.dtype, _shards.rows_like(leaf))
 
     layout = _layout(matrix, jax.random.key_impl(key))
     expected = _abstract_state(model, layout, matrix, jax.random.key_impl(key), dtype)
@@ -216,7 +216,7 @@ def dense_noise(
     grad_leaves, tree = jax.tree.flatten(grads)
     buffers = jax.tree.leaves(_abstract_buffers(grads, 0, row.dtype, dtype))
     rings = [
-        jnp.zeros(buffer.shape, buffer.dtype, device=_shards.rows_like(grad))
+        _shards.zeros(buffer.shape, buffer.dtype, _shards.rows_like(grad))
         for buffer, grad in zip(buffers, grad_leaves, strict=True)
     ]
     outs = _dense(

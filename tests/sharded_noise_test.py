@@ -417,6 +417,31 @@ class TestEightDevices:
             assert kind == "all-gather"
             assert np.prod([int(n) for n in re.findall(r"\d+", shape[3:])]) <= 16 * 1024
 
+    @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
+    def test_no_mesh_is_set(self, strategy):
+        """The gradients are on one all the same."""
+        mechanism, mesh = privatizer(strategy=strategy), mesh_of("xy")
+        grads = on_mesh(model(("rows",)), mesh, "xy")
+        with jax.set_mesh(mesh):
+            expected, _ = run(mechanism, grads, 3)
+        outs, state = run(mechanism, grads, 3)
+        jax.tree.map(np.testing.assert_array_equal, outs, expected)
+        structs = {
+            "rows": jax.ShapeDtypeStruct((16, 700), jnp.float32, sharding=grads["rows"].sharding)
+        }
+        for start in (mechanism.init(grads), mechanism.init(structs)):
+            here = [
+                x.addressable_shards[0].data.shape for x in jax.tree.leaves(start) if x.size > 999
+            ]
+            assert here == [
+                x.addressable_shards[0].data.shape for x in jax.tree.leaves(state) if x.size > 999
+            ]
+            assert [np.prod(shape) for shape in here] == [4 * 16 * 700 // 8]
+            _, moved = mechanism.update(grads, start)  # not compiled as a whole
+            assert jax.tree.structure(moved) == jax.tree.structure(state)
+        with pytest.raises(ValueError, match="set_mesh"):
+            jax.jit(mechanism.init)(grads)
+
     # -- What cannot be ------------------------------------------------------------------------
 
     def test_zero_needs_explicit_axes(self):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +40,6 @@ from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
 ocp = pytest.importorskip("orbax.checkpoint")
 
 ROOT = pathlib.Path(__file__).parents[1]
-EIGHT = "--xla_force_host_platform_device_count=8"
-IN_CHILD = EIGHT in os.environ.get("XLA_FLAGS", "")
 HAS_CPP = not IMPLEMENTATIONS["cpp"].unavailable()
 DEFAULT, ZERO = SupportedStrategies.DEFAULT, SupportedStrategies.ZERO
 
@@ -71,26 +70,22 @@ def run(*arguments, timeout=240, **env):
     return result.stdout
 
 
-def flags():
-    return f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"
-
-
 # -- The page ---------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(IN_CHILD, reason="starts processes of its own")
+@pytest.mark.skipif(eight_devices.IN_CHILD, reason="starts processes of its own")
 def test_the_page(tmp_path):
     """All of it in one process of eight devices; then again, where checkpoints are found."""
     program = tmp_path / "page.py"
     program.write_text("\n".join(snippets()))
     code = f"import os; os.chdir({str(tmp_path)!r}); exec(open({str(program)!r}).read())"
-    run("-c", code, XLA_FLAGS=flags())
+    run("-c", code, XLA_FLAGS=eight_devices.FLAGS)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [15, 20]
     shutil.rmtree(tmp_path / "checkpoints" / "20")
     for strategy in SupportedStrategies:
         shutil.rmtree(tmp_path / strategy.value)
-    run("-c", code, XLA_FLAGS=flags())
+    run("-c", code, XLA_FLAGS=eight_devices.FLAGS)
     assert (tmp_path / "checkpoints" / "20").exists()
 
 
@@ -180,7 +175,7 @@ def program(directory, pause):
     say("end", digest(state))
 
 
-@pytest.mark.skipif(IN_CHILD, reason="starts processes of its own")
+@pytest.mark.skipif(eight_devices.IN_CHILD, reason="starts processes of its own")
 def test_sigkill(tmp_path):
     def lines(text):
         """Digests by step."""
@@ -357,14 +352,13 @@ class Saved:
                         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(IN_CHILD, reason="is this process")
-def test_eight_devices():
-    tests = f"{__file__}::TestEightDevices"
-    run("-m", "pytest", "-q", "--rootdir", ROOT, "-p", "no:cacheprovider", tests, XLA_FLAGS=flags())
+@pytest.mark.skipif(eight_devices.IN_CHILD, reason="is this process")
+def test_on_eight_devices():
+    eight_devices.run(__file__)
 
 
 class TestEightDevices:
-    __test__ = IN_CHILD
+    __test__ = eight_devices.IN_CHILD
 
     @pytest.mark.parametrize("matrix", MATRICES)
     def test_default_moves_to_any_mesh(self, tmp_path, matrix):

@@ -8,6 +8,7 @@ import sys
 
 _EIGHT = "--xla_force_host_platform_device_count=8"
 
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}"  # of a process that has them
 IN_CHILD = _EIGHT in os.environ.get("XLA_FLAGS", "")
 
 
@@ -19,11 +20,7 @@ def run(file: str) -> None:
             f"{file}::TestEightDevices",
         ],
         cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}",
-            "JAX_PLATFORMS": "cpu",
-        },
+        env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=900,

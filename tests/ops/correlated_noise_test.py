@@ -914,7 +914,7 @@ def test_pallas_lowers_for_cuda(case):
     calls = [line for line in text if PALLAS_CALL in line]
     assert len(calls) == 2  # the third leaf is empty
     rows = case.layout.rows
-    aliases = "output_tuple_indices = [1], operand_index = 5"
+    aliases = "output_tuple_indices = [1], operand_index = 6"
     assert all((aliases in line) == (rows > 0) for line in calls)
     large = [line for line in text if "2500x" in line and "func.func" not in line]
     assert large

@@ -144,12 +144,10 @@ def _look_ahead(
         for _k in tl.static_range(GROUP):
             past = past + (tl.zeros_like(lane).to(column.dtype.element_ty),)
         slot = first
-        row = slot * size
         for back in range(0, SLOTS, GROUP):
             for i in tl.static_range(GROUP):
-                row = tl.where(slot == 0, (SLOTS - 1) * size, row - size)
                 slot = tl.where(slot == 0, SLOTS - 1, slot - 1)
-                x = tl.load(column + row, mask=mask)
+                x = tl.load(column + slot * size, mask=mask)
                 sums = ()
                 for k in tl.static_range(GROUP):
                     weight = _weights_of(weights, done + k, ROWS, WIDTH) + back + (i + 1 + k)
@@ -283,7 +281,7 @@ def recurrence(
     t, length = tl.load(step), tl.cast(units, tl.int64) * UNIT
     size = length * count
     run = tl.program_id(0) // programs
-    runs += 3 * tl.cast(run, tl.int64)
+    runs += 3 * run
     phase = tl.load(runs + 2).to(tl.int32)
     first_tile = tl.program_id(0) % programs // group * SLOTS
     place = tl.program_id(0) % programs % group

@@ -7,6 +7,7 @@ Triton to interpret kernels cannot compile them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import subprocess
@@ -23,6 +24,7 @@ from triton.compiler import ASTSource
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
+    _lookahead,
     _triton,
     correlated_noise,
     dense_noise,
@@ -31,6 +33,8 @@ from jax_privacy_kernels.ops import (
     toeplitz_solve,
 )
 from jax_privacy_kernels.ops import init_correlated_noise as init
+from jax_privacy_kernels.ops._recurrence import Layout
+from jax_privacy_kernels.ops._shards import Shard
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
@@ -107,6 +111,21 @@ def noise(coef, size, dtype="float32"):
     return step
 
 
+def noise_of_shard(slots, shard, leaf_size=10_000, filter="recurrence", behind=0):
+    layout = Layout(filter, True, slots, behind=behind)
+    coef = jnp.ones((1, behind + 1 if filter == "row" else slots + 1))
+    (leaf,) = _lookahead.plan([(leaf_size,)], [jnp.dtype("float32")])
+    leaf = dataclasses.replace(leaf, shard=shard)
+
+    def step():
+        run, keys = CORRELATED_NOISE["triton"].run, jax.random.split(jax.random.key(0), slots or 1)
+        grads, rings = [jnp.zeros(shard.size)], [jnp.zeros((slots, shard.size))]
+        base = jnp.zeros((1, 2), jnp.uint32)
+        return run(layout, [leaf], jnp.int32(0), keys, coef, jnp.ones(()), base, grads, rings)
+
+    return step
+
+
 def dense():
     return dense_noise(jnp.zeros(1000), jnp.ones(5), key=jax.random.key(0))
 
@@ -131,7 +150,14 @@ CASES = {
     "64 bands by row, bfloat16, an odd size": noise(jnp.ones((70, 64)), 1001, "bfloat16"),
     "8 bands, more than 2^31 elements": noise(jnp.ones(8), 2**31 + 9),
     "8 bands, more than 2^32 elements": noise(jnp.ones(8), 2**32 + 9),
+    "2 bands, a shard in one run": noise_of_shard(1, Shard(999)),
+    "8 bands, a shard in one run": noise_of_shard(7, Shard(1000)),
+    "64 bands, a shard in one run": noise_of_shard(63, Shard(1000)),
+    "64 bands, a shard in two runs": noise_of_shard(63, Shard(999, ((2, 3000),))),
+    "1 band, a shard in two runs": noise_of_shard(0, Shard(999, ((2, 3000),))),
+    "8 bands, a shard of more than 2^32 elements": noise_of_shard(7, Shard(2**32 + 9), 2**34),
     "a dense row": dense,
+    "a dense row, a shard in one run": noise_of_shard(0, Shard(1000), filter="row", behind=4),
     "a product": multiply,
     "a solution": solve,
     "a norm": norm,

@@ -15,6 +15,8 @@ import functools
 import importlib.util
 import math
 import pathlib
+import re
+from typing import NamedTuple
 
 import implementations
 import jax
@@ -36,6 +38,7 @@ from jax_privacy_kernels.ops import (
 )
 from jax_privacy_kernels.ops import _lookahead as lookahead
 from jax_privacy_kernels.ops._recurrence import Layout
+from jax_privacy_kernels.ops._shards import Shard
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
 
 
@@ -563,6 +566,66 @@ FILTERS = {
 INTERPRETED_FILTERS = ("recurrence", "buffers")
 
 
+class Part(NamedTuple):
+    """A shard of a leaf: the elements of all of it, and the index of the first that is here."""
+
+    size: int
+    shard: Shard
+    base: int
+
+
+PARTS = (
+    # From the middle of a tile, over the end of a high word.
+    Part(2**33, Shard(1300), 2**32 - 500),
+    Part(30_000, Shard(300, ((2, 5000), (2, 900))), 11),
+    Part(2**35 + 1, Shard(1100, ((2, 3000),)), 2**33 + 5),
+)
+SHARDED = {
+    **{
+        f"{slots} slots": (Layout("recurrence", True, slots), [(1.0, *[0.1] * slots)])
+        for slots in (0, 1, 4, 7)
+    },
+    "moving average": (Layout("moving_average", True, 3, behind=1), [(-0.5, 1.0)]),
+    "buffers": (Layout("buffers", True, 0, hidden=1), [(0.9,), (0.3,)]),
+    "buffers, looking ahead": (Layout("inverse_buffers", True, 3, hidden=1), [(0.9,), (0.3,)]),
+    "dense row": (Layout("row", True, 0, behind=2), [(0.5, 0.0, -2.0)]),
+}
+
+
+def leaves_of(parts):
+    """Leaves of float32 of which these parts are here."""
+    leaves = lookahead.plan([(part.size,) for part in parts], [jnp.dtype("float32")] * len(parts))
+    return [
+        dataclasses.replace(leaf, shard=part.shard)
+        for leaf, part in zip(leaves, parts, strict=True)
+    ]
+
+
+def step_on_parts(implementation, parts, layout, coef):
+    """(step, keys, rings) -> (outs, rings), and the rings before the first step."""
+    leaves = leaves_of(parts)
+    base = jnp.array([divmod(part.base, 2**32) for part in parts], jnp.uint32)
+    grads = [jnp.ones(leaf.shard.size) for leaf in leaves]
+
+    def step(t, keys, rings):
+        run = IMPLEMENTATIONS[implementation].run
+        return run(layout, leaves, t, keys, jnp.array(coef), jnp.array(2.0), base, grads, rings)
+
+    return step, [jnp.zeros((layout.rows, grad.size)) for grad in grads]
+
+
+def run_on_parts(implementation, parts, layout, coef):
+    """Outputs and rings of all steps of a cycle, and of one more."""
+    step, rings = step_on_parts(implementation, parts, layout, coef)
+    step, results = jax.jit(step), []
+    window = 1 if layout.filter == "row" else layout.behind + layout.steps
+    for t in range(layout.steps + 1):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, SMALL.key))(t + np.arange(window))
+        results.append(step(jnp.int32(t), keys, rings))
+        rings = results[-1][1]
+    return results
+
+
 @pytest.fixture(params=FILTERS)
 def small(request, implementation):
     if is_interpreted(implementation) and request.param not in INTERPRETED_FILTERS:
@@ -776,6 +839,19 @@ class TestImplementation:
                 np.testing.assert_allclose(out, expected, rtol=relative, atol=tolerance + relative)
                 assert out.dtype == grad.dtype
 
+    @pytest.mark.parametrize(("layout", "coef"), SHARDED.values(), ids=SHARDED)
+    def test_shards(self, implementation, layout, coef):
+        if implementation not in implementations.INTERPRETERS:
+            pytest.skip("it is what kernels for GPUs are compared with")
+        if any(IMPLEMENTATIONS[implementation].refuse(leaf, layout) for leaf in leaves_of(PARTS)):
+            pytest.skip("it leaves them to others")
+        on_cpu = jax.config.jax_default_device.platform == "cpu"
+        oracle = "cpp" if on_cpu and not IMPLEMENTATIONS["cpp"].unavailable() else "jax"
+        actual, expected = (
+            run_on_parts(name, PARTS, layout, coef) for name in (implementation, oracle)
+        )
+        trees_allclose(actual, expected, atol=5e-5)
+
     # -- Statistics: fixed keys, so these either always pass or always fail.
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -914,7 +990,7 @@ def test_pallas_lowers_for_cuda(case):
     calls = [line for line in text if PALLAS_CALL in line]
     assert len(calls) == 2  # the third leaf is empty
     rows = case.layout.rows
-    aliases = "output_tuple_indices = [1], operand_index = 5"
+    aliases = "output_tuple_indices = [1], operand_index = 6"
     assert all((aliases in line) == (rows > 0) for line in calls)
     large = [line for line in text if "2500x" in line and "func.func" not in line]
     assert large
@@ -940,6 +1016,31 @@ def test_leaves_of_one_shape_share_a_kernel():
         pytest.skip(reason)
     case = Case(((1500,),) * 5 + ((7,),), f32 * 6, coef=(1.0, 0.5, 0.2))
     assert lowered_for_cuda(case, "pallas").count(PALLAS_CALL) == 2
+
+
+@pytest.mark.parametrize(("layout", "coef"), SHARDED.values(), ids=SHARDED)
+def test_pallas_lowers_shards_for_cuda(layout, coef):
+    """One kernel for every leaf, of which each run has one program more than it has tiles."""
+    if reason := IMPLEMENTATIONS["pallas"].unavailable():
+        pytest.skip(reason)
+    step, rings = step_on_parts("pallas", PARTS, layout, coef)
+    window = 1 if layout.filter == "row" else layout.behind + layout.steps
+    arguments = jnp.int32(0), jax.random.split(SMALL.key, window), rings
+    text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if PALLAS_CALL in line]
+    programs = [int(re.search(r"grid_x = (\d+)", call)[1]) for call in calls]
+    assert programs == [3, 4 * 2, 2 * 3]
+
+
+@pytest.mark.parametrize("name", ["triton", "pallas"])
+def test_shards_in_short_runs_are_left_to_jax(name):
+    layout, _ = SHARDED["4 slots"]
+    refuse = IMPLEMENTATIONS[name].refuse
+    for axes, run, refused in (((), 1, False), (((2, 900),), 256, False), (((2, 900),), 255, True)):
+        (leaf,) = leaves_of([Part(5000, Shard(run, axes), 0)])
+        assert bool(refuse(leaf, layout)) == refused
+        if refused:
+            assert "runs of 255 elements" in refuse(leaf, layout)
 
 
 def test_pallas_lowers_in_a_shard_map():

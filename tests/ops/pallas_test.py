@@ -30,9 +30,14 @@ def gpu(monkeypatch, capability):
     monkeypatch.setattr(jax, "local_devices", lambda **_: [device])
 
 
+def on_cuda():
+    """The name of the implementation that CUDA takes."""
+    return _dispatch.candidates(IMPLEMENTATIONS, None, jnp.ones(2), jnp.ones(2))[0]["cuda"]
+
+
 def check_refusal(reason):
     assert reason in _pallas.unavailable()
-    assert _dispatch.candidates(IMPLEMENTATIONS, None)[0]["cuda"] == "jax"
+    assert on_cuda() == "jax"
     with pytest.raises(ValueError, match=rf"'pallas' of toeplitz_multiply .*{reason}"):
         toeplitz_multiply(jnp.ones(2), jnp.ones(2), implementation="pallas")
     assert f"not pallas:          {_pallas.unavailable()}" in report()
@@ -47,7 +52,7 @@ def test_old_gpu(monkeypatch):
 def test_new_gpu(monkeypatch, capability):
     gpu(monkeypatch, capability)
     assert _pallas.unavailable() is None
-    assert _dispatch.candidates(IMPLEMENTATIONS, None)[0]["cuda"] == "pallas"
+    assert on_cuda() == "pallas"
 
 
 def test_jax_without_it(monkeypatch):

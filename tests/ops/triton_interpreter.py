@@ -40,6 +40,7 @@ def _interprets():
     return isinstance(tl.zeros, interpreter.InterpretedFunction)
 
 
+GUARD = 4096  # elements at both ends of a result, which must stay as they are
 _ONE_AT_A_TIME = threading.Lock()  # XLA has many threads; the interpreter knows of one program
 
 
@@ -87,11 +88,15 @@ def call(kernel, arrays, numbers, outs, *, programs, warps=4, aliases=None, **co
 
     def run(*arrays):
         arrays = [np.array(x).view(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-        results = [np.full(math.prod(out.shape), 77, out.dtype) for out in outs]
+        guarded = [np.full(math.prod(out.shape) + 2 * GUARD, 77, out.dtype) for out in outs]
+        results = [x[GUARD:-GUARD] for x in guarded]
         for operand, result in (aliases or {}).items():
             results[result][:] = arrays[operand]
         with _ONE_AT_A_TIME:
             kernel[(programs,)](*map(_Array, arrays), *numbers, *map(_Array, results), **constants)
+        for x in guarded:
+            assert (x[:GUARD] == 77).all(), "it has written before a result"
+            assert (x[-GUARD:] == 77).all(), "it has written behind a result"
         return [x.view(np.uint8) for x in results]
 
     # Bytes: XLA calls from any thread, and x64 mode is that of the one where this is traced.

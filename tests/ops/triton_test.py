@@ -85,7 +85,7 @@ def test_no_gpu(unavailable, installed, monkeypatch):
 
 def test_old_gpu(unavailable, installed, monkeypatch):
     has_gpu(monkeypatch, "7.5")
-    assert unavailable() == "it needs compute capability 8.0, and A GPU has 7.5"
+    assert unavailable() == "it needs compute capability 8.0, but A GPU has 7.5"
 
 
 def test_gpu(unavailable, installed, monkeypatch):
@@ -114,6 +114,24 @@ def test_noise_that_it_does_not_take(monkeypatch, dtype):
         update, arguments = step((1.0,), [jax.ShapeDtypeStruct((5,), dtype)], "triton")
         with pytest.raises(ValueError, match=f"triton: it samples float32, not {dtype}"):
             jax.eval_shape(update, *arguments)
+
+
+# -- Steps that are none ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clock", [-1, -2])
+def test_a_negative_step_stays_in_the_ring(clock):
+    """And its noise is NaN. The interpreter sees to what is written beside a result."""
+    if reason := triton_interpreter.unavailable():
+        pytest.skip(reason)
+    with triton_interpreter.interpreted():
+        grads = [jnp.zeros(1500)]
+        update, _ = step((1.0, 0.5, 0.25, 0.1), grads, "triton")
+        matrix = BandedRecurrence(jnp.array((1.0, 0.5, 0.25, 0.1)))
+        state = init_correlated_noise(grads, matrix, key=KEY)
+        state = state._replace(clock=state.clock._replace(step=jnp.int32(clock)))
+        (out,), _ = jax.block_until_ready(update(grads, state))
+    assert np.isnan(out).all()
 
 
 # -- Leaves of more than 2^32 elements ----------------------------------------------------------
@@ -152,11 +170,8 @@ def run_program(kernel, index, programs, arguments, constants):
 
 def last_samples(key, start, count):
     """Elements from ``start`` on, above 2^32, of jax.random.normal."""
-    leaf_key = jax.random.split(key, 1)[0]
-    words = [*np.asarray(jax.random.key_data(leaf_key)), start >> 32, start & 0xFFFFFFFF]
-    at = jax.random.wrap_key_data(
-        jnp.asarray(words, jnp.uint32), impl=jax.random.key_impl(_counter_prng.at(leaf_key, 0))
-    )
+    words = tuple(map(jnp.uint32, divmod(start, 2**32)))
+    at = _counter_prng.at(jax.random.split(key, 1)[0], words)
     return np.asarray(jax.random.normal(at, (count,)))
 
 
@@ -177,7 +192,7 @@ def test_offsets_are_long(coef):
         grad[start:] = 1.0
         weights = np.zeros(arrays[2 if slots else 1].shape, np.float32)
         weights.flat[: slots + 1] = np.array([1, *(-c for c in coef[1:])]) / coef[0]
-        inputs = [words, weights, np.float32([3.0]), grad]
+        inputs = [words, weights, np.float32([3.0]), grad, np.zeros((1, 3), np.uint32)]
         results = [out]
         if slots:
             ring = memory((slots, size))

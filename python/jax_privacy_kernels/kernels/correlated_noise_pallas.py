@@ -1,6 +1,7 @@
 """One step of correlated noise for one leaf, in Pallas: sample, correlate, add to the gradients.
 
-A program takes a tile, and most tiles only read the slot of the step. In the others (the schedule
+A program takes a tile, or what a run of elements has of it if not all of the leaf is here, and
+most tiles only read the slot of the step. In the others (the schedule
 stands in ops/_lookahead.py) a program makes terms for THREADS elements at a time, one for each of
 its threads. The ring is its memory, and no noise is kept anywhere else: what a thread reads back is
 what it wrote itself, so that threads need not wait for each other. That holds for one element a
@@ -45,6 +46,7 @@ class Shape(NamedTuple):
       hidden: how many rows of the ring come before its slots.
       behind: how many samples before that of the step there are in its term.
       noise_dtype: float32 or float64, what is sampled.
+      whole: whether all of the leaf is here.
     """
 
     filter: str
@@ -53,12 +55,13 @@ class Shape(NamedTuple):
     hidden: int
     behind: int
     noise_dtype: Any
+    whole: bool
 
 
 def correlated_noise(
     shape: Shape,
     step: jax.Array,
-    first_phase: jax.Array,
+    runs: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
     scale: jax.Array,
@@ -70,7 +73,9 @@ def correlated_noise(
     Args:
       shape: static.
       step: int32 scalar, t.
-      first_phase: int32 scalar, the phase of the first tile.
+      runs: ``[n, 3]`` uint32, of each of n equal runs of elements that follow each other in the
+        leaf: the index in it of the first, the high and the low word, and the phase of the tile
+        that this is in. One if all of the leaf is here.
       keys: ``[samples, 2]`` uint32, of the leaf.
       coef: of the ring's dtype. Recurrences: ``[rows, slots + 1]``, the factors of z_t, x_{t-1} ..
         in x_t, one row for all steps or one for each of a visit. Sums of samples: ``[behind + 1]``,
@@ -79,8 +84,8 @@ def correlated_noise(
       grad: ``[size]``, size >= 1, of any floating dtype.
       ring: ``[hidden + slots, size]``, float32 or float64.
     """
-    numbers = jnp.stack([step, step % max(shape.slots, 1), first_phase]).astype(jnp.int32)
-    arrays = [numbers, keys, coef, scale[None], grad]
+    numbers = jnp.stack([step, step % max(shape.slots, 1)]).astype(jnp.int32)
+    arrays = [numbers, runs, keys, coef, scale[None], grad]
     outs = [jax.ShapeDtypeStruct(grad.shape, grad.dtype)]
     aliases = {}
     if ring.shape[0]:
@@ -88,13 +93,20 @@ def correlated_noise(
         arrays.append(ring)
         outs.append(jax.ShapeDtypeStruct(ring.shape, ring.dtype))
 
-    def correlated_noise(numbers: Any, keys: Any, coef: Any, scale: Any, *leaf: Any) -> None:
-        step = _Step(shape, numbers[0], numbers[1], numbers[2], keys, coef, scale[0])
+    count = runs.shape[0]
+
+    def correlated_noise(
+        numbers: Any, runs: Any, keys: Any, coef: Any, scale: Any, *leaf: Any
+    ) -> None:
+        step = _Step(shape, numbers[0], numbers[1], keys, coef, scale[0])
         # The ring that went in is the one that comes out.
         grad, *_, out, ring = leaf if aliases else (*leaf, None)
-        _tile(step, grad, out, ring)
+        place = (_in_leaf if shape.whole else _in_run)(step, runs, grad.shape[0])
+        _tile(step, place, grad, out, ring)
 
-    grid = (pl.cdiv(grad.size, shape.tile),)
+    # The first tile of a run may begin before it.
+    most = grad.size // count + (0 if shape.whole else shape.tile - 1)
+    grid = (count * pl.cdiv(most, shape.tile),)
     results = _pallas.call(correlated_noise, outs, grid, *arrays, warps=WARPS, aliases=aliases)
     return results[0], results[1] if aliases else ring
 
@@ -105,7 +117,6 @@ class _Step(NamedTuple):
     shape: Shape
     t: jax.Array
     now: jax.Array  # the slot of x_t
-    first_phase: jax.Array
     keys: Any
     coef: Any
     scale: jax.Array
@@ -116,58 +127,97 @@ class _Step(NamedTuple):
         return self.shape.hidden + jnp.where(slot < self.shape.slots, slot, slot - self.shape.slots)
 
 
-def _tile(step: _Step, grad: Any, out: Any, ring: Any) -> None:
-    shape, size = step.shape, grad.shape[0]
-    tile = pl.program_id(0)
-    start = tile * shape.tile
+class _Place(NamedTuple):
+    """What is here of a tile: elements that follow each other, here and in the leaf."""
+
+    phase: jax.Array
+    here: jax.Array  # where the first is here
+    in_leaf: tuple[Any, jax.Array]  # and in the leaf, the high and the low word
+    left: jax.Array  # how many there are from it on, also in other tiles
+    unit: int  # which this divides
+
+
+def _in_leaf(step: _Step, runs: Any, size: int) -> _Place:
+    """The tile of this program, of a leaf that is here."""
+    shape, tile = step.shape, pl.program_id(0)
+    first = tile * shape.tile
+    phase = (tile + runs[0, 2].astype(jnp.int32)) % max(shape.slots, 1)
+    return _Place(phase, first, (np.uint32(0), first.astype(jnp.uint32)), size - first, size)
+
+
+def _in_run(step: _Step, runs: Any, size: int) -> _Place:
+    """What this program's run has of its tile, if anything."""
+    shape, (count, _) = step.shape, runs.shape
+    length = size // count
+    tiles = pl.cdiv(length + shape.tile - 1, shape.tile)
+    run, tile = pl.program_id(0) // tiles, pl.program_id(0) % tiles
+    hi, lo, first_phase = (runs[run, i] for i in range(3))
+    start = tile * shape.tile - (lo % shape.tile).astype(jnp.int32)  # of the tile, in the run
+    offset = jnp.maximum(start, 0)
+    index_lo = lo + offset.astype(jnp.uint32)
+    index_hi = hi + (index_lo < lo).astype(jnp.uint32)
+    phase = (tile + first_phase.astype(jnp.int32)) % max(shape.slots, 1)
+    left = jnp.minimum(length - offset, start - offset + shape.tile)
+    return _Place(phase, run * length + offset, (index_hi, index_lo), left, 1)
+
+
+def _tile(step: _Step, place: _Place, grad: Any, out: Any, ring: Any) -> None:
+    shape = step.shape
 
     def visit(steps: int) -> None:
         advance = _ADVANCE[shape.filter]
         blocks: Any = pl.cdiv(shape.tile, THREADS)
-        if size % shape.tile:
-            blocks = jnp.minimum(blocks, (size - start + THREADS - 1) // THREADS)
+        if place.unit % shape.tile:
+            blocks = jnp.minimum(blocks, (place.left + THREADS - 1) // THREADS)
 
         def block(i: jax.Array, _: None) -> None:
-            at = _Elements(size, start + i * THREADS, THREADS)
+            at = _Elements(place, i * THREADS, THREADS)
             _emit(step, at, advance(step, _Visit(step, at, ring), steps), grad, out)
 
         jax.lax.fori_loop(0, blocks, block, None)
 
     if shape.slots == 0:
         return visit(1)
-    phase = (tile + step.first_phase) % shape.slots
-    refreshed = phase == step.now
-    starting = ~refreshed & (step.t < phase)
+    refreshed = place.phase == step.now
+    starting = ~refreshed & (step.t < place.phase)
     pl.when(refreshed)(lambda: visit(shape.slots))
     pl.when(starting)(lambda: visit(1))
 
     @pl.when(~refreshed & ~starting)
     def _read() -> None:
-        at = _Elements(size, start, shape.tile)
+        at = _Elements(place, 0, shape.tile)
         _emit(step, at, at.load(ring, step.row(0)), grad, out)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Elements:
-    """Elements ``first`` .. ``first + count - 1`` of a leaf, as far as there are any."""
+    """Elements ``offset`` .. ``offset + count - 1`` of a tile, as far as there are any."""
 
-    size: int
-    first: jax.Array
+    place: _Place
+    offset: Any
     count: int
 
     @property
-    def index(self) -> jax.Array:
-        return self.first + jnp.arange(self.count, dtype=jnp.int32)
+    def index(self) -> tuple[Any, jax.Array]:
+        """In the leaf, the high and the low word: a tile has one high word."""
+        hi, lo = self.place.in_leaf
+        lane = jnp.arange(self.count, dtype=jnp.int32)
+        return hi, lo + (self.offset + lane).astype(jnp.uint32)
 
     def mask(self) -> jax.Array | None:
-        return self.index < self.size if self.size % self.count else None
+        if self.place.unit % self.count == 0:
+            return None
+        return jnp.arange(self.count, dtype=jnp.int32) < self.place.left - self.offset
 
     def load(self, array: Any, *row: Any) -> jax.Array:
-        part, mask = array.at[(*row, pl.ds(self.first, self.count))], self.mask()
+        part, mask = self._part(array, *row), self.mask()
         return plgpu.load(part, mask=mask, other=None if mask is None else 0)
 
     def store(self, values: jax.Array, array: Any, *row: Any) -> None:
-        plgpu.store(array.at[(*row, pl.ds(self.first, self.count))], values, mask=self.mask())
+        plgpu.store(self._part(array, *row), values, mask=self.mask())
+
+    def _part(self, array: Any, *row: Any) -> Any:
+        return array.at[(*row, pl.ds(self.place.here + self.offset, self.count))]
 
 
 def _emit(step: _Step, at: _Elements, x: jax.Array, grad: Any, out: Any) -> None:
@@ -193,8 +243,8 @@ class _Visit:
 
     def sample(self, key: int | jax.Array) -> jax.Array:
         """Elements of ``jax.random.normal(keys[key], ..)``, in the dtype of the coefficients."""
-        keys, lo = self.step.keys, self.at.index.astype(jnp.uint32)
-        x0, x1 = threefry2x32(keys[key, 0], keys[key, 1], jnp.zeros_like(lo), lo)
+        keys, (hi, lo) = self.step.keys, self.at.index
+        x0, x1 = threefry2x32(keys[key, 0], keys[key, 1], hi, lo)
         z = _normal(x0, x1, self.step.shape.noise_dtype)
         return z.astype(self.step.coef.dtype)
 

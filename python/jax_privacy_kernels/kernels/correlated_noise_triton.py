@@ -68,9 +68,9 @@ def _sqrt2_erf_inv(u, ACCURATE: tl.constexpr):
 
 
 @triton.jit
-def _normal(key, start, lane, ACCURATE: tl.constexpr):
-    """Elements start + lane of a leaf's samples; start is a multiple of the number of lanes."""
-    high, low = (start >> 32).to(tl.uint32), start.to(tl.uint32)  # no carry from low + lane
+def _normal(key, index, lane, ACCURATE: tl.constexpr):
+    """Elements index + lane of a leaf's samples, of one tile."""
+    high, low = (index >> 32).to(tl.uint32), index.to(tl.uint32)  # no carry from low + lane
     x0, x1 = _threefry2x32(tl.load(key), tl.load(key + 1), high, low + lane.to(tl.uint32))
     unit = (((x0 ^ x1) >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
     lowest = -0.99999994  # the float32 above -1
@@ -78,6 +78,26 @@ def _normal(key, start, lane, ACCURATE: tl.constexpr):
 
 
 # -- A tile, or a part of one -------------------------------------------------------------------
+
+
+@triton.jit
+def _place(first, run, runs, length, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
+    """Where elements first .. first + BLOCK - 1 of a run's tiles are, as far as they are of it.
+
+    The first of the tiles may begin before the run.
+
+    Returns:
+      The index of the first that is here; its index in the leaf; and how many follow in the run's
+      part of the tile, or in all of the leaf. Not more than 0 if there is none.
+    """
+    if WHOLE:
+        return first, first, length - first
+    else:
+        high, low = tl.load(runs).to(tl.int64), tl.load(runs + 1).to(tl.int64)
+        start = first - low % TILE
+        begin = tl.maximum(start, 0)
+        left = tl.minimum(start + BLOCK, length) - begin
+        return run * length + begin, (high << 32) + low + begin, left
 
 
 @triton.jit
@@ -104,7 +124,7 @@ def _look_ahead(
     weights,
     column,
     size,
-    start,
+    index,
     lane,
     mask,
     SLOTS: tl.constexpr,
@@ -124,12 +144,10 @@ def _look_ahead(
         for _k in tl.static_range(GROUP):
             past = past + (tl.zeros_like(lane).to(column.dtype.element_ty),)
         slot = first
-        row = slot * size
         for back in range(0, SLOTS, GROUP):
             for i in tl.static_range(GROUP):
-                row = tl.where(slot == 0, (SLOTS - 1) * size, row - size)
                 slot = tl.where(slot == 0, SLOTS - 1, slot - 1)
-                x = tl.load(column + row, mask=mask)
+                x = tl.load(column + slot * size, mask=mask)
                 sums = ()
                 for k in tl.static_range(GROUP):
                     weight = _weights_of(weights, done + k, ROWS, WIDTH) + back + (i + 1 + k)
@@ -138,7 +156,7 @@ def _look_ahead(
         group = ()
         for k in tl.static_range(GROUP):
             weight = _weights_of(weights, done + k, ROWS, WIDTH)
-            z = _normal(keys + 2 * tl.minimum(done + k, SLOTS - 1), start, lane, ACCURATE)
+            z = _normal(keys + 2 * tl.minimum(done + k, SLOTS - 1), index, lane, ACCURATE)
             x = tl.fma(z.to(column.dtype.element_ty), tl.load(weight), past[k])
             for i in tl.static_range(k):
                 x = tl.fma(group[i], tl.load(weight + (k - i)), x)
@@ -148,9 +166,9 @@ def _look_ahead(
 
 
 @triton.jit
-def _warm_up(t, keys, weights, column, size, start, lane, mask, ACCURATE: tl.constexpr):
+def _warm_up(t, keys, weights, column, size, index, lane, mask, ACCURATE: tl.constexpr):
     """Writes x_t, from the t terms before it."""
-    x = _normal(keys, start, lane, ACCURATE).to(column.dtype.element_ty) * tl.load(weights)
+    x = _normal(keys, index, lane, ACCURATE).to(column.dtype.element_ty) * tl.load(weights)
     for lag in range(1, t + 1):
         x = tl.fma(tl.load(column + (t - lag) * size, mask=mask), tl.load(weights + lag), x)
     tl.store(column + t * size, x, mask=mask)
@@ -164,6 +182,8 @@ def _tile(
     t,
     phase,
     start,
+    index,
+    left,
     size,
     keys,
     weights,
@@ -178,7 +198,7 @@ def _tile(
     ACCURATE: tl.constexpr,
 ):
     lane = tl.arange(0, BLOCK)
-    mask = lane < tl.minimum(size - start, BLOCK).to(tl.int32)
+    mask = lane < tl.minimum(left, BLOCK).to(tl.int32)
     column = ring + start + lane
     now = t % SLOTS
     if REFRESH:
@@ -188,7 +208,7 @@ def _tile(
             weights,
             column,
             size,
-            start,
+            index,
             lane,
             mask,
             SLOTS,
@@ -199,7 +219,7 @@ def _tile(
         )
     else:
         if phase > t:
-            _warm_up(t, keys, weights, column, size, start, lane, mask, ACCURATE)
+            _warm_up(t, keys, weights, column, size, index, lane, mask, ACCURATE)
     x = tl.load(column + now * size, mask=mask)
     _emit(grad + start + lane, out + start + lane, scale, x, mask)
 
@@ -214,10 +234,13 @@ def recurrence(
     weights,
     scale,
     grad,
+    runs,
     _,
     first_key,
-    minus_phase,
     units,
+    count,
+    programs,
+    group,
     out,
     ring,
     UNIT: tl.constexpr,
@@ -228,6 +251,7 @@ def recurrence(
     PART: tl.constexpr,
     TILE: tl.constexpr,
     ACCURATE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """A step of x_t = w_0 z_t + sum_l w_l x_{t-l}, for S >= 1 slots.
 
@@ -235,34 +259,46 @@ def recurrence(
     each. In this order they share a processor, the ones busy computing, the others with memory.
 
     Args:
-      step: t.
+      step: t >= 0.
       keys: of every leaf for steps t .. t + S - 1, two words each.
       weights: ``[ROWS, WIDTH]``, w_0 .. w_S and zeros up to any w that a group of terms may meet;
         one row, or one for each of the steps.
       scale: of x in what is added to the gradients.
       grad: ``[size]``.
+      runs: ``[.., 3]``, of every run of elements that follow each other in the leaf: the index in
+        it of the first, the high and the low word, and the phase of the tile that this is in. One
+        if all of the leaf is here, which is what WHOLE says.
       _: the ring's buffer as an operand; it is also a result, and used as such.
       first_key: where the leaf's keys begin.
-      minus_phase: -(phase of the leaf's first tile).
-      units: size / UNIT. So the compiler knows what the size is a multiple of.
+      units: length of a run / UNIT. So the compiler knows what the length is a multiple of.
+      count: how many runs there are.
+      programs: of a run.
+      group: programs for S tiles, or for all of a run that has no more.
       out: ``[size]``.
       ring: ``[S, size]``.
     """
     PARTS: tl.constexpr = TILE // PART
-    t, size = tl.load(step), tl.cast(units, tl.int64) * UNIT
-    first_tile = tl.program_id(0) // (PARTS + SLOTS - 1) * SLOTS
-    place = tl.program_id(0) % (PARTS + SLOTS - 1)
-    turn = (t % SLOTS + minus_phase + SLOTS) % SLOTS  # which of the S tiles is refreshed
+    t, length = tl.load(step), tl.cast(units, tl.int64) * UNIT
+    size = length * count
+    run = tl.program_id(0) // programs
+    runs += 3 * run
+    phase = tl.load(runs + 2).to(tl.int32)
+    first_tile = tl.program_id(0) % programs // group * SLOTS
+    place = tl.program_id(0) % programs % group
+    turn = (t % SLOTS + SLOTS - phase) % SLOTS  # which of the S tiles is refreshed
     keys += first_key
     if place < PARTS:
-        start = tl.cast(first_tile + turn, tl.int64) * TILE + place * PART
-        if start < size:
+        first = tl.cast(first_tile + turn, tl.int64) * TILE + place * PART
+        start, index, left = _place(first, run, runs, length, PART, TILE, WHOLE)
+        if left > 0:
             _tile(
                 True,
                 PART,
                 t,
                 0,
                 start,
+                index,
+                left,
                 size,
                 keys,
                 weights,
@@ -277,15 +313,19 @@ def recurrence(
                 ACCURATE,
             )
     else:
-        tile = (turn + 1 + place - PARTS) % SLOTS
-        start = tl.cast(first_tile + tile, tl.int64) * TILE
-        if start < size:
+        other = place - PARTS
+        tile = first_tile + other + (other >= turn).to(tl.int32)
+        first = tl.cast(tile, tl.int64) * TILE
+        start, index, left = _place(first, run, runs, length, TILE, TILE, WHOLE)
+        if left > 0:
             _tile(
                 False,
                 TILE,
                 t,
-                (tile - minus_phase) % SLOTS,
+                (phase + tile) % SLOTS,
                 start,
+                index,
+                left,
                 size,
                 keys,
                 weights,
@@ -307,29 +347,34 @@ def weighted_samples(
     weights,
     scale,
     grad,
+    runs,
     first_key,
     samples,
     units,
+    programs,
     out,
     UNIT: tl.constexpr,
     TILE: tl.constexpr,
     ACCURATE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """out = grad + scale sum_j w_j z_j, by a program for every tile.
 
     Args:
       keys: of every leaf for each sample, two words each.
       weights: ``[samples]`` w; a sample whose weight is zero is not made.
-      scale, grad, first_key, units, out: as of `recurrence`.
+      scale, grad, runs, first_key, units, programs, out, WHOLE: as of `recurrence`.
       samples: how many there are.
     """
-    start, size = tl.cast(tl.program_id(0), tl.int64) * TILE, tl.cast(units, tl.int64) * UNIT
+    run, length = tl.program_id(0) // programs, tl.cast(units, tl.int64) * UNIT
+    first = tl.cast(tl.program_id(0) % programs, tl.int64) * TILE
+    start, index, left = _place(first, run, runs + 3 * run, length, TILE, TILE, WHOLE)
     lane = tl.arange(0, TILE)
-    mask = lane < tl.minimum(size - start, TILE).to(tl.int32)
+    mask = lane < tl.minimum(left, TILE).to(tl.int32)
     x = tl.zeros_like(lane).to(weights.dtype.element_ty)
     for j in range(samples):
         weight = tl.load(weights + j)
         if weight != 0:
-            z = _normal(keys + first_key + 2 * j, start, lane, ACCURATE)
+            z = _normal(keys + first_key + 2 * j, index, lane, ACCURATE)
             x = tl.fma(z.to(weights.dtype.element_ty), weight, x)
     _emit(grad + start + lane, out + start + lane, scale, x, mask)

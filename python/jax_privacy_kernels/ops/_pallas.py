@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-__all__ = ["unavailable"]
+from jax_privacy_kernels.ops import _gpu
 
-OLDEST = 8.0  # compute capability, of Ampere
+__all__ = ["unavailable"]
 
 
 @functools.cache
@@ -22,8 +22,4 @@ def unavailable() -> str | None:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
         return None
-    for device in devices:
-        kind, capability = device.device_kind, float(device.compute_capability)
-        if capability < OLDEST:
-            return f"it needs compute capability {OLDEST}, but {kind} has {capability}"
-    return None
+    return _gpu.too_old(devices)

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-__all__ = ["call", "divisor", "unavailable"]
+from jax_privacy_kernels.ops import _gpu
 
-OLDEST = 8.0  # compute capability, of Ampere
+__all__ = ["call", "divisor", "unavailable"]
 
 
 @functools.cache
@@ -25,12 +25,8 @@ def unavailable() -> str | None:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
         return "it is compiled for the GPU that is there, and there is none"
-    for device in devices:
-        if float(device.compute_capability) < OLDEST:
-            return (
-                f"it needs compute capability {OLDEST}, and {device.device_kind} has "
-                f"{device.compute_capability}"
-            )
+    if reason := _gpu.too_old(devices):
+        return reason
     try:
         import jax_triton  # noqa: F401
         import triton

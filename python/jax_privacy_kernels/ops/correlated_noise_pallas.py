@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels.ops import _gpu_noise
 from jax_privacy_kernels.ops._lookahead import TILE, Leaf
 from jax_privacy_kernels.ops._recurrence import Layout
 
@@ -22,14 +23,12 @@ MOST = 32  # terms or buffers that a thread can hold in registers
 
 def refuse(leaf: Leaf, layout: Layout) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
-    if not leaf.whole:
-        return "it takes whole leaves only"
-    if not layout.ahead:
-        return "it samples threefry2x32 keys with jax_threefry_partitionable only"
+    if reason := _gpu_noise.refuse(leaf, layout):
+        return reason
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
         return f"it samples float32 and float64, not {leaf.noise_dtype}"
-    if leaf.size > 2**31 - TILE:
-        return f"{leaf.size} elements, but its indices are 32 bits wide"
+    if leaf.shard.size > 2**31 - TILE:
+        return f"{leaf.shard.size} elements, but its indices are 32 bits wide"
     if layout.hidden > MOST:
         return f"{layout.hidden} buffers, but it holds at most {MOST}"
     if layout.filter == "moving_average" and layout.slots and layout.behind >= MOST:
@@ -51,14 +50,15 @@ def run(
     """One step; the contract stands in correlated_noise.py, above its table."""
     assert layout.ahead
     leaf_keys = jax.vmap(lambda key: jax.random.split(key, leaves[0].count))(keys)
-    factors = _factors(layout, step, coef)
+    factors = _gpu_noise.factors(layout, step, coef)
     outs, new_rings = [], []
-    for leaf, grad, ring in zip(leaves, grads, rings, strict=True):
+    for leaf, first, grad, ring in zip(leaves, base, grads, rings, strict=True):
         out, ring = _leaf_step(
             layout,
             leaf.noise_dtype,
+            leaf.whole,
             step,
-            jnp.int32(leaf.first_tile % max(layout.slots, 1)),
+            _gpu_noise.runs(leaf, first, layout.slots),
             leaf_keys[:, leaf.index],
             factors,
             scale,
@@ -70,24 +70,14 @@ def run(
     return outs, new_rings
 
 
-def _factors(layout: Layout, step: jax.Array, coef: jax.Array) -> jax.Array:
-    """The coefficients as the kernel takes them."""
-    if layout.filter == "recurrence":
-        return jnp.concatenate([jnp.ones_like(coef[:, :1]), -coef[:, 1:]], axis=1) / coef[:, :1]
-    if layout.filter == "moving_average":
-        # Nothing came before step 0; with slots, the kernel sees to that.
-        happened = step - layout.behind + jnp.arange(layout.behind + 1) >= 0
-        return coef[0] if layout.slots else jnp.where(happened, coef[0], 0)
-    return coef[0] if layout.filter == "row" else coef
-
-
 # Jitted, so that leaves of one shape are traced once.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _leaf_step(
     layout: Layout,
     noise_dtype: jnp.dtype,
+    whole: bool,
     step: jax.Array,
-    first_phase: jax.Array,
+    runs: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
     scale: jax.Array,
@@ -100,9 +90,17 @@ def _leaf_step(
         samples = jnp.arange(layout.behind + 1, dtype=jnp.uint32)
         keys = jax.vmap(lambda j: jax.random.fold_in(keys[0], j))(samples)
     out, new_ring = correlated_noise(
-        Shape(layout.filter, TILE, layout.slots, layout.hidden, layout.behind, noise_dtype),
+        Shape(
+            layout.filter,
+            TILE,
+            layout.slots,
+            layout.hidden,
+            layout.behind,
+            noise_dtype,
+            whole,
+        ),
         step,
-        first_phase,
+        runs,
         jax.random.key_data(keys),
         coef.astype(ring.dtype),
         scale.astype(ring.dtype),

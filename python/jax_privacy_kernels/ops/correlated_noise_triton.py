@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels.ops import _triton
+from jax_privacy_kernels.ops import _gpu_noise, _triton
 from jax_privacy_kernels.ops._lookahead import TILE, Leaf
 from jax_privacy_kernels.ops._recurrence import Layout
 
@@ -21,10 +21,8 @@ PART = 256
 
 def refuse(leaf: Leaf, layout: Layout) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
-    if not leaf.whole:
-        return "it takes whole leaves only"
-    if not layout.ahead:
-        return "it samples threefry2x32 keys with jax_threefry_partitionable only"
+    if reason := _gpu_noise.refuse(leaf, layout):
+        return reason
     if leaf.noise_dtype != jnp.float32:
         return f"it samples float32, not {leaf.noise_dtype}"
     if layout.filter != "recurrence" and layout.rows:
@@ -45,11 +43,14 @@ def run(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """One step; the contract stands in correlated_noise.py, above its table."""
     assert layout.ahead
+    # What is left over of a division has the sign of the step here. Its noise is NaN already.
+    step = jnp.maximum(step, 0)
     leaf_keys = _leaf_keys(layout, keys, leaves[0].count)
     outs, new_rings = [], []
-    for leaf, grad, ring in zip(leaves, grads, rings, strict=True):
+    for leaf, first, grad, ring in zip(leaves, base, grads, rings, strict=True):
         weights = _weights(layout, step, coef.astype(ring.dtype))
-        arrays = [leaf_keys, weights, scale.astype(ring.dtype), grad]
+        runs = _gpu_noise.runs(leaf, first, layout.slots)
+        arrays = [leaf_keys, weights, scale.astype(ring.dtype), grad, runs]
         first_key = leaf_keys[0].size * leaf.index
         if layout.slots:
             out, ring = _recurrence(layout.slots, leaf, first_key, [step, *arrays, ring])
@@ -65,16 +66,17 @@ def _recurrence(
 ) -> Sequence[jax.Array]:
     from jax_privacy_kernels.kernels import correlated_noise_triton
 
-    *_, weights, _, grad, ring = arrays
-    unit = _triton.divisor(leaf.size)
-    tiles = -(-leaf.size // TILE)
+    *_, weights, _, grad, runs, ring = arrays
+    unit = _triton.divisor(leaf.shard.run)
+    tiles = _tiles_of_run(leaf)
+    group = TILE // PART + min(slots - 1, tiles)
+    programs = -(-tiles // slots) * group
     return _triton.call(
         correlated_noise_triton.recurrence,
         arrays,
-        # No phase makes a number 1, for which there would be another kernel.
-        [first_key, -(leaf.first_tile % slots), leaf.size // unit],
+        [first_key, leaf.shard.run // unit, runs.shape[0], programs, group],
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (grad, ring)],
-        programs=-(-tiles // slots) * (TILE // PART + slots - 1),
+        programs=runs.shape[0] * programs,
         aliases={len(arrays) - 1: 1},
         UNIT=unit,
         SLOTS=slots,
@@ -84,25 +86,34 @@ def _recurrence(
         PART=PART,
         TILE=TILE,
         ACCURATE=_accurate(),
+        WHOLE=leaf.whole,
     )
 
 
 def _weighted_samples(leaf: Leaf, first_key: int, arrays: Sequence[jax.Array]) -> jax.Array:
     from jax_privacy_kernels.kernels import correlated_noise_triton
 
-    _, weights, _, grad = arrays
-    unit = _triton.divisor(leaf.size)
+    _, weights, _, grad, runs = arrays
+    unit = _triton.divisor(leaf.shard.run)
+    tiles = _tiles_of_run(leaf)
+    # Several runs have two tiles each, at least: 1 would be compiled in.
     (out,) = _triton.call(
         correlated_noise_triton.weighted_samples,
         arrays,
-        [first_key, weights.size, leaf.size // unit],
+        [first_key, weights.size, leaf.shard.run // unit, max(tiles, 2)],
         [jax.ShapeDtypeStruct(grad.shape, grad.dtype)],
-        programs=-(-leaf.size // TILE),
+        programs=runs.shape[0] * tiles,
         UNIT=unit,
         TILE=TILE,
         ACCURATE=_accurate(),
+        WHOLE=leaf.whole,
     )
     return out
+
+
+def _tiles_of_run(leaf: Leaf) -> int:
+    """How many tiles a run can have elements of; the first may begin before it."""
+    return -(-(leaf.shard.run + (0 if leaf.whole else TILE - 1)) // TILE)
 
 
 def _leaf_keys(layout: Layout, keys: jax.Array, count: int) -> jax.Array:
@@ -117,12 +128,9 @@ def _leaf_keys(layout: Layout, keys: jax.Array, count: int) -> jax.Array:
 
 def _weights(layout: Layout, step: jax.Array, coef: jax.Array) -> jax.Array:
     """The coefficients as the kernels take them."""
-    if layout.filter == "moving_average":
-        happened = step - layout.behind + jnp.arange(layout.behind + 1) >= 0
-        return jnp.where(happened, coef[0], 0)
-    if layout.filter == "row":
-        return coef[0]
-    weights = jnp.concatenate([jnp.ones_like(coef[:, :1]), -coef[:, 1:]], axis=1) / coef[:, :1]
+    weights = _gpu_noise.factors(layout, step, coef)
+    if layout.filter != "recurrence":
+        return weights
     if not layout.slots:
         return weights[0]
     # Behind the last lag, zeros for what the groups at either end reach beyond it.

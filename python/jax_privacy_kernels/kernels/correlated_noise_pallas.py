@@ -73,9 +73,10 @@ def correlated_noise(
     Args:
       shape: static.
       step: int32 scalar, t.
-      runs: ``[n, 3]`` uint32, of each of n equal runs of elements that follow each other in the
-        leaf: the index in it of the first, the high and the low word, and the phase of the tile
-        that this is in. One if all of the leaf is here.
+      runs: ``[n, 4]`` uint32, of each of n equal runs of elements that follow each other in the
+        leaf: the index in it of the first, the high and the low word; and of the tile that this is
+        in, which is one of S that have all phases, the phase of the first of those S, and its place
+        among them. One if all of the leaf is here.
       keys: ``[samples, 2]`` uint32, of the leaf.
       coef: of the ring's dtype. Recurrences: ``[rows, slots + 1]``, the factors of z_t, x_{t-1} ..
         in x_t, one row for all steps or one for each of a visit. Sums of samples: ``[behind + 1]``,
@@ -141,7 +142,7 @@ def _in_leaf(step: _Step, runs: Any, size: int) -> _Place:
     """The tile of this program, of a leaf that is here."""
     shape, tile = step.shape, pl.program_id(0)
     first = tile * shape.tile
-    phase = (tile + runs[0, 2].astype(jnp.int32)) % max(shape.slots, 1)
+    phase = _phase(shape.slots, runs[0, 2], tile)
     return _Place(phase, first, (np.uint32(0), first.astype(jnp.uint32)), size - first, size)
 
 
@@ -151,14 +152,20 @@ def _in_run(step: _Step, runs: Any, size: int) -> _Place:
     length = size // count
     tiles = pl.cdiv(length + shape.tile - 1, shape.tile)
     run, tile = pl.program_id(0) // tiles, pl.program_id(0) % tiles
-    hi, lo, first_phase = (runs[run, i] for i in range(3))
+    hi, lo, first_phase, place = (runs[run, i] for i in range(4))
     start = tile * shape.tile - (lo % shape.tile).astype(jnp.int32)  # of the tile, in the run
     offset = jnp.maximum(start, 0)
     index_lo = lo + offset.astype(jnp.uint32)
     index_hi = hi + (index_lo < lo).astype(jnp.uint32)
-    phase = (tile + first_phase.astype(jnp.int32)) % max(shape.slots, 1)
+    phase = _phase(shape.slots, first_phase, tile + place.astype(jnp.int32))
     left = jnp.minimum(length - offset, start - offset + shape.tile)
     return _Place(phase, run * length + offset, (index_hi, index_lo), left, 1)
+
+
+def _phase(slots: int, first_phase: jax.Array, tile: jax.Array) -> jax.Array:
+    """Of a tile, counted from the first of S that have all phases: the next S shift by one."""
+    slots = max(slots, 1)
+    return (tile + tile // slots + first_phase.astype(jnp.int32)) % slots
 
 
 def _tile(step: _Step, place: _Place, grad: Any, out: Any, ring: Any) -> None:

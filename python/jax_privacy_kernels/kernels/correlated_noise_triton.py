@@ -255,8 +255,9 @@ def recurrence(
 ):
     """A step of x_t = w_0 z_t + sum_l w_l x_{t-l}, for S >= 1 slots.
 
-    Of S tiles in a row one is refreshed, by TILE / PART programs, and S - 1 are read, by a program
-    each. In this order they share a processor, the ones busy computing, the others with memory.
+    Of S tiles in a row one is refreshed, by TILE / PART programs, and the others are read, by a
+    program each. In this order they share a processor, the ones busy computing, the others with
+    memory.
 
     Args:
       step: t >= 0.
@@ -265,15 +266,16 @@ def recurrence(
         one row, or one for each of the steps.
       scale: of x in what is added to the gradients.
       grad: ``[size]``.
-      runs: ``[.., 3]``, of every run of elements that follow each other in the leaf: the index in
-        it of the first, the high and the low word, and the phase of the tile that this is in. One
-        if all of the leaf is here, which is what WHOLE says.
+      runs: ``[.., 4]``, of every run of elements that follow each other in the leaf: the index in
+        it of the first, the high and the low word; and of the tile that this is in, which is one of
+        S that have all phases, the phase of the first of those S, and its place among them. One if
+        all of the leaf is here, which is what WHOLE says.
       _: the ring's buffer as an operand; it is also a result, and used as such.
       first_key: where the leaf's keys begin.
       units: length of a run / UNIT. So the compiler knows what the length is a multiple of.
       count: how many runs there are.
       programs: of a run.
-      group: programs for S tiles, or for all of a run that has no more.
+      group: programs that refresh a tile, and those that read others.
       out: ``[size]``.
       ring: ``[S, size]``.
     """
@@ -281,14 +283,15 @@ def recurrence(
     t, length = tl.load(step), tl.cast(units, tl.int64) * UNIT
     size = length * count
     run = tl.program_id(0) // programs
-    runs += 3 * run
-    phase = tl.load(runs + 2).to(tl.int32)
-    first_tile = tl.program_id(0) % programs // group * SLOTS
+    runs += 4 * run
+    phase, offset = tl.load(runs + 2).to(tl.int32), tl.load(runs + 3).to(tl.int32)
+    nth = tl.program_id(0) % programs // group
     place = tl.program_id(0) % programs % group
-    turn = (t % SLOTS + SLOTS - phase) % SLOTS  # which of the S tiles is refreshed
     keys += first_key
     if place < PARTS:
-        first = tl.cast(first_tile + turn, tl.int64) * TILE + place * PART
+        turn = (t % SLOTS + SLOTS - (phase + nth) % SLOTS) % SLOTS  # which of S tiles it is
+        tile = nth * SLOTS + turn - offset
+        first = tl.cast(tile, tl.int64) * TILE + place * PART
         start, index, left = _place(first, run, runs, length, PART, TILE, WHOLE)
         if left > 0:
             _tile(
@@ -313,16 +316,16 @@ def recurrence(
                 ACCURATE,
             )
     else:
-        other = place - PARTS
-        tile = first_tile + other + (other >= turn).to(tl.int32)
+        tile = nth * (group - PARTS) + place - PARTS
+        phase = (tile + offset + (tile + offset) // SLOTS + phase) % SLOTS
         first = tl.cast(tile, tl.int64) * TILE
         start, index, left = _place(first, run, runs, length, TILE, TILE, WHOLE)
-        if left > 0:
+        if (left > 0) & (phase != t % SLOTS):
             _tile(
                 False,
                 TILE,
                 t,
-                (phase + tile) % SLOTS,
+                phase,
                 start,
                 index,
                 left,
@@ -368,7 +371,7 @@ def weighted_samples(
     """
     run, length = tl.program_id(0) // programs, tl.cast(units, tl.int64) * UNIT
     first = tl.cast(tl.program_id(0) % programs, tl.int64) * TILE
-    start, index, left = _place(first, run, runs + 3 * run, length, TILE, TILE, WHOLE)
+    start, index, left = _place(first, run, runs + 4 * run, length, TILE, TILE, WHOLE)
     lane = tl.arange(0, TILE)
     mask = lane < tl.minimum(left, TILE).to(tl.int32)
     x = tl.zeros_like(lane).to(weights.dtype.element_ty)

@@ -30,10 +30,11 @@ def refuse(leaf: Leaf, layout: Layout) -> str | None:
 
 
 def runs(leaf: Leaf, first: jax.Array, slots: int) -> jax.Array:
-    """The runs of what is here of a leaf, ``[runs, 3]`` uint32.
+    """The runs of what is here of a leaf, ``[runs, 4]`` uint32.
 
-    Of each the index in the leaf of its first element, the high and the low word, and the phase of
-    the tile that this is in.
+    Of each the index in the leaf of its first element, the high and the low word; and of the tile
+    that this is in, which is one of S that have all phases, the phase of the first of those S, and
+    its place among them.
 
     Args:
       leaf: static.
@@ -50,9 +51,9 @@ def _runs(
     axes: tuple[tuple[int, int], ...], slots: int, first: jax.Array, first_phase: jax.Array
 ) -> jax.Array:
     hi, lo = _shards.indices(Shard(1, axes), (first[0], first[1]))
-    tiles = 2**32 // TILE % slots  # of a high word of 1
-    phase = (hi % slots * tiles + lo // TILE + first_phase) % slots
-    return jnp.stack([hi, lo, phase], axis=1)
+    tile = hi * (2**32 // TILE) + lo // TILE
+    phase, place = (tile // slots % slots + first_phase) % slots, tile % slots
+    return jnp.stack([hi, lo, phase, place], axis=1)
 
 
 def factors(layout: Layout, step: jax.Array, coef: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from jax_privacy_kernels._checks import check_like
 from jax_privacy_kernels.ops import (
@@ -375,6 +375,9 @@ def _run_here(
                 outs[i], rings[i] = out, ring
         return outs, rings
 
+    # In a shard_map, ours or another, the arrays have been split already.
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
     def spread(common: Any, _: Any, grads: Any, rings: Any) -> Any:
         return _shards.over_automatic_axes(
             functools.partial(_run_here, plan, layout), common, grads, rings
@@ -388,7 +391,7 @@ def _run_here(
         base,
         grads,
         rings,
-        spread=spread,
+        spread=None if manual else spread,
     )
 
 

@@ -69,8 +69,10 @@ def _recurrence(
     *_, weights, _, grad, runs, ring = arrays
     unit = _triton.divisor(leaf.shard.run)
     tiles = _tiles_of_run(leaf)
-    group = TILE // PART + min(slots - 1, tiles)
-    programs = -(-tiles // slots) * group
+    # Of every S tiles that have all phases; the first of them may begin before the run.
+    groups = -(-(tiles + (0 if leaf.whole else slots - 1)) // slots)
+    group = TILE // PART + -(-tiles // groups)
+    programs = groups * group
     return _triton.call(
         correlated_noise_triton.recurrence,
         arrays,

@@ -73,6 +73,7 @@ def test_floors_are_those_of_the_largest_size(bench):
             "bands": bands,
             "bytes_per_step": 20.0 * size,
             "implementations": times,
+            "missing": {} if "peer" in times else {"peer": "out of memory"},
             "speedup": bench.harness.speedups(times, "median_s"),
         }
         bench.relate(result, {"copy_bytes_per_s": 4e12, "samples_per_s": 1e12})
@@ -91,3 +92,14 @@ def test_floors_are_those_of_the_largest_size(bench):
     assert not verdicts["triton time at 64 bands over 8"]
     assert verdicts["triton at 8 bands, of the machine's limit"]
     assert not verdicts["triton at 64 bands, of the machine's limit"]
+    assert not any("pallas" in floor for floor in verdicts)  # it was no contestant
+
+    # What was not measured is there, and does not pass.
+    checks = bench.acceptance([row(1, {"peer": 3.0, "triton": 2.0}), row(8, {"triton": 2.0})])
+    missing = [check for check in checks if check["value"] is None]
+    assert not any(check["pass"] for check in missing)
+    names = {check["floor"] for check in missing}
+    assert {"triton at 8 bands, times peer", "triton time at 64 bands over 8"} < names
+    assert {check["floor"] for check in checks} == set(verdicts) | names
+    text = bench.harness.text({"acceptance": checks, "environment": {}})
+    assert text.count("not measured") == len(missing)

@@ -71,14 +71,16 @@ IMPLEMENTATIONS: _dispatch.Table = {
         unavailable=_triton.unavailable,
         refuse=correlated_noise_triton.refuse,
         run=correlated_noise_triton.run,
-        limits="to the next: as cpp, and noise of 64 bits, moving averages with slots, buffers",
+        limits="to the next: as cpp, and noise of 64 bits, moving averages with slots, buffers, "
+        "shards in runs of less than 256 elements",
     ),
     "pallas": _dispatch.Implementation(
         platforms=("cuda",),
         unavailable=_pallas.unavailable,
         refuse=correlated_noise_pallas.refuse,
         run=correlated_noise_pallas.run,
-        limits="to jax: as cpp, and moving averages and buffers that need too many registers",
+        limits="to jax: as cpp, and moving averages and buffers that need too many registers, "
+        "more than 2^31 - 1024 elements on a device, shards in runs of less than 256",
     ),
     "jax": _dispatch.Implementation(
         platforms=_dispatch.PLATFORMS,

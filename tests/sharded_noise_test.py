@@ -176,6 +176,19 @@ def test_on_eight_devices():
     eight_devices.run(__file__)
 
 
+@pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
+def test_lowering_for_a_mesh_that_is_not_here(strategy):
+    mesh = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    sharding = NamedSharding(mesh, P("x", None))
+    grads = {"w": jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=sharding)}
+    mechanism = privatizer(strategy=strategy)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(mechanism.init, grads)
+        traced = jax.jit(mechanism.update).trace(grads, state)
+        text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "sdy.manual_computation" in text
+
+
 class TestEightDevices:
     __test__ = eight_devices.IN_CHILD
 

@@ -252,6 +252,21 @@ class TestEightDevices:
         for t, want in enumerate(expected):
             assert_same("cpp", jax.tree.map(lambda x, t=t: np.asarray(x[t]), outs), want)
 
+    @pytest.mark.filterwarnings("ignore:.*GSPMD.*")
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_older_partitioner(self, kind):
+        shardy = jax.config.jax_use_shardy_partitioner
+        mesh = mesh_of("xy", kind)
+        jax.config.update("jax_use_shardy_partitioner", False)
+        try:
+            with within(mesh):
+                grads = on_mesh(model(), mesh, "xy")
+                outs, _ = run(privatizer(), grads)
+                assert not collectives(program(privatizer(), grads))
+        finally:
+            jax.config.update("jax_use_shardy_partitioner", shardy)
+        assert_same("cpp", outs, on_one_device("banded", None, tuple(SHAPES))[0])
+
     def test_blocks_that_do_not_divide_a_leaf(self):
         """They reach beyond it, inside of a program with automatic axes."""
         mesh, mechanism = mesh_of("xy", "automatic"), privatizer()

@@ -222,8 +222,11 @@ def over_automatic_axes(run: _Run, common: Any, grads: Any, rings: Any) -> Any:
         del data
         return grads, rings
 
+    def infer(mesh: Any, arguments: Any, _: Any) -> Any:  # what Shardy has the rule for
+        return partition(mesh, arguments, _)[2]
+
     spread = custom_partitioning(shapes_alone)
-    spread.def_partition(partition, sharding_rule=_rule(data, grads))
+    spread.def_partition(partition, infer, sharding_rule=_rule(data, grads))
     return spread(data, grads, rings)
 
 

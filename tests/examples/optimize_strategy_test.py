@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import pathlib
-import sys
 import types
 
 import numpy as np
@@ -14,17 +13,12 @@ import pytest
 for _module in ("matplotlib", "tqdm"):
     pytest.importorskip(_module, reason=f"{_module} is missing; install the examples extra")
 
-EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "optimize_strategy.py"
 N, EPOCHS, MIN_SEP = 60, 3, 20
 
 
 @pytest.fixture(scope="module")
 def example() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("optimize_strategy", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses look their module up here.
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("optimize_strategy")
 
 
 @pytest.fixture(scope="module")

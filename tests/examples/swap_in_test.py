@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import pathlib
-import sys
 import types
 
 import jax
@@ -15,17 +14,12 @@ import pytest
 for _module in ("sklearn", "matplotlib", "tqdm", "jax_privacy"):
     pytest.importorskip(_module, reason=f"{_module} is missing; install the examples extra")
 
-EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "swap_in.py"
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def example() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("swap_in", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses look their module up here.
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("swap_in")
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import pathlib
-import sys
 import types
 
 import numpy as np
@@ -15,17 +14,12 @@ for _module in ("sklearn", "matplotlib", "tqdm", "optax", "jax_privacy"):
     pytest.importorskip(_module, reason=f"{_module} is missing; install the examples extra")
 dp_accounting = pytest.importorskip("dp_accounting", reason="dp-accounting is missing")
 
-EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "train_digits.py"
 EPSILON, DELTA = 4.0, 1e-5
 
 
 @pytest.fixture(scope="module")
 def example() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses look their module up here.
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("train_digits")
 
 
 @pytest.fixture(scope="module")

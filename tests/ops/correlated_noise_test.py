@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -22,6 +20,7 @@ import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
+import naive
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -40,17 +39,6 @@ from jax_privacy_kernels.ops import _lookahead as lookahead
 from jax_privacy_kernels.ops._recurrence import Layout
 from jax_privacy_kernels.ops._shards import Shard
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
-
-
-def _load_naive():
-    path = pathlib.Path(__file__).parents[1] / "naive.py"
-    spec = importlib.util.spec_from_file_location("naive", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-naive = _load_naive()
 
 SAMPLE_RTOL = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6, "float64": 1e-13}
 TARGET = "jpk_correlated_noise"

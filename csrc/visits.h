@@ -33,9 +33,10 @@ struct Shard {
   // The index in the leaf of the first element of a run.
   uint64_t index(int64_t of_run) const {
     uint64_t index = base;
-    for (size_t k = axes.size(); k-- > 0; of_run /= axes[k].count) {
-      index +=
-          static_cast<uint64_t>(of_run % axes[k].count) * static_cast<uint64_t>(axes[k].stride);
+    for (size_t k = axes.size(); k-- > 0;) {
+      const int64_t outer = k ? of_run / axes[k].count : 0, place = of_run - outer * axes[k].count;
+      index += static_cast<uint64_t>(place) * static_cast<uint64_t>(axes[k].stride);
+      of_run = outer;
     }
     return index;
   }
@@ -72,7 +73,16 @@ class Visits {
  public:
   Visits(const Shard& shard, int64_t first_tile, int64_t slots, int64_t t, int64_t first,
          int64_t last)
-      : shard_(shard), first_tile_(first_tile), slots_(slots), t_(t), here_(first), last_(last) {
+      : shard_(shard),
+        first_tile_(first_tile),
+        slots_(slots),
+        t_(t),
+        now_(slots ? t % slots : 0),
+        last_(last),
+        here_(first),
+        run_(first / shard.run),
+        left_(shard.run - first % shard.run),
+        index_(shard.index(run_) + static_cast<uint64_t>(first % shard.run)) {
     whole_.clear(0), ahead_.clear(std::max<int64_t>(slots, 1)), one_.clear(1);
   }
 
@@ -98,15 +108,15 @@ class Visits {
  private:
   // What comes next, as far as it is of one tile and one run.
   void take() {
-    const int64_t run = here_ / shard_.run, offset = here_ - run * shard_.run;
-    rest_.here = here_;
-    rest_.index = shard_.index(run) + static_cast<uint64_t>(offset);
-    const int64_t in_tile = kTile - static_cast<int64_t>(rest_.index % kTile);
-    rest_.count = std::min({last_ - here_, shard_.run - offset, in_tile});
-    here_ += rest_.count;
-    const int64_t tile = static_cast<int64_t>(rest_.index / kTile);
+    const int64_t tile = static_cast<int64_t>(index_ / kTile);
+    const int64_t in_tile = kTile - static_cast<int64_t>(index_ % kTile);
+    rest_ = {here_, index_, std::min({last_ - here_, left_, in_tile})};
+    here_ += rest_.count, left_ -= rest_.count, index_ += static_cast<uint64_t>(rest_.count);
+    if (left_ == 0 && here_ < last_) left_ = shard_.run, index_ = shard_.index(++run_);
+    if (tile == tile_) return;
+    tile_ = tile;
     const int64_t phase = slots_ ? (tile + tile / slots_ + first_tile_) % slots_ : 0;
-    rest_terms_ = phase == (slots_ ? t_ % slots_ : 0) ? ahead_.terms : t_ < phase ? 1 : 0;
+    rest_terms_ = phase == now_ ? ahead_.terms : t_ < phase ? 1 : 0;
   }
 
   void move(int64_t count, Visit& to) {
@@ -128,9 +138,10 @@ class Visits {
   const Visit* finish(Visit& visit) { return done_ = &visit; }
 
   const Shard& shard_;
-  const int64_t first_tile_, slots_, t_;
-  int64_t here_;
-  const int64_t last_;
+  const int64_t first_tile_, slots_, t_, now_, last_;
+  int64_t here_, run_, left_;  // left_ of the run
+  uint64_t index_;             // of here_ in the leaf
+  int64_t tile_ = -1;          // of what was taken last
   Span rest_{0, 0, 0};
   int64_t rest_terms_ = 0;
   Visit whole_, ahead_, one_;  // the latter two wait

@@ -105,6 +105,7 @@ std::string set_shards(const ffi::Buffer<ffi::U32>& base, ffi::Span<const int64_
     if (run[l] < 1 || run[l] > leaves[l].size) return "a run must be of 1 to size elements";
     int64_t runs = leaves[l].size / run[l];
     if (runs * run[l] != leaves[l].size) return "a shard must be of whole runs";
+    if (axis_count[l] < 0) return "axis_count must not be negative";
     for (int64_t k = 0; k < axis_count[l]; ++k, next += 2) {
       if (next + 1 >= axes.size()) return "axes must have a count and a stride each";
       if (axes[next] < 1 || runs % axes[next] || axes[next + 1] < 1) {

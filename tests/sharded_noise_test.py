@@ -158,8 +158,12 @@ def program(privatizer, grads):
 
 
 def collectives(hlo):
-    found = rf"= (\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\("
-    return [(kind, shape.split("{")[0]) for shape, kind in re.findall(found, hlo)]
+    found = rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
+    return [
+        (kind, shape)
+        for shapes, kind in re.findall(found, hlo)
+        for shape in re.findall(r"[a-z]+\d+\[[\d,]*\]", shapes)
+    ]
 
 
 def cases():
@@ -251,6 +255,77 @@ class TestEightDevices:
         expected, _ = on_one_device("banded", None, tuple(SHAPES))
         for t, want in enumerate(expected):
             assert_same("cpp", jax.tree.map(lambda x, t=t: np.asarray(x[t]), outs), want)
+
+    def test_layouts_that_no_spec_can_say(self):
+        """XLA splits a dimension of 4 over half of an axis of 8, and another over the rest."""
+        mesh, mechanism = mesh_of("x", "automatic"), privatizer()
+        expected, _ = run(mechanism, {"w": jnp.ones((64, 4, 64))}, 6)
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def step(flat, state):
+            flat = jax.lax.with_sharding_constraint(flat, NamedSharding(mesh, P(None, "x")))
+            return mechanism.update({"w": flat.reshape(64, 4, 64)}, state)
+
+        state = mechanism.init({"w": jnp.ones((64, 4, 64))})
+        for want in expected:
+            out, state = step(jnp.ones((64, 256)), state)
+            np.testing.assert_array_equal(out["w"], want["w"])
+
+    def test_programs_with_other_noise_are_others(self, tmp_path):
+        """To JAX's cache on disk, which sees nothing of what the partitioner calls."""
+        mesh = mesh_of("x", "automatic")
+        grads = on_mesh(model(("flat",), jnp.bfloat16), mesh, "x")
+        config = {
+            "jax_compilation_cache_dir": str(tmp_path),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+            "jax_remove_custom_partitioning_ptr_from_cache_key": True,
+        }
+        before = {name: getattr(jax.config, name) for name in config}
+        try:
+            for name, value in config.items():
+                jax.config.update(name, value)
+            for dtype in ("float32", "bfloat16") * 2:
+                jax.clear_caches()
+                mechanism = privatizer(dtype=dtype)
+                outs, _ = run(mechanism, grads, 2)
+                expected, _ = run(mechanism, model(("flat",), jnp.bfloat16), 2)
+                jax.tree.map(np.testing.assert_array_equal, outs, expected)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            jax.clear_caches()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_noise_is_that_of_the_configuration_it_was_traced_in(self, kind):
+        mesh, mechanism = mesh_of("xy", kind), privatizer()
+        expected, _ = on_one_device("banded", None, SMALL)
+        with within(mesh):
+            grads = on_mesh(model(SMALL), mesh, "xy")
+            state = mechanism.init(grads)
+            lowered = jax.jit(mechanism.update).lower(grads, state)
+            with jax.threefry_partitionable(False), jax.enable_x64(True):
+                step = lowered.compile()
+            out, _ = step(grads, state)
+        jax.tree.map(np.testing.assert_array_equal, out, expected[0])
+
+    @pytest.mark.parametrize("kind", [None, *KINDS])
+    @pytest.mark.parametrize("matrix", ["banded", "dense"])
+    def test_derivatives_of_plain_jax(self, matrix, kind):
+        mechanism = privatizer(matrix, "jax")
+
+        def loss(grads, state):
+            out, _ = mechanism.update(grads, state)
+            return sum((x**2).sum() for x in jax.tree.leaves(out))
+
+        mesh = mesh_of("xy", kind) if kind else None
+        with within(mesh) if mesh else contextlib.nullcontext():
+            grads = on_mesh(model(SMALL), mesh, "xy") if mesh else model(SMALL)
+            state = mechanism.init(grads)
+            found = jax.jit(jax.grad(loss))(grads, state)
+            out, _ = mechanism.update(grads, state)
+        for name in SMALL:
+            np.testing.assert_allclose(found[name], 2 * out[name], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.filterwarnings("ignore:.*GSPMD.*")
     @pytest.mark.parametrize("kind", KINDS)
@@ -367,6 +442,20 @@ class TestEightDevices:
                 used = re.findall("[xy]", str(SPECS["xy"].get(name, "")).removeprefix("P"))
                 parts = np.prod([mesh.shape[axis] for axis in used], dtype=int) if x.size else 1
                 assert x.addressable_shards[0].data.size * parts == x.size, path
+
+    def test_collectives_are_seen(self):
+        mesh = mesh_of("x", "automatic")
+
+        def communicate(x, y):
+            x, y = jax.lax.psum((x, y), "x")
+            gathered = jax.lax.all_gather(x, "x")
+            return jax.lax.all_to_all(gathered, "x", 0, 0, tiled=True), y
+
+        shared = jax.shard_map(
+            communicate, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=False
+        )
+        hlo = jax.jit(shared).lower(jnp.zeros((64, 3)), jnp.zeros(64)).compile().as_text()
+        assert {kind for kind, _ in collectives(hlo)} >= {"all-reduce", "all-to-all"}
 
     # -- ZeRO ---------------------------------------------------------------------------------
 
@@ -498,6 +587,33 @@ class TestEightDevices:
                 with pytest.raises(ValueError, match=r"\['flat'\].*'x': 4, 'y': 2.*'x': 8"):
                     update(moved, state)
 
+    @pytest.mark.parametrize("matrix", ["banded", "dense", "prefix"])
+    def test_gradients_on_no_mesh_are_replicated(self, matrix):
+        mechanism, grads = privatizer(matrix), model(SMALL)
+        expected, _ = on_one_device(matrix, None, SMALL)
+        before = mechanism.init(grads)
+        with jax.set_mesh(mesh_of("xy")):
+            out, state = mechanism.update(grads, mechanism.init(grads))
+            jax.tree.map(np.testing.assert_array_equal, out, expected[0])
+            out, _ = jax.jit(mechanism.update)(grads, state)
+            jax.tree.map(np.testing.assert_array_equal, out, expected[1])
+            out, _ = jax.jit(mechanism.update)(grads, before)
+            jax.tree.map(np.testing.assert_array_equal, out, expected[0])
+
+    @pytest.mark.parametrize("matrix", ["banded", "dense", "prefix"])
+    def test_shards_that_would_share_their_noise(self, matrix):
+        """In a shard_map of the caller's, where they cannot be told from leaves."""
+        mechanism, grads = privatizer(matrix), model(("flat",))
+        mesh = mesh_of("x", "automatic")
+        state = mechanism.init({"flat": grads["flat"][: 9 * 128]})
+
+        def step(grads):
+            return mechanism.update(grads, state)[0]
+
+        local = jax.shard_map(step, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+        with pytest.raises(ValueError, match=r"\['flat'\].*same over the axes \['x'\]"):
+            jax.jit(local)(grads)
+
     def test_a_state_that_is_laid_out_otherwise(self):
         mechanism, grads, mesh = privatizer(), model(("flat",)), mesh_of("x")
         with jax.set_mesh(mesh):
@@ -523,6 +639,24 @@ class TestEightDevices:
             state = mechanism.init({"w": jnp.zeros((7, 5))})
         with jax.set_mesh(mesh_of("x")), pytest.raises(ValueError, match=r"\['w'\].*40.*found.*36"):
             mechanism.update({"w": jnp.zeros((7, 5))}, state)
+
+    @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
+    def test_gradients_that_have_yet_to_be_summed_up(self, strategy):
+        mechanism, mesh = privatizer(strategy=strategy), mesh_of("xy")
+        with jax.set_mesh(mesh):
+            state = mechanism.init({"w": jnp.zeros((8, 8))})
+            a, b = (
+                jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, spec))
+                for spec in (P(None, "x"), P("x", None))
+            )
+
+            def update(a, b):
+                unreduced = P(None, None, unreduced={"x"})
+                grad = jnp.einsum("ij,jk->ik", a, b, out_sharding=unreduced)
+                return mechanism.update({"w": grad}, state)
+
+            with pytest.raises(ValueError, match=r"leaf \['w'\].*summed up.*unreduced.*\['x'\]"):
+                jax.jit(update)(a, b)
 
     def test_an_axis_that_is_not_there(self):
         with pytest.raises(ValueError, match="nowhere"):

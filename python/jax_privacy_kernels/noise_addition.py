@@ -43,6 +43,7 @@ from jax_privacy_kernels.ops import (
     NoiseState,
     NoisingMatrix,
     check_noise_dtype,
+    check_shared,
     correlated_noise,
     dense_kind,
     dense_noise,
@@ -160,6 +161,8 @@ def matrix_factorization_privatizer(
         a step beyond the rows of a dense matrix (NaN instead inside a trace, and beyond those of a
         ColumnNormalizedBanded); an implementation asked for that cannot run. Coefficients that are
         refused where a matrix is made give NaN if a trace has hidden them.
+      ValueError from update, too: in a shard_map, gradients that vary over axes that the state's
+        key does not, whose shards would have the same noise; gradients unreduced over a mesh axis.
       From init and update with ``SupportedStrategies.ZERO``, ValueError: a leaf without a mesh;
       RuntimeError: one on a mesh with axes that are not explicit.
     """
@@ -259,6 +262,7 @@ def _streaming(
         # The independent noise checks its own state; a matrix may promote the dtype of its own.
         expected = jax.eval_shape(init, sum_of_clipped_grads)
         check_like("noise_state", noise_state, expected, dtypes=False)
+        check_shared(sum_of_clipped_grads, noise_state.noise.clock.key)
         zeros = jax.tree_util.tree_map_with_path(
             lambda path, g: jnp.zeros_like(g, dtype=check_noise_dtype(path, g, dtype)),
             sum_of_clipped_grads,
@@ -309,7 +313,7 @@ def _dense(
         del params
         check_like("noise_state", noise_state, jax.eval_shape(init, sum_of_clipped_grads))
         step = noise_state.step
-        if is_concrete(step) and not 0 <= step < n:
+        if is_concrete(step) and not 0 <= int(step) < n:
             raise ValueError(
                 f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
             )

@@ -51,11 +51,15 @@ def flatten_with_zero_redundancy(
       the number of devices; it is sharded over all mesh axes, in the mesh's order.
 
     Raises:
-      ValueError: the array has no mesh.
+      ValueError: the array has no mesh, or has yet to be summed up over mesh axes.
       RuntimeError: a mesh axis is not explicit.
     """
     info = jax.typeof(abstract_array)
     mesh = _check_mesh("abstract_array", info.sharding.mesh)
+    if axes := info.sharding.spec.unreduced:
+        raise ValueError(
+            f"expected abstract_array to be summed up, found it unreduced over {sorted(axes)}"
+        )
     return jax.ShapeDtypeStruct(
         (_padded(info.size, mesh),), info.dtype, sharding=_over_all_axes(mesh)
     )

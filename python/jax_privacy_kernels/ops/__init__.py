@@ -14,6 +14,7 @@ from jax_privacy_kernels.ops.banded_error import banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
     check_noise_dtype,
+    check_shared,
     correlated_noise,
     dense_kind,
     dense_noise,
@@ -34,6 +35,7 @@ __all__ = [
     "asked",
     "banded_error",
     "check_noise_dtype",
+    "check_shared",
     "correlated_noise",
     "dense_kind",
     "dense_noise",

@@ -28,6 +28,7 @@ __all__ = [
     "implementation",
     "per_platform",
     "requested",
+    "varying_axes",
 ]
 
 ENVIRONMENT = "JAX_PRIVACY_KERNELS_IMPLEMENTATION"
@@ -135,16 +136,16 @@ def per_platform(
       *args: arrays or trees of arrays.
       spread: what takes the branch's place where XLA spreads arrays over several devices.
     """
-    if spread is None and set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
-        return branches[PLATFORMS[0]](*args)
     tree: Any
     leaves, tree = jax.tree.flatten(args)
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+    leaves = [_vary(leaf, axes) for leaf in leaves]  # kernels and loops want all arguments alike
+    if spread is None and set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
+        return branches[PLATFORMS[0]](*tree.unflatten(leaves))
 
     def flat(branch: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
         return lambda *leaves: jax.tree.leaves(branch(*tree.unflatten(leaves)))
 
-    axes = frozenset().union(*(_varying_axes(leaf) for leaf in leaves))
-    leaves = [_vary(leaf, axes) for leaf in leaves]  # kernels want all arguments alike
     out = jax.eval_shape(next(iter(branches.values())), *tree.unflatten(leaves))
     flattened = {branch: flat(branch) for branch in set(branches.values())}
     results = _select_p.bind(
@@ -158,7 +159,7 @@ def per_platform(
     return jax.tree.unflatten(jax.tree.structure(out), [_vary(x, axes) for x in results])
 
 
-def _varying_axes(x: Any) -> frozenset[str]:
+def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes, inside shard_map, over which x may differ."""
     aval: Any = jax.typeof(x)
     manual = getattr(aval, "manual_axis_type", None)  # jax >= 0.12
@@ -167,7 +168,7 @@ def _varying_axes(x: Any) -> frozenset[str]:
 
 def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """x, taken to vary over the axes: results of the primitive are taken for replicated."""
-    missing = tuple(axes - _varying_axes(x))
+    missing = tuple(axes - varying_axes(x))
     if not missing:
         return x
     lax: Any = jax.lax
@@ -257,7 +258,7 @@ def _select_jvp(
         raise NotImplementedError(
             "kernels are not differentiated through; ask for implementation='jax', which is"
         )
-    return jax.jvp(several.pop(), primals, [ad.instantiate_zeros(x) for x in tangents])
+    return jax.jvp(several.pop(), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 ad.primitive_jvps[_select_p] = _select_jvp

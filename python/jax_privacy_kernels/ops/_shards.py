@@ -6,8 +6,11 @@ of its own shards, and no device needs to hear of another.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +36,7 @@ __all__ = [
     "shard",
     "sharding_of",
     "spec",
+    "unreduced",
     "zeros",
 ]
 
@@ -182,11 +186,16 @@ def over_explicit_axes(run: _Run, mesh: Any, common: Any, grads: Any, rings: Any
     return mapped(common, grads, rings)
 
 
-def over_automatic_axes(run: _Run, common: Any, grads: Any, rings: Any) -> Any:
+def over_automatic_axes(run: _Run, described: str, common: Any, grads: Any, rings: Any) -> Any:
     """The step on every device's own shards, which XLA's partitioner says when it has chosen them.
 
-    Programs that hold it cannot be exported.
+    Args:
+      run: the step.
+      described: all that the step depends on beside its arguments and the configuration. XLA sees
+        nothing of it but this, and compares programs by what it sees where it caches them.
+      common, grads, rings: arguments of run.
     """
+    config = _config()
     key_types = [
         jax.random.key_impl(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else None
         for x in common
@@ -195,39 +204,93 @@ def over_automatic_axes(run: _Run, common: Any, grads: Any, rings: Any) -> Any:
         x if kind is None else jax.random.key_data(x)
         for x, kind in zip(common, key_types, strict=True)
     ]
+    name = hashlib.sha256(repr((described, config, key_types)).encode()).digest()
+    data.append(jnp.asarray(np.frombuffer(name, np.uint32)))
 
-    def here(specs: Any, data: Any, grads: Any, rings: Any) -> Any:
-        common = [
-            x if kind is None else jax.random.wrap_key_data(x, impl=kind)
-            for x, kind in zip(data, key_types, strict=True)
-        ]
-        return run([_place(entries) for entries in specs], common, grads, rings)
+    def here(layouts: Sequence[_Layout], data: Any, grads: Any, rings: Any) -> Any:
+        with _configured(config):
+            common = [
+                x if kind is None else jax.random.wrap_key_data(x, impl=kind)
+                for x, kind in zip(data[:-1], key_types, strict=True)
+            ]
+            return run([layout.place() for layout in layouts], common, grads, rings)
 
     def partition(mesh: Any, arguments: Any, _: Any) -> Any:
-        specs = [_full(grad.sharding.spec, len(grad.shape)) for grad in arguments[1]]
-
-        def lower(*arguments: Any) -> Any:
-            return here(specs, *arguments)
-
-        def on_mesh(entries: Any) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*entries))
-
-        results = (
-            [on_mesh(entries) for entries in specs],
-            [on_mesh((None, *entries)) for entries in specs],
+        layouts = [_Layout(grad, mesh) for grad in arguments[1]]
+        results = [x.sharding for x in layouts], [x.rows() for x in layouts]
+        return (
+            mesh,
+            functools.partial(here, layouts),
+            results,
+            ([_Layout.whole(mesh) for _ in data], *results),
         )
-        return mesh, lower, results, ([on_mesh(()) for _ in data], *results)
+
+    def infer(mesh: Any, arguments: Any, _: Any) -> Any:  # what Shardy has the rule for
+        return partition(mesh, arguments, _)[2]
 
     def shapes_alone(data: Any, grads: Any, rings: Any) -> Any:
         del data
         return grads, rings
 
-    def infer(mesh: Any, arguments: Any, _: Any) -> Any:  # what Shardy has the rule for
-        return partition(mesh, arguments, _)[2]
-
     spread = custom_partitioning(shapes_alone)
-    spread.def_partition(partition, infer, sharding_rule=_rule(data, grads))
+    # Not decoded: XLA may split a dimension over part of a mesh axis, which no spec can say.
+    rule = _rule(data, grads)
+    spread.def_partition(partition, infer, sharding_rule=rule, decode_shardings=False)
     return spread(data, grads, rings)
+
+
+class _Layout:
+    """How XLA has laid a leaf out over the devices of a mesh."""
+
+    def __init__(self, leaf: Any, mesh: Any) -> None:
+        self.sharding, self._mesh, self._ndim = leaf.sharding, mesh, len(leaf.shape)
+        self._hlo = leaf.sharding._to_xla_hlo_sharding(self._ndim)
+        self._tiled = self._hlo.is_tiled()
+        if not self._tiled:
+            self.sharding = self.whole(mesh)
+
+    @staticmethod
+    def whole(mesh: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec())
+
+    def place(self) -> list[Any]:
+        """Which block of the leaf is here, along every dimension."""
+        if not self._tiled:
+            return [0] * self._ndim
+        places = np.zeros((self._mesh.size, self._ndim), np.int32)
+        tiles = tuple(self._hlo.tile_assignment_dimensions())  # and then of replicas
+        devices = np.reshape(self._hlo.tile_assignment_devices(), tiles)
+        for place, device in np.ndenumerate(devices):
+            places[device] = place[: self._ndim]
+        return list(jnp.asarray(places)[jax.lax.axis_index(self._mesh.axis_names)])
+
+    def rows(self) -> Any:
+        """The sharding of a ring, every row of which is laid out as the leaf."""
+        if not self._tiled:
+            return self.sharding
+        proto = self._hlo.to_proto()
+        proto.tile_assignment_dimensions = [1, *proto.tile_assignment_dimensions]
+        hlo = type(self._hlo).from_proto(proto)
+        return type(self.sharding)(tuple(self._mesh.devices.flat), hlo)
+
+
+def _config() -> tuple[bool, bool, bool]:
+    """What of JAX's configuration noise depends on."""
+    names = "jax_enable_x64", "jax_threefry_partitionable", "jax_accurate_erf_inv"
+    x64, partitionable, accurate = (bool(getattr(jax.config, name, False)) for name in names)
+    return x64, partitionable, accurate
+
+
+@contextlib.contextmanager
+def _configured(config: tuple[bool, bool, bool]) -> Iterator[None]:
+    """The configuration that a step was traced in, wherever it is compiled."""
+    with jax.enable_x64(config[0]), jax.threefry_partitionable(config[1]):
+        if _config() != config:
+            raise ValueError(
+                f"expected jax_accurate_erf_inv={config[2]}, as when correlated_noise was traced, "
+                f"found {not config[2]} where it is compiled"
+            )
+        yield
 
 
 def _rule(data: Any, grads: Any) -> SdyShardingRule:
@@ -242,6 +305,11 @@ def _rule(data: Any, grads: Any) -> SdyShardingRule:
         tuple(leaves),
         need_replication_factors=(*(name for names in whole for name in names), *rows),
     )
+
+
+def unreduced(x: Any) -> frozenset[str]:
+    """The explicit mesh axes over which x has yet to be summed up."""
+    return frozenset() if explicit_mesh(x) is None else jax.typeof(x).sharding.spec.unreduced
 
 
 def _place(entries: PartitionSpec) -> list[Any]:

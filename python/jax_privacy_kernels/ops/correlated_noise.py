@@ -31,6 +31,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "NoiseState",
     "check_noise_dtype",
+    "check_shared",
     "correlated_noise",
     "dense_kind",
     "dense_noise",
@@ -169,6 +170,7 @@ def correlated_noise(
             f"of shape {expected.kind.shape}, found that of another, of shape {kind}"
         )
     check_like("noise_state", state, expected)
+    check_shared(grads, state.clock.key)
     jax.tree_util.tree_map_with_path(_check_layout, grads, state.buffers)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
@@ -214,6 +216,7 @@ def dense_noise(
     """
     ahead = _lookahead.looks_ahead(jax.random.key_impl(key))
     layout = Layout("row", ahead, slots=0, behind=row.shape[0] - 1)
+    check_shared(grads, key)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     buffers = jax.tree.leaves(_abstract_buffers(grads, 0, row.dtype, dtype))
@@ -335,7 +338,8 @@ def _run(
     common = [step, keys, coef.astype(jnp.promote_types(coef.dtype, jnp.float32)), scale]
     run = functools.partial(_run_here, plan, layout)
     some = [grads[i] for i in mine], [rings[i] for i in mine]
-    mesh = next((mesh for mesh in map(_shards.explicit_mesh, grads) if mesh is not None), None)
+    meshes = map(_shards.explicit_mesh, [*grads, *rings])
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
     if mesh is not None:
         results = _shards.over_explicit_axes(run, mesh, common, *some)
     else:
@@ -381,9 +385,11 @@ def _run_here(
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
     def spread(common: Any, _: Any, grads: Any, rings: Any) -> Any:
-        return _shards.over_automatic_axes(
-            functools.partial(_run_here, plan, layout), common, grads, rings
-        )
+        from jax_privacy_kernels import __version__
+
+        described = repr((__version__, plan, layout))
+        here = functools.partial(_run_here, plan, layout)
+        return _shards.over_automatic_axes(here, described, common, grads, rings)
 
     shared = {names: functools.partial(run, names) for names in choices.platforms.values()}
     return _dispatch.per_platform(
@@ -450,11 +456,32 @@ def _abstract_buffers(model: Any, rows: int, coef_dtype: Any, dtype: Any) -> Any
     return jax.tree_util.tree_map_with_path(ring, model)
 
 
+def check_shared(grads: Any, key: Any) -> None:
+    """Raises a ValueError if in a shard_map gradients differ where the key of their noise does not.
+
+    The shards of such a leaf would have the same noise.
+    """
+    shared = _dispatch.varying_axes(key)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if axes := _dispatch.varying_axes(grad) - shared:
+            raise ValueError(
+                f"expected leaf {_path(path)} to be the same over the axes {sorted(axes)} of a "
+                "shard_map, as its noise would be, found it to vary: shards of a leaf need noise "
+                "of their own, which it has outside of shard_map, or from a key for each"
+            )
+
+
 def _check_layout(path: Any, grad: Any, ring: Any) -> None:
     """Raises a ValueError unless the types of a ring and its gradient lay them out alike."""
+    if axes := _shards.unreduced(grad):
+        raise ValueError(
+            f"expected the gradient of leaf {_path(path)} to be summed up, found it unreduced over "
+            f"the mesh axes {sorted(axes)}"
+        )
     on_mesh = [_shards.explicit_mesh(x) for x in (grad, ring)]
     specs = PartitionSpec(None, *_shards.spec(grad)), _shards.spec(ring)
-    if on_mesh[0] != on_mesh[1] or specs[0] != specs[1]:
+    # What is on no mesh yet will be replicated.
+    if (None not in on_mesh and on_mesh[0] != on_mesh[1]) or specs[0] != specs[1]:
         described = [
             "no explicit mesh" if mesh is None else f"{dict(mesh.shape)} as {spec}"
             for mesh, spec in zip(on_mesh, specs, strict=True)

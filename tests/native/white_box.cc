@@ -39,19 +39,25 @@ uint16_t narrowed(double x) {
   return to.bits;
 }
 
-JPK_TARGET_CLONES void normal_block_f32(Key key, uint64_t first, bool accurate, float* z) {
-  normal_block<float>(key, first, accurate, z);
+JPK_TARGET_CLONES void normal_block_f32(Key key, const uint32_t* hi, const uint32_t* lo,
+                                        bool accurate, float* z) {
+  normal_block<float>(key, hi, lo, accurate, z);
 }
 
-JPK_TARGET_CLONES void normal_block_f64(Key key, uint64_t first, bool accurate, double* z) {
-  normal_block<double>(key, first, accurate, z);
+JPK_TARGET_CLONES void normal_block_f64(Key key, const uint32_t* hi, const uint32_t* lo,
+                                        bool accurate, double* z) {
+  normal_block<double>(key, hi, lo, accurate, z);
 }
 
 template <typename T>
-auto normal(void (*block)(Key, uint64_t, bool, T*)) {
+auto normal(void (*block)(Key, const uint32_t*, const uint32_t*, bool, T*)) {
   return [block](uint32_t k0, uint32_t k1, uint64_t first, bool accurate) {
+    uint32_t hi[kBlock], lo[kBlock];
+    for (uint64_t i = 0; i < kBlock; ++i) {
+      hi[i] = static_cast<uint32_t>((first + i) >> 32), lo[i] = static_cast<uint32_t>(first + i);
+    }
     py::array_t<T> z(kBlock);
-    block({k0, k1}, first, accurate, z.mutable_data());
+    block({k0, k1}, hi, lo, accurate, z.mutable_data());
     return z;
   };
 }
@@ -75,7 +81,7 @@ void step(
     list.push_back({grad.data(), out.mutable_data(), ring.mutable_data(), grad.size(), first_tile,
                     static_cast<uint32_t>(list.size()), FloatType(types.at(0)),
                     FloatType(types.at(1)), FloatType(types.at(2))});
-    first_tile += list.back().tiles();
+    first_tile += list.back().parts();
   }
   DeafPool pool;
   Step step = make_step(Filter::kRecurrence, t, static_cast<int64_t>(coef.size()) - 1, keys.data(),

@@ -192,16 +192,16 @@ def test_offsets_are_long(coef):
         grad[start:] = 1.0
         weights = np.zeros(arrays[2 if slots else 1].shape, np.float32)
         weights.flat[: slots + 1] = np.array([1, *(-c for c in coef[1:])]) / coef[0]
-        inputs = [words, weights, np.float32([3.0]), grad, np.zeros((1, 3), np.uint32)]
+        inputs = [words, weights, np.float32([3.0]), grad, np.zeros((1, 4), np.uint32)]
         results = [out]
         if slots:
             ring = memory((slots, size))
             inputs, results = [np.int32([0]), *inputs, ring], [out, ring]
         wrapped = [triton_interpreter._Array(x) for x in inputs]
         wrapped += [*numbers, *map(triton_interpreter._Array, results)]
-        # At step 0 the first of S tiles is refreshed, and so is this one: 2^22 is even.
+        # At step 0 the first of S tiles is refreshed, and so is this one: 2^22 + 2^21 is even.
         parts = 1024 // constants.get("PART", 1024)
-        index = 2**22 // slots * (parts + slots - 1) if slots else programs - 1
+        index = 2**22 // slots * (parts + slots) if slots else programs - 1
         assert index < programs < 2**31
         run_program(kernel, index, programs, wrapped, constants)
     z = [last_samples(key, start, size - start) for key in keys]

@@ -254,7 +254,7 @@ def _select_jvp(
 ) -> Any:
     del shapes, refusal, spread
     several = {branch for _, branch in branches}
-    if len(several) > 1:
+    if len(several) > 1 or len(branches) < len(PLATFORMS):
         raise NotImplementedError(
             "kernels are not differentiated through; ask for implementation='jax', which is"
         )

@@ -1043,7 +1043,8 @@ def test_pallas_lowers_in_a_shard_map():
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
     def update(grads):
-        state = init_correlated_noise(grads, SMALL.matrix, key=SMALL.key)
+        key = jax.random.fold_in(SMALL.key, jax.lax.axis_index("x"))  # shards are leaves here
+        state = init_correlated_noise(grads, SMALL.matrix, key=key)
         return SMALL.update("pallas")(grads, state)[0]
 
     with jax.sharding.use_abstract_mesh(mesh):

@@ -22,12 +22,18 @@ __all__ = [
     "check_real",
     "check_vector",
     "is_concrete",
+    "leaf_name",
 ]
 
 
 def is_concrete(x: Any) -> bool:
     """Whether ``x``, a value or a nest of values, holds no tracer."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+
+
+def leaf_name(path: Any) -> str:
+    """What errors call the leaf of a tree at a path of jax.tree_util."""
+    return jax.tree_util.keystr(path) or "(the only one)"
 
 
 def check_int(name: str, value: Any, minimum: int = 1) -> int:

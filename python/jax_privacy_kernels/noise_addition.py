@@ -37,7 +37,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels import sharding_utils
-from jax_privacy_kernels._checks import check_like, is_concrete
+from jax_privacy_kernels._checks import check_like, is_concrete, leaf_name
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
     NoiseState,
@@ -336,8 +336,8 @@ def _on_mesh(init: Any) -> Any:
 
     def init_on_mesh(model: Any) -> Any:
         state = init(model)
-        shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(model)]
-        meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+        shardings = map(sharding_of, jax.tree.leaves(model))
+        meshes = [sharding.mesh for sharding in shardings if sharding is not None]
         if not is_concrete(state) or not meshes or not isinstance(meshes[0], Mesh):
             return state
         whole = NamedSharding(meshes[0], PartitionSpec())
@@ -359,8 +359,8 @@ def _zero_redundancy(
         try:
             like = sharding_utils.flatten_with_zero_redundancy(leaf)
         except (ValueError, RuntimeError) as error:
-            name = jax.tree_util.keystr(path) or "(the only one)"
-            raise type(error)(f"SupportedStrategies.ZERO, leaf {name}: {error}") from error
+            where = f"SupportedStrategies.ZERO, leaf {leaf_name(path)}"
+            raise type(error)(f"{where}: {error}") from error
         known = sharding_of(leaf) or like.sharding  # with devices, outside of traces
         sharding = NamedSharding(known.mesh, like.sharding.spec)
         return jax.ShapeDtypeStruct(like.shape, noise_dtype, sharding=sharding)

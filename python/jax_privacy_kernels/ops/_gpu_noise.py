@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _shards
-from jax_privacy_kernels.ops._lookahead import TILE, Leaf
+from jax_privacy_kernels.ops._lookahead import Leaf, tile_of
 from jax_privacy_kernels.ops._recurrence import Layout
 from jax_privacy_kernels.ops._shards import Shard
 
@@ -51,7 +51,7 @@ def _runs(
     axes: tuple[tuple[int, int], ...], slots: int, first: jax.Array, first_phase: jax.Array
 ) -> jax.Array:
     hi, lo = _shards.indices(Shard(1, axes), (first[0], first[1]))
-    tile = hi * (2**32 // TILE) + lo // TILE
+    tile = tile_of((hi, lo))
     phase, place = (tile // slots % slots + first_phase) % slots, tile % slots
     return jnp.stack([hi, lo, phase, place], axis=1)
 

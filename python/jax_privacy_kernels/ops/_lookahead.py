@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels.ops._recurrence import Layout
-from jax_privacy_kernels.ops._shards import Shard
+from jax_privacy_kernels.ops._shards import Shard, Words
 
 __all__ = [
     "TILE",
@@ -54,6 +54,7 @@ __all__ = [
     "looks_ahead",
     "plan",
     "tick",
+    "tile_of",
 ]
 
 TILE = 1024
@@ -152,6 +153,11 @@ def plan(shapes: Sequence[tuple[int, ...]], noise_dtypes: Sequence[jnp.dtype]) -
         leaves.append(Leaf(index, len(shapes), shape, first_tile, jnp.dtype(dtype), Shard(size)))
         first_tile += -(-size // TILE)
     return tuple(leaves)
+
+
+def tile_of(index: Words) -> jax.Array:
+    """The tiles that elements of a leaf are in, uint32, by their indices of less than 2^42."""
+    return index[0] * (2**32 // TILE) + index[1] // TILE
 
 
 def abstract_clock(key_impl: Any, layout: Layout) -> Clock:

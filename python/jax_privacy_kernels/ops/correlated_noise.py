@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from jax_privacy_kernels._checks import check_like
+from jax_privacy_kernels._checks import check_like, leaf_name
 from jax_privacy_kernels.ops import (
     _cpp,
     _dispatch,
@@ -256,7 +256,7 @@ def _plan(grads: Any, dtype: Any, implementation: str | None) -> _Plan:
         [grad.shape for _, grad in paths_and_grads],
         [check_noise_dtype(path, grad, dtype) for path, grad in paths_and_grads],
     )
-    return _Plan(name, leaves, tuple(_path(path) for path, _ in paths_and_grads))
+    return _Plan(name, leaves, tuple(leaf_name(path) for path, _ in paths_and_grads))
 
 
 class _Choices(NamedTuple):
@@ -410,12 +410,12 @@ def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
     64 bits. As everywhere in JAX, 64 bits mean 32 outside x64 mode.
     """
     if not hasattr(leaf, "dtype"):
-        raise TypeError(f"expected leaf {_path(path)} to be an array, found {leaf!r}")
+        raise TypeError(f"expected leaf {leaf_name(path)} to be an array, found {leaf!r}")
     noise_dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if dtype is None else dtype)
     for what, found in (("gradients", jnp.dtype(leaf.dtype)), ("noise", noise_dtype)):
         if found.name not in _FLOATS:
             raise TypeError(
-                f"expected leaf {_path(path)} to have {what} of dtype {', '.join(_FLOATS)}, "
+                f"expected leaf {leaf_name(path)} to have {what} of dtype {', '.join(_FLOATS)}, "
                 f"found {found}"
             )
     return noise_dtype
@@ -465,7 +465,7 @@ def check_shared(grads: Any, key: Any) -> None:
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         if axes := _dispatch.varying_axes(grad) - shared:
             raise ValueError(
-                f"expected leaf {_path(path)} to be the same over the axes {sorted(axes)} of a "
+                f"expected leaf {leaf_name(path)} to be the same over the axes {sorted(axes)} of a "
                 "shard_map, as its noise would be, found it to vary: shards of a leaf need noise "
                 "of their own, which it has outside of shard_map, or from a key for each"
             )
@@ -475,8 +475,8 @@ def _check_layout(path: Any, grad: Any, ring: Any) -> None:
     """Raises a ValueError unless the types of a ring and its gradient lay them out alike."""
     if axes := _shards.unreduced(grad):
         raise ValueError(
-            f"expected the gradient of leaf {_path(path)} to be summed up, found it unreduced over "
-            f"the mesh axes {sorted(axes)}"
+            f"expected the gradient of leaf {leaf_name(path)} to be summed up, found it unreduced "
+            f"over the mesh axes {sorted(axes)}"
         )
     on_mesh = [_shards.explicit_mesh(x) for x in (grad, ring)]
     specs = PartitionSpec(None, *_shards.spec(grad)), _shards.spec(ring)
@@ -487,10 +487,6 @@ def _check_layout(path: Any, grad: Any, ring: Any) -> None:
             for mesh, spec in zip(on_mesh, specs, strict=True)
         ]
         raise ValueError(
-            f"expected the noise_state of leaf {_path(path)} to be laid out as its gradient is, "
-            f"over {described[0]}; found it over {described[1]}"
+            f"expected the noise_state of leaf {leaf_name(path)} to be laid out as its gradient "
+            f"is, over {described[0]}; found it over {described[1]}"
         )
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path) or "(the only one)"

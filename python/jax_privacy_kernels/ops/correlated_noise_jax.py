@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from jax_privacy_kernels.ops import _counter_prng, _shards
-from jax_privacy_kernels.ops._lookahead import TILE, Leaf
+from jax_privacy_kernels.ops._lookahead import TILE, Leaf, tile_of
 from jax_privacy_kernels.ops._recurrence import Layout
 from jax_privacy_kernels.ops._shards import Shard, Words
 
@@ -108,7 +108,8 @@ def _leaf_step(
     else:
         slots, now = layout.slots, step % layout.slots
         if slots > 1:
-            flat = _warm_up(layout, one_step, step, here.phase(slots, first_phase), flat)
+            phase = functools.partial(here.phase, slots, first_phase)
+            flat = _warm_up(layout, one_step, step, phase, flat)
         if shard is None or not shard.axes:
             flat = _refresh(slots, here, now, first_phase, keys, matrices, flat)
         else:
@@ -136,8 +137,7 @@ class _Here(NamedTuple):
 
     def tile(self, index: Words, slots: int) -> jax.Array:
         """The place of elements' tiles, modulo ``slots^2``."""
-        tiles = 2**32 // TILE  # of a high word of 1
-        return ((index[0] * tiles + index[1] // TILE) % min(slots**2, 2**31)).astype(jnp.int32)
+        return (tile_of(index) % min(slots**2, 2**31)).astype(jnp.int32)
 
     def phase(self, slots: int, first_phase: jax.Array) -> jax.Array:
         """``[size]``, of all elements."""
@@ -239,14 +239,14 @@ def _warm_up(
     layout: Layout,
     one_step: Callable[[], tuple[jax.Array, jax.Array]],
     step: jax.Array,
-    phase: jax.Array,
+    phase_of_all: Callable[[], jax.Array],
     ring: jax.Array,
 ) -> jax.Array:
     """Makes x_t of the tiles not refreshed yet, in the first S - 1 steps."""
     old = ring[layout.hidden + step % layout.slots], ring[: layout.hidden]
 
     def compute() -> tuple[jax.Array, jax.Array]:
-        new = one_step()
+        phase, new = phase_of_all(), one_step()
         return jnp.where(phase > step, new[0], old[0]), jnp.where(phase > step, new[1], old[1])
 
     x, hidden = jax.lax.cond(step < layout.slots - 1, compute, lambda: old)

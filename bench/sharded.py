@@ -55,7 +55,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels import noise_addition
-from jax_privacy_kernels.ops import _shards
+from jax_privacy_kernels.ops import _leaves, _shards
 from jax_privacy_kernels.ops.correlated_noise import _schedule
 
 matplotlib.use("Agg")
@@ -138,7 +138,7 @@ def leaf_work(
 
     Workers take `chunk` parts at a time; `part` is the number of the shard's first.
     """
-    tile, size = _schedule.TILE, shard.size
+    tile, size = _leaves.TILE, shard.size
     starts = run_starts(shard, base)
     shift = 0 if shard.axes else base % tile
     parts = -(-(size + shift) // tile)
@@ -154,7 +154,7 @@ def leaf_work(
     here, count = edges[:-1], np.diff(edges)
 
     index = starts[here // shard.run] + here % shard.run
-    phase = (index // tile + index // (tile * slots) + first_tile) % slots
+    phase = _schedule.phase(index // tile, slots, first_tile)
     taken = (part + (here + shift) // tile) // chunk
     taken -= taken[0]
     elements = np.bincount(phase, count, slots)
@@ -179,7 +179,7 @@ def device_work(shards: Sequence[tuple[_shards.Shard, int, int]], slots: int, wo
     """The step on (shard, base, first tile) of all leaves, as correlated_noise shares it out."""
 
     def parts(shard: _shards.Shard, base: int) -> int:
-        return -(-(shard.size + (0 if shard.axes else base % _schedule.TILE)) // _schedule.TILE)
+        return -(-(shard.size + (0 if shard.axes else base % _leaves.TILE)) // _leaves.TILE)
 
     total = sum(parts(shard, base) for shard, base, _ in shards)
     workers = min(max(total // 8, 1), workers)
@@ -200,9 +200,8 @@ def all_work(
     if case.strategy == ZERO:
         shapes = [(-(-math.prod(shape) // devices) * devices,) for shape in shapes]
         specs = [PartitionSpec("x")] * len(shapes)
-    first_tiles = [
-        leaf.first_tile for leaf in _schedule.plan(shapes, [np.dtype("float32")] * len(shapes))
-    ]
+    structs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    first_tiles = [leaf.first_tile for leaf in _leaves.plan(structs, np.float32, None)]
     work = []
     for device in range(devices):
         shards = []
@@ -360,7 +359,7 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         # A tile for each leaf, and a kilobyte of keys and counters.
         spare = max(
             (row["state_bytes_per_device"] - row["ring_bytes"] / row["devices"] - 1024)
-            / (row["leaves"] * (row["bands"] - 1) * SLOT * _schedule.TILE)
+            / (row["leaves"] * (row["bands"] - 1) * SLOT * _leaves.TILE)
             for row in mine
         )
         checks.append(harness.floor(f"{name}: state beyond its share, tiles", spare, "<=", 1))

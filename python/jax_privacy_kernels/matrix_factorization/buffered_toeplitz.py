@@ -130,7 +130,7 @@ class StreamingMatrixBuilder(Mirrored):
         if len(self.buf_decay):
             decay: Any = self.buf_decay
             scale: Any = self.output_scale
-            structure = ops.Buffers(decay, scale, inverse=inverse, slots=slots)
+            structure = ops.BufferedToeplitz(decay, scale, inverse=inverse, slots=slots)
         return StreamingMatrix.from_array_implementation(
             self._init, multiply_next, structure=structure
         )

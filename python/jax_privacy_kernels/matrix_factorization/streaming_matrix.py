@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_privacy_kernels._checks import check_int, check_vector
 from jax_privacy_kernels._mirrored import Mirrored
-from jax_privacy_kernels.ops.correlated_noise._matrices import (
+from jax_privacy_kernels.ops import (
     BandedRecurrence,
     Momentum,
     NoisingMatrix,

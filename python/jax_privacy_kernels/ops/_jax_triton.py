@@ -11,7 +11,7 @@ import jax
 
 from jax_privacy_kernels.ops import _gpu
 
-__all__ = ["call", "divisor", "unavailable"]
+__all__ = ["accurate", "call", "divisor", "unavailable"]
 
 
 @functools.cache
@@ -85,3 +85,8 @@ def call(
 def divisor(size: int) -> int:
     """What a kernel may know that the size of its rows is a multiple of, for wide accesses."""
     return 8 if size % 8 == 0 else 1
+
+
+def accurate() -> bool:
+    """Whether JAX is configured to compute erf_inv accurately in its tails."""
+    return bool(getattr(jax.config, "jax_accurate_erf_inv", False))

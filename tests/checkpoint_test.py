@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import eight_devices
 
 from jax_privacy_kernels.matrix_factorization import (
     buffered_toeplitz,

@@ -6,13 +6,13 @@ import contextlib
 import functools
 import re
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import eight_devices
 
 from jax_privacy_kernels import noise_addition, sharding_utils
 from jax_privacy_kernels.matrix_factorization import (

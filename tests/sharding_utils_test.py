@@ -7,7 +7,6 @@ import re
 import sys
 import threading
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import eight_devices
 
 from jax_privacy_kernels.sharding_utils import (
     compute_early_stopping_order,

@@ -6,9 +6,9 @@ import itertools
 import json
 import pathlib
 
-import benchmarks
 import numpy as np
 import pytest
+from support import benchmarks
 
 from jax_privacy_kernels.ops import _shards
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import coefficients
-import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import coefficients, implementations
 
 from jax_privacy_kernels.ops import banded_error
 from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS

@@ -16,15 +16,14 @@ import math
 import re
 from typing import NamedTuple
 
-import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
-import naive
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support import implementations, naive
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import (

@@ -9,8 +9,6 @@ import functools
 import itertools
 from fractions import Fraction
 
-import coefficients
-import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import coefficients, implementations
 
 from jax_privacy_kernels.ops import min_sep_norm
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS

@@ -11,8 +11,6 @@ import functools
 import itertools
 from fractions import Fraction
 
-import coefficients
-import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import coefficients, implementations
 
 from jax_privacy_kernels.ops import participation_max
 from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS

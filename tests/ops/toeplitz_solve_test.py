@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 from fractions import Fraction
 
-import coefficients
-import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from support import coefficients, implementations
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import toeplitz_solve

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import triton_interpreter
+from support import triton_interpreter
 
 from jax_privacy_kernels.ops import (
     BandedRecurrence,

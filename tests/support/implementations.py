@@ -9,12 +9,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-import triton_interpreter
 
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
 from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
+from support import triton_interpreter
 
 # What XLA calls the kernels of each. Pallas leaves the compiling to XLA, jax-triton does it itself.
 CUDA_CALLS = {"triton": "triton_kernel_call", "pallas": "__gpu$xla.gpu.triton"}

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from implementations import CUDA_CALLS, first_on_cuda
 
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import _dispatch, _ffi
+from support.implementations import CUDA_CALLS, first_on_cuda
 
 UNIT = 2.0**-53  # the relative error of one operation in float64
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def run(file: str) -> None:
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             f"{file}::TestEightDevices",
         ],
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        cwd=pathlib.Path(__file__).parents[2],
         env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

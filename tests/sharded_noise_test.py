@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import eight_devices
 
 from jax_privacy_kernels import noise_addition, sharding_utils
 from jax_privacy_kernels.matrix_factorization import (
@@ -175,11 +174,6 @@ def cases():
     yield from (("jax", matrix, "x") for matrix in ("dense", "prefix"))
 
 
-@pytest.mark.skipif(eight_devices.IN_CHILD, reason="is this process")
-def test_on_eight_devices():
-    eight_devices.run(__file__)
-
-
 @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
 def test_lowering_for_a_mesh_that_is_not_here(strategy):
     mesh = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -193,9 +187,8 @@ def test_lowering_for_a_mesh_that_is_not_here(strategy):
     assert "sdy.manual_computation" in text
 
 
+@pytest.mark.usefixtures("eight_devices")
 class TestEightDevices:
-    __test__ = eight_devices.IN_CHILD
-
     # -- The same noise -----------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", KINDS)

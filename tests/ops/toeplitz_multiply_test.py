@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from support import coefficients, implementations
+from hypothesis import given
+from support import coefficients, implementations, sweeps
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import toeplitz_multiply
@@ -100,7 +100,7 @@ class TestImplementation:
     def test_corner(self, implementation, case):
         check(case, implementation)
 
-    @settings(coefficients.SWEEP, max_examples=12)
+    @sweeps.compiling(12)
     @given(case=coefficients.cases())
     def test_sweep(self, implementation, case):
         check(case, implementation)

@@ -78,7 +78,11 @@ def fixture(table):
     Kernels for GPUs run on one in the tests marked so, and are interpreted, on CPUs, in others.
     """
     kernels = [name for name, entry in table.items() if entry.platforms == ("cuda",)]
-    params = [name for name in table if name in INTERPRETERS or name not in kernels]
+    params = [
+        pytest.param(name, marks=pytest.mark.interpreted) if name in INTERPRETERS else name
+        for name in table
+        if name in INTERPRETERS or name not in kernels
+    ]
     params += [pytest.param((n, "cuda"), marks=pytest.mark.gpu, id=f"{n}-gpu") for n in kernels]
 
     @pytest.fixture(scope="class", params=params)

@@ -120,6 +120,7 @@ def test_noise_that_it_does_not_take(monkeypatch, dtype):
 
 
 @pytest.mark.interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("clock", [-1, -2])
 def test_a_negative_step_stays_in_the_ring(clock):
     """And its noise is NaN. The interpreter sees to what is written beside a result."""
@@ -177,6 +178,7 @@ def last_samples(key, start, count):
 
 
 @pytest.mark.interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("coef", [(2.0,), (1.0, 0.5, 0.25)])
 def test_offsets_are_long(coef):
     if reason := triton_interpreter.unavailable():

@@ -51,6 +51,10 @@ def _interpreted_pallas():
 
 
 INTERPRETERS = {"triton": triton_interpreter.interpreted, "pallas": _interpreted_pallas}
+MARKS = {
+    "triton": (pytest.mark.interpreted, pytest.mark.triton),
+    "pallas": pytest.mark.interpreted,
+}
 
 
 def is_interpreted(table, name):
@@ -79,7 +83,7 @@ def fixture(table):
     """
     kernels = [name for name, entry in table.items() if entry.platforms == ("cuda",)]
     params = [
-        pytest.param(name, marks=pytest.mark.interpreted) if name in INTERPRETERS else name
+        pytest.param(name, marks=MARKS.get(name, ()))
         for name in table
         if name in INTERPRETERS or name not in kernels
     ]

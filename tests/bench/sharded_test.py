@@ -6,9 +6,9 @@ import itertools
 import json
 import pathlib
 
-import benchmarks
 import numpy as np
 import pytest
+from support import benchmarks
 
 from jax_privacy_kernels.ops import _shards
 
@@ -26,6 +26,7 @@ def run(bench, tmp_path_factory) -> tuple[dict, pathlib.Path]:
     return json.loads(path.read_text()), path
 
 
+@pytest.mark.subprocess
 def test_report_is_complete_and_finite(run, bench):
     report, _ = run
     benchmarks.check_report(report)
@@ -37,17 +38,20 @@ def test_report_is_complete_and_finite(run, bench):
         assert all(times["processor_s"] > 0 for times in row["implementations"].values())
 
 
+@pytest.mark.subprocess
 def test_devices_share_the_state(run):
     for row in run[0]["rows"]:
         share = 4 * 2 * row["parameters"] / row["devices"]
         assert share <= row["state_bytes_per_device"] < share + 1024
 
 
+@pytest.mark.subprocess
 def test_floors_hold_but_for_work_which_is_small_here(run):
     failed = [check["floor"] for check in run[0]["acceptance"] if not check["pass"]]
     assert all("lanes" in floor or "bytes" in floor for floor in failed), failed
 
 
+@pytest.mark.subprocess
 def test_plot_is_written(run):
     assert run[1].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -14,6 +14,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.sweeps import examples
 
 import jax_privacy_kernels
 from jax_privacy_kernels.matrix_factorization import buffered_toeplitz as blts
@@ -297,7 +298,7 @@ def test_inverse_agrees_with_reference(reference, theta):
 decays = st.lists(st.floats(0.01, 1, exclude_max=True), min_size=1, max_size=5, unique=True)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(theta=decays, seed=st.integers(0, 99))
 def test_decays_of_C_and_its_inverse_interlace(theta, seed):
     if (
@@ -1068,7 +1069,7 @@ def test_gradient_of_interlaced_decays(loss_fn):
     np.testing.assert_array_equal(held[4:], 0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.lists(st.floats(-3, 2), min_size=2, max_size=8).filter(lambda x: len(x) % 2 == 0))
 def test_any_interlaced_parameters_are_well_behaved(steps):
     with jax.enable_x64(True):

@@ -15,17 +15,15 @@ import functools
 import math
 import re
 
-import golden_schedule
-import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
-import naive
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from parts import PARTS, Part, base_of, leaves_of
+from support import golden_schedule, implementations, naive, sweeps
+from support.parts import PARTS, Part, base_of, leaves_of
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import (
@@ -156,6 +154,17 @@ class Case:
         state, outs = scan(self.init(), self.grads)
         return outs, state
 
+    # What implementations are compared with is slow to find out, and found once for all of them.
+
+    @functools.cached_property
+    def expected(self):
+        return Expected(self)
+
+    @functools.cached_property
+    def by_oracle(self):
+        """From a platform to what the JAX implementation gives there, as NumPy arrays."""
+        return functools.cache(lambda platform: jax.tree.map(np.asarray, self.run("jax")))
+
 
 @dataclasses.dataclass
 class Expected:
@@ -247,19 +256,19 @@ def check(case, implementation):
     if reason := not_for(case, implementation):
         pytest.skip(reason)
     with jax.enable_x64(case.x64):
-        outs, state = case.run(implementation)
-        expected = Expected(case)
-        expected.check_outputs(outs)
-        expected.check_state(state)
+        oracle_outs, oracle_state = case.by_oracle(jax.config.jax_default_device.platform)
+        case.expected.check_outputs(oracle_outs)
+        case.expected.check_state(oracle_state)
         if implementation == "jax":
             return
-        oracle_outs, oracle_state = case.run("jax")
+        outs, state = case.run(implementation)
+        case.expected.check_outputs(outs)
+        case.expected.check_state(state)
         jax.tree.map(np.testing.assert_array_equal, state.clock, oracle_state.clock)
         for actual, oracle, tolerance in zip(
-            state.buffers, oracle_state.buffers, expected.tolerance, strict=True
+            state.buffers, oracle_state.buffers, case.expected.tolerance, strict=True
         ):
             np.testing.assert_allclose(actual, oracle, rtol=0, atol=tolerance)
-        expected.check_outputs(oracle_outs)
 
 
 # -- Cases ------------------------------------------------------------------------------------
@@ -638,13 +647,7 @@ class TestImplementation:
             too_long = is_slow(implementation) and case.steps * tiles > 130
             return not too_long and not not_for(case, implementation)
 
-        @settings(
-            max_examples=4 if interpreted else 10,
-            deadline=None,  # every example compiles
-            derandomize=True,
-            phases=[Phase.explicit, Phase.generate],  # shrinking would compile for minutes
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        )
+        @sweeps.compiling(4 if interpreted else 10)
         @given(case=cases(takes(implementation), small=interpreted).filter(fits))
         def sweep(case):
             check(case, implementation)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import implementations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parts import PARTS, base_of, leaves_of
+from support import implementations
+from support.parts import PARTS, base_of, leaves_of
 
 from jax_privacy_kernels.ops import _leaves, dense_noise
 from jax_privacy_kernels.ops.dense_noise import IMPLEMENTATIONS

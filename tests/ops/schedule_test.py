@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 
-import golden_schedule
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import golden_schedule
 
 from jax_privacy_kernels.ops import _gpu_noise, _leaves
 from jax_privacy_kernels.ops._jax_noise import Here

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import math
 
-import golden_schedule
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from support import golden_schedule
 
 TILE = 1024
 

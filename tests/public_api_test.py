@@ -28,8 +28,8 @@ import jax_privacy_kernels
 
 SNAPSHOT = pathlib.Path(__file__).parent / "support" / "public_api.txt"
 PACKAGE = pathlib.Path(jax_privacy_kernels.__file__).parent
-# Users reach what is in these by other names: an op by `ops`, a kernel by an op.
-PRIVATE = ("jax_privacy_kernels.ops.", "jax_privacy_kernels.kernels")
+# The layers below the API: their names follow what they compute, and promise nothing.
+PRIVATE = ("jax_privacy_kernels.ops", "jax_privacy_kernels.kernels")
 WIDTH = 100
 INDENT = "    "
 

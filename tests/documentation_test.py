@@ -52,6 +52,19 @@ def test_docstrings(name):
     assert not report, "".join(report)
 
 
+def test_links():
+    """Links between pages, and to files, lead somewhere."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")]
+    missing = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / link).exists()
+    ]
+    assert len(pages) > 5
+    assert missing == []
+
+
 @pytest.mark.parametrize("name", pages_with_python())
 def test_pages(name, tmp_path):
     """The blocks of a page are one program, which has a process of its own: it may set a mesh."""

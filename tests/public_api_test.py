@@ -72,8 +72,6 @@ def described(name: str, value: Any) -> Iterator[str]:
         yield from described_class(name, value)
     elif isinstance(value, typing.TypeVar):
         yield f"type variable {name}"
-    elif isinstance(value, types.UnionType):
-        yield f"union {name} = {' | '.join(part.__name__ for part in value.__args__)}"
     elif callable(value):
         yield from described_function("def", name, value)
     else:

@@ -52,16 +52,22 @@ def test_docstrings(name):
     assert not report, "".join(report)
 
 
+def anchors(page: pathlib.Path) -> set[str]:
+    """What links to the headings of a page end on, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links():
-    """Links between pages, and to files, lead somewhere."""
+    """Links to pages, to their headings and to files lead somewhere."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")]
-    missing = [
-        f"{page.relative_to(ROOT)}: {link}"
-        for page in pages
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
-        if not (page.parent / link).exists()
-    ]
     assert len(pages) > 5
+    missing = []
+    for page in pages:
+        for path, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", page.read_text()):
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                missing.append(f"{page.relative_to(ROOT)}: {path}#{anchor}")
     assert missing == []
 
 

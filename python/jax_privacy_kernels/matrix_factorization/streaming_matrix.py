@@ -4,6 +4,14 @@ Row t of ``A x`` depends on ``x_0 .. x_t`` only, so a stream x can be multiplied
 :class:`StreamingMatrix` is a pair of functions that does this with as little state as the matrix
 allows (none for the identity, one slot for prefix sums, b - 1 slots for the inverse of a b-banded
 matrix), and never holds A or x. The matrices have no fixed size: n is how many rows you ask for.
+
+    >>> A = momentum_sgd_matrix(momentum=0.5) @ prefix_sum()
+    >>> print(A.materialize(3))
+    [[1.   0.   0.  ]
+     [2.5  1.   0.  ]
+     [4.25 2.5  1.  ]]
+    >>> print(A @ jnp.array([1.0, 0.0, -1.0]))
+    [1.   2.5  3.25]
 """
 
 from __future__ import annotations

@@ -4,6 +4,20 @@ A strategy C is described by its coefficients ``c = C[:b, 0]``: entry (i, j) of 
 and 0 for i < j and for i - j >= b, so b is the number of bands. Functions work on the
 coefficients, which takes far less time and memory than the n x n matrix.
 
+    >>> coef = optimal_max_error_strategy_coefs(4)
+    >>> print(coef)
+    [1.     0.5    0.375  0.3125]
+    >>> print(materialize_lower_triangular(coef[:2], n=3))
+    [[1.  0.  0. ]
+     [0.5 1.  0. ]
+     [0.  0.5 1. ]]
+    >>> print(multiply(coef, inverse_coef(coef)).round(6))  # C C^-1
+    [1. 0. 0. 0.]
+    >>> print(f"{per_query_error(strategy_coef=coef, n=100).max():.2f}")
+    21.65
+    >>> print(f"{minsep_sensitivity_squared(coef, min_sep=4, n=100):.2f}")
+    37.21
+
 Every function accepts coefficients as a JAX array, a NumPy array or a list, of floats or integers,
 and checks that they are 1-D, non-empty and finite. Given a size n, coefficients from the n-th on
 are dropped, as they lie outside of C. Inside a trace values are not checked, shapes are.

@@ -109,7 +109,7 @@ class StreamingMatrix(Mirrored, Generic[State]):
           ValueError: if n < 1.
           TypeError: if n is not an integer.
         """
-        return multiply_array(self, jnp.eye(check_int("n", n)))
+        return multiply_array(self, jnp.eye(check_int("n", n), dtype=jnp.result_type(float)))
 
     def row_norms_squared(self, n: int, scan_fn: Callable[..., Any] = jax.lax.scan) -> jax.Array:
         """Returns the squared L2 norms of the first n rows, as an array ``[n]``.
@@ -130,7 +130,7 @@ class StreamingMatrix(Mirrored, Generic[State]):
           ValueError: if n < 1.
           TypeError: if n is not an integer.
         """
-        zero = jnp.zeros(check_int("n", n))
+        zero = jnp.zeros(check_int("n", n), jnp.result_type(float))
 
         def step(state: State, t: jax.Array) -> tuple[State, jax.Array]:
             row, state = self.multiply_next(zero.at[t].set(1), state)
@@ -327,7 +327,7 @@ def momentum_sgd_matrix(
     """
     rates = check_vector(
         "learning_rates",
-        jnp.ones(1) if learning_rates is None else learning_rates,
+        jnp.ones(1, jnp.result_type(float)) if learning_rates is None else learning_rates,
         lambda values: np.isfinite(values) & (values > 0),
         "learning rates to be positive and finite",
     )

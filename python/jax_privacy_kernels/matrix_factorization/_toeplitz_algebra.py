@@ -5,8 +5,10 @@ What the functions have in common stands in the docstring of `toeplitz`, where t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,18 @@ from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import (
     check_coef,
     check_int,
+    check_memory,
     check_one_given,
     check_real,
     is_concrete,
 )
 from jax_privacy_kernels.matrix_factorization import sensitivity
+from jax_privacy_kernels.matrix_factorization._certified import bounded_inverse
+from jax_privacy_kernels.matrix_factorization._scaling import (
+    Scale,
+    restored,
+    scaled,
+)
 
 __all__ = [
     "banded_inverse_square_root_noising_coefs",
@@ -41,6 +50,8 @@ __all__ = [
     "sqrt_prefix_sum",
 ]
 
+Array: TypeAlias = jax.Array | np.ndarray
+
 # -- Coefficients -----------------------------------------------------------------------------
 
 
@@ -57,6 +68,7 @@ def reconcile(
     """
     coef = check_coef(name, coef, invertible=invertible)
     n = coef.size if n is None else check_int("n", n)
+    check_memory("n", n, 32 * n)
     coef = coef if coef.size <= n else coef[:n]
     return coef.astype(jnp.promote_types(coef.dtype, jnp.float32)), n
 
@@ -68,7 +80,17 @@ def _at_least_default(x: jax.Array) -> jax.Array:
 def _norm_squared(x: jax.Array) -> jax.Array:
     # Not vdot: that adds up one by one on some platforms (0.02 % off for 40,000 float32 terms) and
     # rounds the factors on others.
-    return jnp.sum(x * x)
+    return (x * x).sum()
+
+
+@contextlib.contextmanager
+def _in_float64(is_known: bool) -> Iterator[None]:
+    """Known values are computed with in float64, whatever the mode, and now, also in a trace."""
+    if is_known:
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            yield
+    else:
+        yield
 
 
 def pad_coefs_to_n(coef: jax.Array, n: int | None = None) -> jax.Array:
@@ -106,7 +128,7 @@ def optimal_max_error_strategy_coefs(n: int) -> jax.Array:
       ValueError: if n < 1.
       TypeError: if n is not an integer.
     """
-    return jnp.asarray(sqrt_prefix_sum(check_int("n", n)), jnp.result_type(float))
+    return jnp.asarray(sqrt_prefix_sum(_size(n)), jnp.result_type(float))
 
 
 def optimal_max_error_noising_coefs(n: int) -> jax.Array:
@@ -125,8 +147,14 @@ def optimal_max_error_noising_coefs(n: int) -> jax.Array:
       ValueError: if n < 1.
       TypeError: if n is not an integer.
     """
-    c = sqrt_prefix_sum(check_int("n", n))
-    return jnp.asarray(c / (1 - 2 * np.arange(n)), jnp.result_type(float))
+    n = _size(n)
+    return jnp.asarray(sqrt_prefix_sum(n) / (1 - 2 * np.arange(n)), jnp.result_type(float))
+
+
+def _size(n: int) -> int:
+    n = check_int("n", n)
+    check_memory("n", n, 32 * n)
+    return n
 
 
 def sqrt_prefix_sum(n: int) -> np.ndarray:
@@ -202,9 +230,12 @@ def materialize_lower_triangular(coef: jax.Array, n: int | None = None) -> jax.A
       ValueError: if ``coef`` is not 1-D, empty or not finite, or n < 1.
       TypeError: if n is not an integer, or ``coef`` is not real.
     """
+    coef, n = reconcile(coef, n)
+    check_memory("n", n, 8 * n * n)
     coef = pad_coefs_to_n(coef, n)
-    lag = jnp.arange(coef.size)[:, None] - jnp.arange(coef.size)
-    return jnp.where(lag >= 0, coef[lag], 0)
+    row = np.arange(n, dtype=np.int32)
+    lag = row[:, None] - row
+    return jnp.where(lag >= 0, coef[lag], jnp.zeros((), coef.dtype))
 
 
 # -- Algebra ----------------------------------------------------------------------------------
@@ -292,13 +323,20 @@ def sensitivity_squared(coef: jax.Array, n: int | None = None) -> jax.Array:
       n: The size of C, by default b.
 
     Returns:
-      A scalar of the dtype of the coefficients, at least float32.
+      A scalar of the dtype of the coefficients, at least float32; rounded up, if they are known.
 
     Raises:
-      ValueError: if ``coef`` is not 1-D, empty or not finite, or n < 1.
+      ValueError: if ``coef`` is not 1-D, empty or not finite, or n < 1; or the result is outside of
+        the range of the dtype. In a trace it is then NaN or infinite.
       TypeError: if n is not an integer, or ``coef`` is not real.
     """
-    return _norm_squared(reconcile(coef, n)[0])
+    coef, _ = reconcile(coef, n)
+    values, scale = scaled(coef)
+    return _squared_sensitivity(_norm_squared(values), scale, coef.dtype)
+
+
+def _squared_sensitivity(x: Array, scale: Scale, dtype: np.dtype, power: int = 2) -> jax.Array:
+    return restored("the squared sensitivity", x, dtype, (scale, power), upward=True)
 
 
 def minsep_sensitivity_squared(
@@ -326,19 +364,27 @@ def minsep_sensitivity_squared(
       max_participations: The most rounds a user takes part in, or None for no limit.
 
     Returns:
-      A scalar of the dtype of the coefficients, at least float32.
+      A scalar of the dtype of the coefficients, at least float32; rounded up, if they are known.
 
     Raises:
       ValueError: if ``strategy_coef`` is not 1-D, empty or not finite, or another argument is below
-        1.
+        1; or the result is outside of the range of the dtype. In a trace it is then NaN or
+        infinite.
       TypeError: if n, ``min_sep`` or ``max_participations`` is not an integer, or the coefficients
         are not real.
     """
     coef, n = reconcile(strategy_coef, n, name="strategy_coef")
+    values, scale = scaled(coef)
+    norm = _min_sep_norm(values, n, min_sep, max_participations)
+    return _squared_sensitivity(norm, scale, coef.dtype)
+
+
+def _min_sep_norm(coef: Array, n: int, min_sep: int, max_participations: int | None) -> jax.Array:
     # Beyond n all separations mean one participation.
     min_sep = min(check_int("min_sep", min_sep), n)
     k = sensitivity.participations(n, min_sep, max_participations)
-    return ops.min_sep_norm(coef, n=n, min_sep=min_sep, max_participations=k)
+    with _in_float64(isinstance(coef, np.ndarray)):
+        return ops.min_sep_norm(jnp.asarray(coef), n=n, min_sep=min_sep, max_participations=k)
 
 
 def compute_banded_inverse_sensitivity_squared(
@@ -359,6 +405,11 @@ def compute_banded_inverse_sensitivity_squared(
       `sensitivity.get_min_sep_sensitivity_upper_bound`, for the matrix of absolute values, if it is
       smaller: O(n^2) memory, not to be traced or differentiated.
 
+    What rounding may have taken from the coefficients of C is added to them. Where that would be
+    more than 1e-10 of the largest, and values are known, as many digits as it takes are computed
+    with: O(n p), at about a million terms a second. In a trace the result is infinite where half of
+    it may be missing.
+
     Args:
       n: The size of C, that is, the number of rounds.
       noising_coef: ``[p]`` coefficients of ``C^-1``, ``noising_coef[0] != 0``.
@@ -367,24 +418,28 @@ def compute_banded_inverse_sensitivity_squared(
       use_matrix_upper_bound: Whether to take the second bound too.
 
     Returns:
-      A scalar, with the dtype of :func:`pad_coefs_to_n`.
+      A scalar, with the dtype of :func:`pad_coefs_to_n`; rounded up, if coefficients are known.
 
     Raises:
       ValueError: if ``noising_coef`` is not 1-D, empty or not finite, ``noising_coef[0] == 0``, or
-        another argument is below 1.
+        another argument is below 1; the result is outside of the range of the dtype, or cannot be
+        bounded (see above).
       TypeError: if n, ``min_sep`` or ``max_participations`` is not an integer, or the coefficients
         are not real.
     """
     coef, n = reconcile(noising_coef, n, name="noising_coef", invertible=True)
-    strategy_coef = inverse_coef(coef, n)
-    bound = minsep_sensitivity_squared(
-        strategy_coef, min_sep, n=n, max_participations=max_participations
-    )
-    if not use_matrix_upper_bound:
-        return bound
-    C = materialize_lower_triangular(jnp.abs(strategy_coef), n)
-    of_matrix = sensitivity.get_min_sep_sensitivity_upper_bound(C, min_sep, max_participations)
-    return jnp.minimum(bound, of_matrix**2)
+    dtype = jnp.promote_types(coef.dtype, jnp.result_type(float))
+    C, scale = bounded_inverse(coef, n)
+    bound = _min_sep_norm(C, n, min_sep, max_participations)
+    if use_matrix_upper_bound:
+        with _in_float64(isinstance(C, np.ndarray)):
+            matrix = materialize_lower_triangular(jnp.abs(jnp.asarray(C)))
+            of_matrix = sensitivity.get_min_sep_sensitivity_upper_bound(
+                matrix, min_sep, max_participations
+            )
+            # The root was rounded, and so is its square.
+            bound = jnp.minimum(bound, of_matrix**2 * (1 + 2.0**-50))
+    return _squared_sensitivity(bound, scale, dtype, power=-2)
 
 
 # -- Error ------------------------------------------------------------------------------------
@@ -423,18 +478,28 @@ def per_query_error(
         coef, n = reconcile(strategy_coef, n, name="strategy_coef", invertible=True)
     else:
         coef, n = reconcile(noising_coef, n, name="noising_coef")
-    if workload_coef is None:
-        A = jnp.ones(n, jnp.result_type(float))
-    else:
+    dtype = jnp.promote_types(coef.dtype, jnp.result_type(float))
+    A: Array | None = None
+    workload_scale: Scale = 0
+    if workload_coef is not None:
         workload, _ = reconcile(workload_coef, n, name="workload_coef")
-        A = pad_coefs_to_n(workload, n)
-    if strategy_coef is not None:
-        B = ops.toeplitz_solve(coef, A)
-    elif workload_coef is None:
-        B = _cumsum(pad_coefs_to_n(coef, n))
-    else:
-        B = multiply(coef, A, n)
-    return _cumsum(B * B)
+        dtype = jnp.promote_types(dtype, workload.dtype)
+        A, workload_scale = scaled(workload)
+    c, scale = scaled(coef)
+    with _in_float64(all(isinstance(x, np.ndarray) for x in (c, A) if x is not None)):
+        c = jnp.asarray(c)
+        if strategy_coef is not None:
+            ones = jnp.ones(n, jnp.result_type(float))
+            B = ops.toeplitz_solve(c, ones if A is None else pad_coefs_to_n(A, n))
+        elif A is None:
+            B = _cumsum(pad_coefs_to_n(c, n))
+        else:
+            B = multiply(c, A, n)
+        errors = _cumsum(B * B)
+        # Where squares vanished, the sum of sizes did not.
+        errors = jnp.where((errors == 0) & (_cumsum(jnp.abs(B)) > 0), jnp.nan, errors)
+    power = -2 if strategy_coef is not None else 2
+    return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
 
 
 def _cumsum(x: jax.Array) -> jax.Array:
@@ -466,8 +531,13 @@ def loss(
       TypeError: if n is not an integer, or the coefficients are not real.
     """
     coef, n = reconcile(strategy_coef, n, name="strategy_coef", invertible=True)
+    values, _ = scaled(coef)
+    coef = jnp.asarray(values, coef.dtype)
     error = reduction(reduction_fn)(per_query_error(strategy_coef=coef, n=n))
-    return error * _norm_squared(coef)
+    result = error * _norm_squared(coef)
+    if is_concrete((error, result)) and jnp.isfinite(error) and not jnp.isfinite(result):
+        raise ValueError(f"expected a loss in the range of {result.dtype}, found {result}")
+    return result
 
 
 def reduction(reduction_fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_coef, check_int, is_concrete
+from jax_privacy_kernels._checks import (
+    check_coef,
+    check_int,
+    check_memory,
+    is_concrete,
+)
+from jax_privacy_kernels.matrix_factorization._scaling import within_range
 from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
     banded_inverse_square_root_noising_coefs,
     compute_banded_inverse_sensitivity_squared,
@@ -77,7 +83,8 @@ def inverse_as_streaming_matrix(
 
     With ``column_normalize_for_n = n`` the strategy is instead n x n, and each of its columns is
     scaled to unit norm (columns near the end have fewer than b entries, so would have less than
-    the others). Row t of ``C^-1`` is then scaled by the norm of column t. Use it when n is known.
+    the others). Row t of ``C^-1`` is then scaled by the norm of column t. Use it when n is known:
+    there is no column n, so rows of the product from the n-th on are NaN.
 
     Privacy: C has b = ``coef.size`` bands. Its columns have L2 norm at most ``||coef||``, or
     exactly 1 if normalized.
@@ -98,11 +105,12 @@ def inverse_as_streaming_matrix(
       UserWarning: if columns are normalized and the norm of ``coef`` is not 1 (to 0.1 %, or to the
         precision of its dtype).
     """
-    c = check_coef("coef", coef, invertible=True)
+    c = _visibly_valid(check_coef("coef", coef, invertible=True))
     n = column_normalize_for_n
     if n is not None:
         n = check_int("column_normalize_for_n", n)
-        c = c[:n]
+        check_memory("column_normalize_for_n", n, 32 * n)
+        c = within_range(c[:n]).astype(c.dtype)
         if is_concrete(coef):
             norm = float(np.linalg.norm(np.asarray(coef, np.float64)[:n]))
             if abs(norm - 1) > max(1e-3, float(jnp.finfo(c.dtype).eps)):
@@ -129,7 +137,15 @@ def inverse_as_streaming_matrix(
     Cinv = StreamingMatrix.from_array_implementation(
         init_multiply, multiply_next, structure=BandedRecurrence(coef=c)
     )
-    return Cinv if n is None else scale_rows_and_columns(Cinv, row_scale=_column_norms(c, n))
+    return Cinv if n is None else scale_rows_and_columns(Cinv, row_scale=_row_scale(c, n))
+
+
+def _visibly_valid(coef: jax.Array) -> jax.Array:
+    """The coefficients; NaN if a trace hid that they are not finite or start with 0."""
+    if is_concrete(coef):
+        return coef
+    valid = jnp.isfinite(coef).all() & (coef[0] != 0)
+    return jnp.where(valid, coef, jnp.full_like(coef, jnp.nan))
 
 
 def noising_coef_as_streaming_matrix(
@@ -162,7 +178,7 @@ def noising_coef_as_streaming_matrix(
       ValueError: if the coefficients are not 1-D, empty or not finite, the first is 0, or k < 0.
       TypeError: if k is not an integer, or the coefficients are not real.
     """
-    w = check_coef("noising_coef", noising_coef, invertible=True)
+    w = _visibly_valid(check_coef("noising_coef", noising_coef, invertible=True))
     p = w.size
     slots = p - 1 if look_ahead is None else check_int("look_ahead", look_ahead, minimum=0)
 
@@ -182,11 +198,23 @@ def noising_coef_as_streaming_matrix(
     )
 
 
-def _column_norms(coef: jax.Array, n: int) -> jax.Array:
-    """Returns the column norms ``[n]`` of C: column t holds the first n - t coefficients."""
-    wide = coef.astype(jnp.promote_types(coef.dtype, jnp.float32))  # also of the result
-    norms = jnp.sqrt(jnp.cumsum(wide * wide))
-    return jnp.pad(norms, (0, n - coef.size), mode="edge")[::-1]
+def _row_scale(coef: jax.Array, n: int) -> jax.Array:
+    """The column norms of C, and NaN: column t holds the first n - t coefficients.
+
+    The last entry of a row scale goes on. Columns past n would have the norm of all coefficients,
+    and the norm of the last would be too little noise for them.
+    """
+    dtype = jnp.promote_types(coef.dtype, jnp.float32)  # also of the result
+    if is_concrete(coef):
+        # Of hypotenuses no square vanishes, however small the first coefficients are.
+        norms = np.hypot.accumulate(np.abs(np.asarray(coef, np.float64)))
+        scale = np.full(n + 1, norms[-1])
+        scale[n - coef.size : n] = norms[::-1]
+        scale[n] = np.nan
+        return jnp.asarray(scale, dtype)
+    traced = jax.lax.associative_scan(jnp.hypot, jnp.abs(coef).astype(dtype))
+    traced = jnp.pad(traced, (0, n - coef.size), mode="edge")[::-1]
+    return jnp.append(traced, jnp.asarray(jnp.nan, dtype))
 
 
 # Pickles name this module, whichever file a function is written in.

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, check_vector
+from jax_privacy_kernels._checks import check_int, check_memory, check_vector
 from jax_privacy_kernels._mirrored import Mirrored
+from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     Momentum,
@@ -121,7 +122,9 @@ class StreamingMatrix(Mirrored, Generic[State]):
           ValueError: if n < 1.
           TypeError: if n is not an integer.
         """
-        return multiply_array(self, jnp.eye(check_int("n", n)))
+        n = check_int("n", n)
+        check_memory("n", n, 8 * n * n)
+        return multiply_array(self, jnp.eye(n, dtype=jnp.result_type(float)))
 
     def row_norms_squared(self, n: int, scan_fn: Callable[..., Any] = jax.lax.scan) -> jax.Array:
         """Returns the squared L2 norms of the first n rows, as an array ``[n]``.
@@ -142,11 +145,15 @@ class StreamingMatrix(Mirrored, Generic[State]):
           ValueError: if n < 1.
           TypeError: if n is not an integer.
         """
-        zero = jnp.zeros(check_int("n", n))
+        n = check_int("n", n)
+        check_memory("n", n, 32 * n)
+        zero = jnp.zeros(n, jnp.result_type(float))
 
         def step(state: State, t: jax.Array) -> tuple[State, jax.Array]:
             row, state = self.multiply_next(zero.at[t].set(1), state)
-            return state, jnp.sum(row * row)
+            values, scale = scaled(row)
+            squared = jnp.sum(values * values)
+            return state, restored("the squared norm", squared, squared.dtype, (scale, 2))
 
         return scan_fn(step, self.init_multiply(zero), jnp.arange(n))[1]
 
@@ -339,7 +346,7 @@ def momentum_sgd_matrix(
     """
     rates = check_vector(
         "learning_rates",
-        jnp.ones(1) if learning_rates is None else learning_rates,
+        jnp.ones(1, jnp.result_type(float)) if learning_rates is None else learning_rates,
         lambda values: np.isfinite(values) & (values > 0),
         "learning rates to be positive and finite",
     )

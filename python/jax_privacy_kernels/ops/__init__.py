@@ -22,8 +22,6 @@ from jax_privacy_kernels.ops.participation_max import participation_max
 from jax_privacy_kernels.ops.toeplitz_multiply import toeplitz_multiply
 from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
-Buffers = BufferedToeplitz
-
 __all__ = [
     "BandedRecurrence",
     "BufferedToeplitz",

@@ -6,9 +6,9 @@ import collections.abc
 import copy
 import copyreg
 import dataclasses
-import enum
 import gc
 import importlib
+import importlib.machinery
 import inspect
 import pathlib
 import pickle
@@ -58,6 +58,26 @@ def swapped():
     ours.install()
 
 
+# They say a type and nothing else, so they stay.
+TYPES = {
+    "CallbackFnType",
+    "ParamT",
+    "PartitionSpecPyTree",
+    "PyTree",
+    "ScalarFloat",
+    "Shape",
+    "ShapePyTree",
+    "State",
+    "T",
+    "ThetaPairType",
+}
+
+
+def our_module(module):
+    """Ours in place of one of jax_privacy."""
+    return sys.modules[f"jax_privacy_kernels.{_swap._MODULES[module]}"]
+
+
 def names_in_jax_privacy():
     """Every object that a loaded module of jax_privacy holds, by module and name."""
     return {
@@ -79,12 +99,12 @@ def test_every_shared_public_name_means_ours_and_nothing_else_changes():
     changed = {key for key in before if before[key] is not after[key]}
     table = {(f"jax_privacy.{entry.module}", entry.name): entry for entry in _swap.replacements()}
     kept = {key for key, entry in table.items() if entry.replacement is entry.original}
-    assert {name for _, name in kept} == {"SupportedStrategies"}
+    assert {name for _, name in kept} == {"SupportedStrategies", *TYPES}
     reexported = {("jax_privacy.matrix_factorization", "StreamingMatrix")}
     assert changed == table.keys() - kept | reexported
     for key in changed - reexported:
         entry = table[key]
-        mirror = getattr(sys.modules[f"jax_privacy_kernels.{entry.module}"], entry.name)
+        mirror = getattr(our_module(entry.module), entry.name)
         assert entry.note in ("", "adapted")
         if entry.note == "":
             assert after[key] is mirror
@@ -96,9 +116,8 @@ def test_every_shared_public_name_means_ours_and_nothing_else_changes():
 @pytest.mark.parametrize("module", _swap._MODULES)
 def test_the_table_is_complete(module):
     """Every name of ours that is there as well, found without the table's own code."""
-    mirror = sys.modules.get(f"jax_privacy_kernels.{module}")
-    original = sys.modules.get(f"jax_privacy.{module}")
-    shared = set(getattr(mirror, "__all__", ())) & vars(original or types.ModuleType("")).keys()
+    original = sys.modules.get(f"jax_privacy.{module}", types.ModuleType("absent"))
+    shared = set(our_module(module).__all__) & vars(original).keys()
     assert shared == {entry.name for entry in _swap.replacements() if entry.module == module}
 
 
@@ -174,7 +193,7 @@ def calls_of(signature):
 def test_every_call_that_jax_privacy_takes_fits():
     seen = 0
     for entry in _swap.replacements():
-        if isinstance(entry.original, enum.EnumMeta) or not callable(entry.original):
+        if entry.replacement is entry.original or not callable(entry.original):
             continue
         old = shown(entry.original)
         if any(p.kind is p.VAR_POSITIONAL for p in old.parameters.values()):
@@ -186,8 +205,6 @@ def test_every_call_that_jax_privacy_takes_fits():
             ), entry.name
         seen += 1
     assert seen > 40
-    hidden = [f for f in vars(theirs.buffered_toeplitz).values() if inspect.isfunction(f)]
-    assert not any("args" in _swap._signature(f).parameters for f in hidden)
 
 
 def shown(function):
@@ -200,47 +217,164 @@ def shown(function):
     return inspect.signature(function)
 
 
-def test_a_function_that_asks_for_more_is_left_alone(monkeypatch):
-    def solve_banded(coef, rhs, blocks=None):
-        """Of some newer version."""
+def solve_banded(coef, rhs, blocks=None):
+    """Of some newer version."""
 
+
+def test_a_function_that_asks_for_more_is_left_alone(monkeypatch):
     monkeypatch.setattr(theirs.toeplitz, "solve_banded", solve_banded)
-    ours.install(force=True)
+    ours.install()
     assert theirs.toeplitz.solve_banded is solve_banded
     (entry,) = (entry for entry in _swap.replacements() if entry.name == "solve_banded")
     assert entry.note == "kept: ours does not take all of (coef, rhs, blocks=None)"
     assert theirs.toeplitz.inverse_coef is mine.toeplitz.inverse_coef
 
 
+RELOADED = """
+import importlib, sys
+import jax_privacy, jax_privacy_kernels
+from jax_privacy import matrix_factorization, noise_addition
+from jax_privacy.matrix_factorization import streaming_matrix, toeplitz
+from jax_privacy_kernels.matrix_factorization import streaming_matrix as ours
+early = streaming_matrix.StreamingMatrix
+names = "matrix_factorization_privatizer", "StreamingMatrix", "inverse_coef"
+modules = noise_addition, streaming_matrix, toeplitz
+
+def swapped():
+    return [getattr(m, n).__module__.startswith("jax_privacy_kernels") for m, n in zip(modules, names)]
+
+jax_privacy_kernels.install()
+for module in modules:
+    importlib.reload(module)
+late = streaming_matrix.StreamingMatrix
+assert swapped() == [False] * 3 and late is not early
+jax_privacy_kernels.install()
+assert swapped() == [True] * 3
+assert matrix_factorization.StreamingMatrix is ours.StreamingMatrix
+assert issubclass(ours.StreamingMatrix, late) and not issubclass(ours.StreamingMatrix, early)
+del sys.modules["jax_privacy.matrix_factorization.toeplitz"]
+modules = noise_addition, streaming_matrix, importlib.import_module(toeplitz.__name__)
+jax_privacy_kernels.install()
+assert swapped() == [True] * 3
+jax_privacy_kernels.uninstall()
+assert swapped() == [False] * 3
+assert matrix_factorization.StreamingMatrix is streaming_matrix.StreamingMatrix is late
+assert ours.StreamingMatrix.__bases__[1:] == early.__bases__
+"""
+
+
+def test_a_reloaded_module_is_swapped_again(tmp_path):
+    run("-c", RELOADED, cwd=tmp_path)
+
+
 # -- Versions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["1.0.0", "2.3.0.dev0", "20.0", "3"])
-def test_an_unknown_version_is_refused_unless_forced(monkeypatch, version):
-    monkeypatch.setattr(_swap.metadata, "version", lambda name: version)
+@pytest.mark.parametrize("version", ["2.0.0", "2.1.0.dev0", "2.2.1", "2.3.0.dev0", "2.3"])
+def test_known_versions(monkeypatch, recwarn, version):
+    monkeypatch.setattr(jax_privacy, "__version__", version)
+    monkeypatch.setattr(_swap.metadata, "version", lambda name: "1.0.0")  # not what is imported
+    ours.install()
+    assert theirs.StreamingMatrix is mine.StreamingMatrix
+    assert not [str(w.message) for w in recwarn if "swap" in str(w.message)]
+    assert f"of jax-privacy {version}" in report()
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "0.4", "unknown", ""])
+def test_an_older_version_is_refused_unless_forced(monkeypatch, version):
+    monkeypatch.setattr(jax_privacy, "__version__", version)
     before = names_in_jax_privacy()
-    with pytest.raises(RuntimeError, match=r"jax-privacy 2.0.x, found " + version) as error:
+    with pytest.raises(RuntimeError, match=rf"jax-privacy 2.0 to 2.3, found {version}") as error:
         ours.install()
     assert "force" in str(error.value)
     assert names_in_jax_privacy() == before
     with ours.installed(force=True):
         assert theirs.StreamingMatrix is mine.StreamingMatrix
+        ours.install()  # which is no news
+        with ours.installed():
+            pass
+        assert theirs.StreamingMatrix is mine.StreamingMatrix
 
 
-def test_without_jax_privacy_the_error_says_so(monkeypatch):
+@pytest.mark.parametrize("version", ["2.4.0", "2.10", "3.0.0.dev0", "20"])
+def test_a_later_version_is_a_warning_once(monkeypatch, recwarn, version):
+    monkeypatch.setattr(jax_privacy, "__version__", version)
+    monkeypatch.setattr(theirs.toeplitz, "solve_banded", solve_banded)
+    message = (
+        rf"with jax-privacy 2.0 to 2.3, found {re.escape(version)}: "
+        r"its matrix_factorization.toeplitz.solve_banded stay"
+    )
+    with pytest.warns(UserWarning, match=message) as record:
+        ours.install()
+    assert record[0].filename == __file__
+    assert theirs.toeplitz.solve_banded is solve_banded
+    assert theirs.StreamingMatrix is mine.StreamingMatrix
+    recwarn.clear()
+    ours.install()
+    ours.uninstall()
+    ours.install()
+    assert not recwarn
+
+
+def test_a_version_that_is_not_in_the_code_is_the_distributions(monkeypatch):
+    monkeypatch.delattr(jax_privacy, "__version__")
+    monkeypatch.setattr(_swap.metadata, "version", lambda name: "1.9.1")
+    with pytest.raises(RuntimeError, match=r"found 1\.9\.1"):
+        ours.install()
+
     def missing(name):
         raise _swap.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(_swap.metadata, "version", missing)
-    with pytest.raises(RuntimeError, match=r"jax-privacy 2.0.x, found unknown"):
+    with pytest.raises(RuntimeError, match=r"found unknown"):
         ours.install()
     with ours.installed(force=True):
         assert theirs.StreamingMatrix is mine.StreamingMatrix
+
+
+def test_without_jax_privacy_the_error_says_so(monkeypatch):
     monkeypatch.setattr(_swap.importlib.util, "find_spec", lambda name: None)
     for call in (ours.install, lambda: ours.install(force=True), _swap.replacements):
-        with pytest.raises(ModuleNotFoundError, match=r"needs jax-privacy 2.0.x, which is not"):
+        with pytest.raises(ModuleNotFoundError, match=r"needs jax-privacy 2.0 to 2.3, which is"):
             call()
     assert "the swap needs jax-privacy" in report()
+
+
+def test_what_takes_the_arguments_of_ours_is_ours(monkeypatch):
+    """Since version 2.2: no skip_checks, and coefficients that rise have a bound."""
+
+    def multiply(lhs_coef, rhs_coef, n=None):
+        """Of 2.2."""
+
+    def minsep_sensitivity_squared(strategy_coef, min_sep, *, n, max_participations=None):
+        """Of 2.2."""
+
+    def per_query_error(*, strategy_coef=None, noising_coef=None, n=None, workload_coef=None):
+        """Of 2.2."""
+
+    for function in (multiply, minsep_sensitivity_squared, per_query_error):
+        monkeypatch.setattr(theirs.toeplitz, function.__name__, function)
+    ours.install()
+    for name in ("multiply", "minsep_sensitivity_squared", "per_query_error"):
+        assert getattr(theirs.toeplitz, name) is getattr(mine.toeplitz, name)
+    coef = jnp.array([1.0, 0.5, 0.75])
+    bound = theirs.toeplitz.minsep_sensitivity_squared(coef, 2, n=5)
+    assert bound == mine.toeplitz.minsep_sensitivity_squared(jnp.array([1.0, 0.75, 0.75]), 2, n=5)
+
+
+def test_checks_may_be_private(monkeypatch):
+    """As they are since version 2.2."""
+    name = "jax_privacy.matrix_factorization._checks"
+    private = types.ModuleType(name)
+    private.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    private.check_square = lambda M, name="": None
+    before = private.check_square
+    monkeypatch.setitem(sys.modules, name, private)
+    with ours.installed():
+        assert private.check_square is mine.checks.check_square
+        of_checks = {e.module for e in _swap.replacements() if e.name == "check_square"}
+        assert "matrix_factorization._checks" in of_checks
+    assert private.check_square is before
 
 
 def test_an_install_that_fails_leaves_nothing(monkeypatch):

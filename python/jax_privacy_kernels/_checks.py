@@ -2,6 +2,9 @@
 
 Shapes and types are always checked. Values are checked when they are there: inside a trace they
 are not, and the check passes.
+
+Errors say what was expected and what was found. Some begin with a few words more, such as "min_sep
+must be positive": those that jax_privacy uses, for programs that look for them.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ def check_int(name: str, value: Any, minimum: int = 1) -> int:
     except TypeError as error:
         raise TypeError(f"expected {name} to be an integer, found {value!r}") from error
     if result < minimum:
-        raise ValueError(f"expected {name} >= {minimum}, found {name}={result}")
+        rule = f"{name} must be positive: " if minimum == 1 else ""
+        raise ValueError(f"{rule}expected {name} >= {minimum}, found {name}={result}")
     return result
 
 
@@ -52,7 +56,7 @@ def check_one_given(**arguments: Any) -> None:
     absent = [value is None for value in arguments.values()]
     if sum(absent) != 1:
         found = "neither" if all(absent) else "both"
-        raise ValueError(f"expected one of {' and '.join(arguments)}, found {found}")
+        raise ValueError(f"expected exactly one of {' and '.join(arguments)}, found {found}")
 
 
 def check_real(expected: str, x: jax.Array) -> jax.Array:

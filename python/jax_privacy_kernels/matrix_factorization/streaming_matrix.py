@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum, NoisingMatrix
 
 __all__ = [
+    "Shape",
+    "ShapePyTree",
     "State",
     "StreamingMatrix",
     "T",
@@ -35,6 +37,12 @@ __all__ = [
 
 State = TypeVar("State")
 """What a :class:`StreamingMatrix` carries from row to row: any pytree of arrays."""
+
+Shape: TypeAlias = tuple[int, ...]
+"""Of an array."""
+
+ShapePyTree: TypeAlias = Any
+"""A pytree of shapes."""
 
 
 @dataclasses.dataclass(frozen=True)

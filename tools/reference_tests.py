@@ -33,7 +33,7 @@ import _checkout
 _checkout.prepare()
 if sys.argv[1] == "swapped":
     import jax_privacy_kernels
-    jax_privacy_kernels.install(force=True)
+    jax_privacy_kernels.install()
 import pytest
 sys.exit(pytest.main(sys.argv[2:]))
 """
@@ -48,7 +48,7 @@ def main() -> int:
         "--expect", action="append", default=[], help="part of the name of a test that may fail"
     )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a file")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     tests = options.checkout.resolve() / "tests"
     files = [tests / name for name in options.files] or sorted(tests.rglob("*_test.py"))
     total: collections.Counter[str] = collections.Counter()

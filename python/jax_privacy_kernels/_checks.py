@@ -39,15 +39,18 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "(the only one)"
 
 
-def check_int(name: str, value: Any, minimum: int = 1) -> int:
-    """Returns ``value`` as an ``int``: TypeError if it is not one, ValueError below ``minimum``."""
+def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be positive") -> int:
+    """Returns ``value`` as an ``int``: TypeError if it is not one, ValueError below ``minimum``.
+
+    ``rule`` is how the error begins if the minimum is 1.
+    """
     try:
         result = operator.index(value)
     except TypeError as error:
         raise TypeError(f"expected {name} to be an integer, found {value!r}") from error
     if result < minimum:
-        rule = f"{name} must be positive: " if minimum == 1 else ""
-        raise ValueError(f"{rule}expected {name} >= {minimum}, found {name}={result}")
+        begin = f"{name} {rule}: " if minimum == 1 else ""
+        raise ValueError(f"{begin}expected {name} >= {minimum}, found {name}={result}")
     return result
 
 

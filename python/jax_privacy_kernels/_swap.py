@@ -219,7 +219,11 @@ def _of_later(version: str, plan: tuple[Replacement, ...]) -> str:
     left = [f"{entry.module}.{entry.name}" for entry in plan if entry.note.startswith(_UNFIT)]
     return (
         f"the swap was tested with jax-privacy {_known()}, found {version}: "
-        + (f"its {', '.join(left)} stay jax_privacy's, as ours do not take" if left else "ours take")
+        + (
+            f"its {', '.join(left)} stay jax_privacy's, as ours do not take"
+            if left
+            else "ours take"
+        )
         + " the same arguments"
     )
 

@@ -2,6 +2,9 @@
 
 Shapes and types are always checked. Values are checked when they are there: inside a trace they
 are not, and the check passes.
+
+Errors say what was expected and what was found. Some begin with a few words more, such as "min_sep
+must be positive": those that jax_privacy uses, for programs that look for them.
 """
 
 from __future__ import annotations
@@ -41,10 +44,11 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "(the only one)"
 
 
-def check_int(name: str, value: Any, minimum: int = 1) -> int:
+def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be positive") -> int:
     """Returns ``value`` as an ``int``: TypeError if it is not one, ValueError below ``minimum``.
 
     Arrays without dimensions and floats that are whole, 1e6 for instance, count as integers.
+    ``rule`` is how the error begins if the minimum is 1.
     """
     try:
         scalar = value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value
@@ -53,7 +57,8 @@ def check_int(name: str, value: Any, minimum: int = 1) -> int:
     except (TypeError, ValueError) as error:  # ValueError: a ragged list has no dimension
         raise TypeError(f"expected {name} to be an integer, found {value!r}") from error
     if result < minimum:
-        raise ValueError(f"expected {name} >= {minimum}, found {name}={result}")
+        begin = f"{name} {rule}: " if minimum == 1 else ""
+        raise ValueError(f"{begin}expected {name} >= {minimum}, found {name}={result}")
     return result
 
 
@@ -130,7 +135,7 @@ def check_one_given(**arguments: Any) -> None:
     absent = [value is None for value in arguments.values()]
     if sum(absent) != 1:
         found = "neither" if all(absent) else "both"
-        raise ValueError(f"expected one of {' and '.join(arguments)}, found {found}")
+        raise ValueError(f"expected exactly one of {' and '.join(arguments)}, found {found}")
 
 
 def check_real(expected: str, x: jax.Array) -> jax.Array:

@@ -77,7 +77,7 @@ def _swap_lines() -> list[str]:
     except Exception as error:  # a jax-privacy that cannot be imported, say
         return ["swap", f"  jax_privacy cannot be looked at: {error!r}"]
     state = "installed, replaces" if _swap.is_installed() else "not installed, would replace"
-    lines = [f"swap {state}"]
+    lines = [f"swap {state}, of jax-privacy {_swap.version()}"]
     for module, entries in itertools.groupby(table, lambda entry: entry.module):
         lines += [f"  jax_privacy.{module}"]
         by_note: dict[str, list[str]] = {}

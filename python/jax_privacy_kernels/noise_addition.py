@@ -290,7 +290,8 @@ def _dense(
     rows = jnp.asarray(matrix)
     if rows.ndim != 2 or rows.size == 0:
         raise ValueError(
-            f"expected noising_matrix to be 2-D and not empty, found shape {rows.shape}"
+            "Expected 2D matrix: expected noising_matrix to be 2-D and not empty, "
+            f"found shape {rows.shape}"
         )
     if jnp.issubdtype(rows.dtype, jnp.complexfloating):
         raise TypeError(f"expected noising_matrix to be real, found dtype {rows.dtype}")

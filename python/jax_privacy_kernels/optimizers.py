@@ -166,6 +166,8 @@ def as_augmented_optimizer(
     """Returns the optimizer with a transform before clipping: its own, or else the identity."""
     if isinstance(optimizer, AugmentedGradientTransformation):
         return optimizer
+    if hasattr(optimizer, "pre_clipping_transform"):  # jax_privacy's
+        return AugmentedGradientTransformation(*optimizer)
     return AugmentedGradientTransformation(
         optimizer.init, optimizer.update, lambda state, inverse=False: lambda updates: updates
     )

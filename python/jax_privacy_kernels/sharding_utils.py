@@ -26,7 +26,7 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,19 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax_privacy_kernels._checks import check_int
 
 __all__ = [
+    "PartitionSpecPyTree",
+    "PyTree",
     "compute_early_stopping_order",
     "flatten_with_zero_redundancy",
     "local_reshape_add",
     "parallel_sample_pytree",
 ]
+
+PyTree: TypeAlias = Any
+"""A tree of arrays, or of what has their shapes, dtypes and shardings."""
+
+PartitionSpecPyTree: TypeAlias = Any
+"""A tree of `jax.sharding.PartitionSpec`."""
 
 
 def flatten_with_zero_redundancy(

@@ -285,6 +285,7 @@ def multiply(lhs_coef: jax.Array, rhs_coef: jax.Array, n: int | None = None) -> 
     rhs, _ = reconcile(rhs_coef, n, name="rhs_coef")
     if n is None and lhs.size != rhs.size:
         raise ValueError(
+            "lhs_coef and rhs_coef must have the same length: "
             "expected n, or as many coefficients in lhs_coef as in rhs_coef, "
             f"found {lhs.size} and {rhs.size}"
         )

@@ -94,8 +94,11 @@ def check(
             check_lower_triangular(M, name, **allclose_kwargs)
 
     sizes = {shape[1] if name == "C" else shape[0] for name, shape in shapes.items()}
-    if len(sizes) > 1 or ("B" in shapes and "C" in shapes and shapes["B"][1] != shapes["C"][0]):
-        raise ValueError(f"expected shapes A [n, n], B [n, k], C [k, n], X [n, n], found {shapes}")
+    found = f"expected shapes A [n, n], B [n, k], C [k, n], X [n, n], found {shapes}"
+    if "B" in shapes and "C" in shapes and shapes["B"][1] != shapes["C"][0]:
+        raise ValueError(f"B and C shapes do not match: {found}")
+    if len(sizes) > 1:
+        raise ValueError(f"Expected matrix shapes to match: {found}")
 
 
 def _check_entries(M: Any, are_valid: Any, name: str, expected: str) -> None:

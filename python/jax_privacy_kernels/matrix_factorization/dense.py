@@ -101,7 +101,9 @@ def get_orthogonal_mask(n: int, epochs: int = 1) -> jax.Array:
     """
     n, epochs = check_int("n", n), check_int("epochs", epochs)
     if n % epochs:
-        raise ValueError(f"expected epochs to divide n={n}, found epochs={epochs}")
+        raise ValueError(
+            f"epochs must divide n: expected epochs to divide n={n}, found epochs={epochs}"
+        )
     i = np.arange(n)
     together = (i[:, None] - i) % (n // epochs) == 0
     return jnp.asarray(~together | np.eye(n, dtype=bool), jnp.result_type(float))

@@ -260,6 +260,7 @@ def get_sensitivity_banded_for_X(
         if reached.any():
             i, j = (int(index) for index in jnp.argwhere(reached, size=1)[0])
             raise ValueError(
+                "columns must be orthogonal: "
                 f"expected columns at least min_sep={min_sep} apart to be orthogonal, "
                 f"found X[{i}, {j}] = {X[i, j]}"
             )
@@ -317,7 +318,9 @@ def fixed_epoch_sensitivity_for_X(X: jax.Array, epochs: int) -> float:
     checks.check(X=X)
     n, epochs = len(X), check_int("epochs", epochs)
     if n % epochs:
-        raise ValueError(f"expected epochs to divide n={n}, found epochs={epochs}")
+        raise ValueError(
+            f"epochs must divide n: expected epochs to divide n={n}, found epochs={epochs}"
+        )
     by_epoch = jnp.abs(X).reshape(epochs, n // epochs, epochs, n // epochs)
     return math.sqrt(float(jnp.einsum("siti->i", by_epoch).max()))
 

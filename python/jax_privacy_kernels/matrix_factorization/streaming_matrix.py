@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from jax_privacy_kernels.ops import (
 )
 
 __all__ = [
+    "Shape",
+    "ShapePyTree",
     "State",
     "StreamingMatrix",
     "T",
@@ -48,6 +50,12 @@ __all__ = [
 
 State = TypeVar("State")
 """What a :class:`StreamingMatrix` carries from row to row: any pytree of arrays."""
+
+Shape: TypeAlias = tuple[int, ...]
+"""Of an array."""
+
+ShapePyTree: TypeAlias = Any
+"""A pytree of shapes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,9 @@ the dtype of the BLT, or the default one if that is wider.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
+
+import jax
 
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._losses import (
     LossFn,
@@ -51,11 +53,19 @@ from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._sums import (
     robust_max_error_Gamma_jk,
 )
 
+ScalarFloat: TypeAlias = jax.typing.ArrayLike
+"""A real number, or an array of shape ()."""
+
+ThetaPairType: TypeAlias = tuple[jax.Array, jax.Array]
+"""Decays of C, and of ``C^-1``."""
+
 __all__ = [
     "BufferedToeplitz",
     "LossFn",
     "Parameterization",
+    "ScalarFloat",
     "StreamingMatrixBuilder",
+    "ThetaPairType",
     "blt_pair_from_theta_pair",
     "check_float64_dtype",
     "geometric_sum",
@@ -77,7 +87,8 @@ __all__ = [
 
 # Pickles name this module, whichever file of it a name is written in: classes and functions by
 # their own names, a Parameterization by those of its functions too.
-_named: list[Any] = [globals()[name] for name in __all__]
+_aliases = {"ScalarFloat", "ThetaPairType"}
+_named: list[Any] = [globals()[name] for name in __all__ if name not in _aliases]
 _named += [_same, _with_inverse, _decay_pair, _blts_of_decay_pair, _interlaced, _blts_of_interlaced]
 for _object in _named:
     _object.__module__ = __name__

@@ -384,6 +384,7 @@ class LossFn(Mirrored):
         unknown = sorted(set(self.penalty_multipliers) - set(penalties))
         if unknown:
             raise ValueError(
+                f"Unrecognized penalty multipliers {unknown}: "
                 f"expected penalty_multipliers of {sorted(penalties)}, found {unknown}"
             )
         loss = self.error_for_inv(inv_blt) * self.sensitivity_squared(blt)

@@ -44,6 +44,7 @@ def check_float64_dtype(blt: BufferedToeplitz) -> None:
     """Raises a ValueError if the BLT is of float64 and JAX is not in its 64-bit mode."""
     if blt.dtype == np.float64 and not jax.config.jax_enable_x64:
         raise ValueError(
+            "dtype=jnp.float64 needs 64-bit mode: "
             "expected JAX's 64-bit mode for a BLT of dtype float64, which optimize() returns: call "
             'this inside of `with jax.enable_x64(True):`, or set `jax.config.update("'
             'jax_enable_x64", True)`, or make a BLT of float32 by '
@@ -169,13 +170,16 @@ class BufferedToeplitz(Mirrored):
         """
         shapes = jnp.shape(self.buf_decay), jnp.shape(self.output_scale)
         if shapes[0] != shapes[1] or len(shapes[0]) != 1:
+            rule = "have the same length" if len(shapes[0]) == len(shapes[1]) == 1 else "be 1D"
             raise ValueError(
+                f"buf_decay and output_scale must {rule}: "
                 "expected buf_decay and output_scale to be 1-D and of the same length, "
                 f"found shapes {shapes[0]} and {shapes[1]}"
             )
         dtypes = _dtype(self.buf_decay), _dtype(self.output_scale)
         if dtypes[0] != dtypes[1]:
             raise ValueError(
+                "buf_decay and output_scale must have the same dtype: "
                 "expected buf_decay and output_scale of the same dtype, "
                 f"found {dtypes[0]} and {dtypes[1]}"
             )
@@ -215,6 +219,7 @@ class BufferedToeplitz(Mirrored):
             raise TypeError(f"expected a floating dtype, found {dtype}")
         if dtype == np.float64 and not jax.config.jax_enable_x64:
             raise ValueError(
+                "dtype=jnp.float64 needs 64-bit mode: "
                 "expected JAX's 64-bit mode for dtype float64, the default: call this inside of "
                 "`with jax.enable_x64(True):`, or pass dtype=jnp.float32"
             )
@@ -259,7 +264,7 @@ class BufferedToeplitz(Mirrored):
             out too close to each other, which they do from some number of buffers on.
           TypeError: If ``num_buffers`` is not an integer.
         """
-        m = check_int("num_buffers", num_buffers)
+        m = check_int("num_buffers", num_buffers, rule="must be >= 1")
         for name, bound in (
             ("max_buf_decay", max_buf_decay),
             ("max_pillutla_score", max_pillutla_score),

@@ -36,7 +36,8 @@ def fingerprint(numbers: Sequence[Any]) -> Any:
 
 
 def _words(x: np.ndarray) -> np.ndarray:
-    wide: Any = np.float64 if x.dtype == np.float64 else np.float32
+    known = jax.dtypes.canonicalize_dtype(x.dtype)  # as a trace would have it
+    wide: Any = np.float64 if known == np.float64 else np.float32
     x = np.asarray(x, wide).reshape(-1) + wide(0)  # -0 counts as 0
     words = np.ascontiguousarray(x).view(np.uint32)
     length = np.array([x.size, wide(0).itemsize], np.uint32)

@@ -92,8 +92,9 @@ def init_correlated_noise(
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
     """
     filter = _filter(matrix, jax.random.key_impl(key), stddev)
+    matrix = jax.tree.map(_canonical, matrix)
     fingerprint = _fingerprint_of(matrix, filter, stddev)
-    leaves = _leaves.plan(model, jax.tree.map(_canonical, matrix).dtype, dtype)
+    leaves = _leaves.plan(model, matrix.dtype, dtype)
     return _state.init_state(model, leaves, filter, key, fingerprint)
 
 
@@ -141,8 +142,9 @@ def correlated_noise(
     """
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
     filter = _filter(matrix, key_impl, stddev)
+    matrix = jax.tree.map(_canonical, matrix)
     fingerprint = _fingerprint_of(matrix, filter, stddev)
-    matrix, unit = jax.tree.map(_canonical, matrix).scaled()
+    matrix, unit = matrix.scaled()
     leaves = _leaves.plan(grads, matrix.dtype, dtype)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
@@ -252,5 +254,7 @@ def _fingerprint_of(matrix: NoisingMatrix, filter: Filter, stddev: Any) -> Any:
     """The fingerprint of all that the terms of a state depend on, beside its keys."""
     numbers = jax.tree.leaves(matrix)
     if filter.remembers and not filter.varying:
-        numbers.append(np.asarray(stddev, np.float64))
+        # In two halves of 32 bits, which there are in any mode of JAX.
+        high = np.float32(stddev)
+        numbers.append(np.array([high, float(stddev) - float(high)], np.float32))
     return _fingerprint.fingerprint(numbers)

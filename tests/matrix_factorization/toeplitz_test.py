@@ -192,7 +192,9 @@ def test_inverse_agrees_with_reference(reference, bands, n):
     coef = coef / jnp.linalg.norm(coef[:n])
     x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)), jnp.float32)
     actual = toeplitz.inverse_as_streaming_matrix(coef, n) @ x
-    expected = reference.inverse_as_streaming_matrix(coef[:n], n) @ x
+    expected = np.array(reference.inverse_as_streaming_matrix(coef[:n], n) @ x)
+    if n is not None:
+        expected[n:] = np.nan  # the reference goes on, with too little noise for a sensitivity of 1
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -80,6 +80,8 @@ def restored(
     out = jnp.asarray(x).astype(dtype)
     is_nonzero = out > 0
     for scale, power in powers:
+        if isinstance(scale, int) and scale == 0:
+            continue
         factor = jnp.asarray(math.ldexp(1.0, scale) if isinstance(scale, int) else scale, dtype)
         for _ in range(abs(power)):
             out = out * factor if power > 0 else out / factor

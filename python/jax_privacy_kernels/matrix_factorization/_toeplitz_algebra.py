@@ -281,6 +281,7 @@ def multiply(lhs_coef: jax.Array, rhs_coef: jax.Array, n: int | None = None) -> 
         numbers of coefficients differ.
       TypeError: if n is not an integer, or coefficients are not real.
     """
+    n = n if n is None else check_int("n", n)
     lhs, _ = reconcile(lhs_coef, n, name="lhs_coef")
     rhs, _ = reconcile(rhs_coef, n, name="rhs_coef")
     if n is None and lhs.size != rhs.size:

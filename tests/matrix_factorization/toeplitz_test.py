@@ -1208,7 +1208,10 @@ def test_amplification_takes_numpy_numbers():
     [
         ({"n": 0}, "n >= 1, found n=0"),
         ({"dataset_size": 0}, "dataset_size >= 1, found dataset_size=0"),
-        ({"expected_batch_size": 0}, "expected_batch_size >= 1, found expected_batch_size=0"),
+        (
+            {"expected_batch_size": 0},
+            "expected_batch_size to be a positive number, found expected_batch_size=0",
+        ),
         (
             {"expected_batch_size": 25},
             "expected_batch_size <= dataset_size=24, found expected_batch_size=25",

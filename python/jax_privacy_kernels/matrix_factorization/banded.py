@@ -25,7 +25,7 @@ from jax_privacy_kernels._checks import (
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
-from jax_privacy_kernels.matrix_factorization._scaling import within_range
+from jax_privacy_kernels.matrix_factorization._scaling import ending_in_nan, within_range
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, prefix_sum
 
 __all__ = ["ColumnNormalizedBanded", "minsep_sensitivity_squared", "optimize", "per_query_error"]
@@ -145,11 +145,7 @@ class ColumnNormalizedBanded(Mirrored):
             norm = norms.at[t].get(mode="fill", fill_value=jnp.nan)
             return x * norm, (t + 1, history)
 
-        # The last entry of a row scale goes on, so NaN does.
-        if is_concrete(norms):  # in NumPy: where NaN are looked for, JAX must not make one
-            row_scale = jnp.asarray(np.append(np.asarray(norms), np.asarray(np.nan, norms.dtype)))
-        else:
-            row_scale = jnp.append(norms, jnp.asarray(jnp.nan, norms.dtype))
+        row_scale = ending_in_nan(norms, norms.dtype)
         structure = ops.BandedRecurrence(rows, row_scale=row_scale)
         return StreamingMatrix.from_array_implementation(
             init_multiply, multiply_next, structure=structure

@@ -130,7 +130,9 @@ def optimize(
         raise TypeError(f"expected optimizer to be an optax transformation, found {optimizer!r}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = "params" + jax.tree_util.keystr(path)
-        check_real(f"{name} to hold real numbers", owned(name, leaf))
+        array = owned(name, leaf)
+        if array.dtype != bool:  # of masks
+            check_real(f"{name} to hold real numbers", array)
     dtypes = jax.tree.map(lambda x: x.dtype if hasattr(x, "dtype") else jnp.result_type(x), params)
     # One of ours may say what it ends on as a function of the gradient alone, which compiles.
     done = getattr(callback, "_ends_on_gradient", None)

@@ -28,6 +28,7 @@ __all__ = [
     "implementation",
     "per_platform",
     "requested",
+    "vary",
     "varying_axes",
 ]
 
@@ -142,7 +143,7 @@ def per_platform(
     tree: Any
     leaves, tree = jax.tree.flatten(args)
     axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
-    leaves = [_vary(leaf, axes) for leaf in leaves]  # kernels and loops want all arguments alike
+    leaves = [vary(leaf, axes) for leaf in leaves]  # kernels and loops want all arguments alike
     if spread is None and set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
         return branches[PLATFORMS[0]](*tree.unflatten(leaves))
 
@@ -159,7 +160,7 @@ def per_platform(
         # A jaxpr, in which JAX sees that this has to know the devices when it is lowered.
         spread=None if spread is None else jax.make_jaxpr(flat(spread))(*leaves),
     )
-    return jax.tree.unflatten(jax.tree.structure(out), [_vary(x, axes) for x in results])
+    return jax.tree.unflatten(jax.tree.structure(out), [vary(x, axes) for x in results])
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -169,7 +170,7 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(aval.vma if manual is None else manual.varying)
 
 
-def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """x, taken to vary over the axes: results of the primitive are taken for replicated."""
     missing = tuple(axes - varying_axes(x))
     if not missing:

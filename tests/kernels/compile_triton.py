@@ -37,8 +37,7 @@ from jax_privacy_kernels.ops.correlated_noise import _schedule
 from jax_privacy_kernels.ops.correlated_noise._matrices import Layout
 
 GPUS = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA B200")
-# Additions and products of floats that the compiler of PTX may fuse: those whose rounding is not
-# said. A variable of LLVM may not be a register, so that there are others than these in a line.
+# Additions and products in PTX that its compiler may fuse: those that do not say how they round.
 FUSIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?(?:\.sat)?\.f(?:16|32|64)\b")
 
 
@@ -61,7 +60,8 @@ def described(name, capability, shared, ptx, ttir):
         "kernel": function,
         "sm": capability,
         "shared": shared,
-        "barriers": len(re.findall(r"= *(?:gpu|ttg)\.barrier|^ *(?:gpu|ttg)\.barrier", ttir, re.M)),
+        "barriers": len(re.findall(r"^ *(?:gpu|ttg)\.barrier\b", ttir, re.M)),
+        "waits": len(re.findall(r"\bbar(?:rier\.cta)?\.sync\b", ptx)),
         "fusible": len(FUSIBLE.findall(ptx)),
         **usage(ptx, capability),
     }
@@ -149,22 +149,23 @@ CASES = {
 }
 
 
+def mesh_of(kind):
+    """A mesh without axes, which says what GPU programs are for."""
+    fields = [field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)]
+    platform = {"platform": "gpu"} if "platform" in fields else {}  # not in jax 0.8 and 0.9
+    device = jax.sharding.AbstractDevice(kind, None, **platform)
+    return jax.sharding.AbstractMesh((), (), abstract_device=device)
+
+
 def lowered(step, kind):
     """The StableHLO of a step for a GPU of that kind."""
-    device = jax.sharding.AbstractDevice(kind, None, "gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with (
-        jax.sharding.use_abstract_mesh(mesh),
-        jax_privacy_kernels.implementation("triton"),
-    ):
+    implementation = jax_privacy_kernels.implementation("triton")
+    with jax.sharding.use_abstract_mesh(mesh_of(kind)), implementation:
         return jax.jit(step).trace().lower(lowering_platforms=("cuda",)).as_text()
 
 
 def main(names):
-    mesh = jax.sharding.AbstractMesh(
-        (), (), abstract_device=jax.sharding.AbstractDevice(GPUS[0], None, "gpu")
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh_of(GPUS[0])):
         if reason := _jax_triton.unavailable():
             print(reason)
             sys.exit(77)

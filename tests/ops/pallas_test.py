@@ -1,4 +1,4 @@
-"""Whether kernels in Pallas can be used, what is said when they cannot, and whom they export for."""
+"""Whether kernels in Pallas can be used, what is said when not, and what they export for."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def test_new_gpu(monkeypatch, capability):
     assert on_cuda() == "pallas"
 
 
-@pytest.mark.parametrize(
-    "module", ["jax.experimental.pallas", "jax.experimental.pallas.triton"]
-)
+@pytest.mark.parametrize("module", ["jax.experimental.pallas", "jax.experimental.pallas.triton"])
 def test_jax_without_it(monkeypatch, module):
     """As it may be one day: the backend is deprecated."""
     monkeypatch.setitem(sys.modules, module, None)

@@ -179,9 +179,7 @@ def test_gpu(installed, monkeypatch, capability):
         ("1.0", "4.0", False),
     ],
 )
-def test_versions_that_go_together(
-    installed, monkeypatch, versions, jax_triton, triton, tried
-):
+def test_versions_that_go_together(installed, monkeypatch, versions, jax_triton, triton, tried):
     has_gpu(monkeypatch, "9.0")
     versions |= {"jax-triton": jax_triton, "triton": triton}
     reason = _jax_triton.unavailable()

@@ -117,9 +117,7 @@ def too_old() -> str | None:
     """Why kernels cannot be made for the targets, or None."""
     for kind, capability in targets():
         if capability < OLDEST:
-            return (
-                f"it needs compute capability {OLDEST / 10}, but {kind} has {capability / 10}"
-            )
+            return f"it needs compute capability {OLDEST / 10}, but {kind} has {capability / 10}"
     return None
 
 

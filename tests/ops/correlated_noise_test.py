@@ -945,7 +945,7 @@ PLATFORMS = (("cpu",), ("cuda",), ("cpu", "cuda"))
 
 CHECKS = [
     jax.export.DisabledSafetyCheck.custom_call(target)
-    for target in (TARGET, *implementations.CUDA_CALLS.values())
+    for target in (TARGET, *implementations.CUDA_TARGETS)
 ]
 
 

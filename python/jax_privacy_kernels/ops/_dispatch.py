@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -150,6 +151,8 @@ def per_platform(
     def flat(branch: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
         return lambda *leaves: jax.tree.leaves(branch(*tree.unflatten(leaves)))
 
+    if not _may_have_devices(leaves):
+        spread = None  # JAX refuses to lower, for devices that are not there, what has to know them
     out = jax.eval_shape(next(iter(branches.values())), *tree.unflatten(leaves))
     flattened = {branch: flat(branch) for branch in set(branches.values())}
     results = _select_p.bind(
@@ -161,6 +164,22 @@ def per_platform(
         spread=None if spread is None else jax.make_jaxpr(flat(spread))(*leaves),
     )
     return jax.tree.unflatten(jax.tree.structure(out), [vary(x, axes) for x in results])
+
+
+def _may_have_devices(leaves: list[jax.Array]) -> bool:
+    """Whether the mesh of the arrays is not the description of one whose devices are elsewhere.
+
+    A mesh of the devices of this process, and a description of one, look alike in types.
+    """
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in leaves)]
+    kinds = {mesh.abstract_device.device_kind for mesh in meshes if mesh.abstract_device}
+    undescribed = any(not mesh.empty and mesh.abstract_device is None for mesh in meshes)
+    return not undescribed and kinds <= _kinds_of_devices()
+
+
+@functools.cache
+def _kinds_of_devices() -> frozenset[str]:
+    return frozenset(device.device_kind for device in jax.devices()) | {"cpu"}
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -428,6 +428,19 @@ CORNERS = {
         ((1030,),), f32, coef=rows_of_coefs(25, 20), steps=27
     ),
 }
+# One of every kind, which compile in few seconds.
+QUICK_CORNERS = (
+    "no history",
+    "one slot",
+    "empty tree",
+    "only empty leaves",
+    "more steps than rows",
+    "coefficients by row, two bands",
+    "moving average without state",
+    "moving average, one slot",
+    "buffers, one slot",
+    "float64 and float32 leaves",
+)
 # What the interpreters of kernels can do in seconds.
 INTERPRETED_CORNERS = [
     CORNERS[name]
@@ -636,12 +649,19 @@ def small(request, implementation):
 class TestImplementation:
     """What holds for every implementation."""
 
-    @pytest.mark.parametrize("case", CORNERS.values(), ids=CORNERS)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=() if name in QUICK_CORNERS else pytest.mark.slow)
+            for name, case in CORNERS.items()
+        ],
+    )
     def test_corner(self, implementation, case):
         if is_interpreted(implementation) and case not in INTERPRETED_CORNERS:
             pytest.skip("too much for an interpreter")
         check(case, implementation)
 
+    @pytest.mark.slow
     def test_sweep(self, implementation):
         interpreted = is_interpreted(implementation)
 

@@ -206,7 +206,7 @@ class TestEightDevices:
     # -- The same noise -----------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize(("implementation", "matrix", "axes"), cases())
+    @pytest.mark.parametrize(("implementation", "matrix", "axes"), list(cases()))
     def test_noise_is_that_of_one_device(self, implementation, matrix, axes, kind):
         names = tuple(SHAPES) if implementation == "cpp" else SMALL
         mesh = mesh_of(axes, kind)

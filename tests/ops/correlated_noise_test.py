@@ -637,7 +637,7 @@ def run_on_parts(implementation, parts, layout, coef):
     return results
 
 
-@pytest.fixture(params=FILTERS)
+@pytest.fixture(params=sweeps.some(list(FILTERS), quick=INTERPRETED_FILTERS))
 def small(request, implementation):
     if is_interpreted(implementation) and request.param not in INTERPRETED_FILTERS:
         pytest.skip("too much for an interpreter; the corners have it too")
@@ -649,13 +649,7 @@ def small(request, implementation):
 class TestImplementation:
     """What holds for every implementation."""
 
-    @pytest.mark.parametrize(
-        "case",
-        [
-            pytest.param(case, id=name, marks=() if name in QUICK_CORNERS else pytest.mark.slow)
-            for name, case in CORNERS.items()
-        ],
-    )
+    @pytest.mark.parametrize("case", sweeps.some(CORNERS, quick=QUICK_CORNERS))
     def test_corner(self, implementation, case):
         if is_interpreted(implementation) and case not in INTERPRETED_CORNERS:
             pytest.skip("too much for an interpreter")
@@ -1137,7 +1131,7 @@ PLAIN_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", PLAIN_CASES.values(), ids=PLAIN_CASES)
+@pytest.mark.parametrize("case", sweeps.some(PLAIN_CASES, quick=["3 bands", "buffers"]))
 @pytest.mark.parametrize("key_impl", ["rbg", "unsafe_rbg", "threefry2x32"])
 def test_plain_schedule(key_impl, case):
     case = dataclasses.replace(case, key_impl=key_impl)
@@ -1157,7 +1151,7 @@ def test_plain_schedule_is_not_the_compiled_ones():
         case.update("cpp")(case.grads_at(0), case.init())
 
 
-@pytest.mark.parametrize("case", PLAIN_CASES.values(), ids=PLAIN_CASES)
+@pytest.mark.parametrize("case", sweeps.some(PLAIN_CASES, quick=["3 bands", "buffers"]))
 def test_states_of_one_schedule_are_refused_by_the_other(case):
     ahead = case.init()
     with jax.threefry_partitionable(False):

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import re
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ from jax_privacy_kernels.matrix_factorization import (
     toeplitz,
 )
 from jax_privacy_kernels.noise_addition import SupportedStrategies
-from jax_privacy_kernels.ops import _cpp
+from jax_privacy_kernels.ops import _ffi
 
 STEPS = 12
 COEF = toeplitz.optimal_max_error_strategy_coefs(5)
@@ -90,7 +89,7 @@ SMALL = "odd", "columns", "flat"
 KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
 COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
 
-needs_cpp = pytest.mark.skipif(bool(_cpp.unavailable()), reason=f"{_cpp.unavailable()}")
+needs_cpp = pytest.mark.skipif(bool(_ffi.unavailable()), reason=f"{_ffi.unavailable()}")
 implementations = pytest.mark.parametrize(
     "implementation", [pytest.param("cpp", marks=needs_cpp), "jax"]
 )
@@ -175,11 +174,6 @@ def cases():
     yield from (("jax", matrix, "x") for matrix in ("dense", "prefix"))
 
 
-@pytest.mark.skipif(eight_devices.IN_CHILD, reason="is this process")
-def test_on_eight_devices():
-    eight_devices.run(__file__)
-
-
 @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
 def test_lowering_for_a_mesh_that_is_not_here(strategy):
     mesh = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -193,9 +187,8 @@ def test_lowering_for_a_mesh_that_is_not_here(strategy):
     assert "sdy.manual_computation" in text
 
 
+@pytest.mark.usefixtures("eight_devices")
 class TestEightDevices:
-    __test__ = eight_devices.IN_CHILD
-
     # -- The same noise -----------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", KINDS)

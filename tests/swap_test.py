@@ -670,6 +670,7 @@ IMPORTS = [
 @pytest.mark.parametrize(
     ("before", "after"), [("", IMPORTS[2]), (IMPORTS[2], IMPORTS[1]), (IMPORTS[1], IMPORTS[0])]
 )
+@pytest.mark.subprocess
 def test_any_order_of_imports(tmp_path, before, after):
     run("-c", ORDERS.format(before=before, after=after), cwd=tmp_path)
 
@@ -695,6 +696,7 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.mark.subprocess
 def test_python_m_runs_a_program(folder):
     command = ["somewhere/program.py", "--help", "-m", "3"]
     plain = run(*command, cwd=folder.parent, code=3).stdout
@@ -703,6 +705,7 @@ def test_python_m_runs_a_program(folder):
     assert swapped == plain.replace("functools", "jax_privacy_kernels.noise_addition")
 
 
+@pytest.mark.subprocess
 def test_python_m_runs_a_module_and_passes_its_errors_on(folder):
     command = ["-m", "jax_privacy_kernels", "-m", "program", "--help", "fail"]
     result = run(*command, cwd=folder, code=1)
@@ -712,6 +715,7 @@ def test_python_m_runs_a_module_and_passes_its_errors_on(folder):
 
 
 @pytest.mark.parametrize("arguments", [["--", "a", "--"], ["-m", "--", "--force"], []])
+@pytest.mark.subprocess
 def test_python_m_passes_all_arguments_on(tmp_path, arguments):
     (tmp_path / "show.py").write_text("import sys; print(sys.argv[1:])")
     for program in (["show.py"], ["-m", "show"]):
@@ -739,6 +743,7 @@ threading.Timer(0.2, late).start()
 @pytest.mark.parametrize(
     "program", ["as_main.py", "folder", "-m as_main", "-m package", "packed.zip"]
 )
+@pytest.mark.subprocess
 def test_a_program_is_main(tmp_path, program):
     (tmp_path / "as_main.py").write_text(AS_MAIN)
     for name in ("folder", "package"):
@@ -761,6 +766,7 @@ os.environ["HOME"] = "elsewhere"
 """
 
 
+@pytest.mark.subprocess
 def test_python_m_warns_of_variables_that_come_too_late(tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text(LATE)
     command = ["-m", "jax_privacy_kernels", "late.py"]

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import triton_interpreter
+from support import triton_interpreter
 
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     _counter_prng,
-    _triton,
+    _jax_triton,
     correlated_noise,
     init_correlated_noise,
 )
@@ -48,9 +48,9 @@ def step(coef, grads, implementation=None):
 
 @pytest.fixture
 def unavailable():
-    _triton.unavailable.cache_clear()
-    yield _triton.unavailable
-    _triton.unavailable.cache_clear()
+    _jax_triton.unavailable.cache_clear()
+    yield _jax_triton.unavailable
+    _jax_triton.unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("module", ["triton", "jax_triton"])
@@ -119,6 +119,8 @@ def test_noise_that_it_does_not_take(monkeypatch, dtype):
 # -- Steps that are none ------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("clock", [-1, -2])
 def test_a_negative_step_stays_in_the_ring(clock):
     """And its noise is NaN. The interpreter sees to what is written beside a result."""
@@ -138,14 +140,14 @@ def test_a_negative_step_stays_in_the_ring(clock):
 
 
 def launches(update, arguments):
-    """What `_triton.call` is called with."""
+    """What `_jax_triton.call` is called with."""
     found = []
 
     def call(kernel, arrays, numbers, outs, *, programs, aliases=None, **constants):
         found.append((kernel, arrays, numbers, programs, constants))
         return [jnp.zeros(out.shape, out.dtype) for out in outs]
 
-    with mock.patch.object(_triton, "call", call):
+    with mock.patch.object(_jax_triton, "call", call):
         jax.clear_caches()
         jax.eval_shape(update, *arguments)
     jax.clear_caches()
@@ -175,6 +177,8 @@ def last_samples(key, start, count):
     return np.asarray(jax.random.normal(at, (count,)))
 
 
+@pytest.mark.interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("coef", [(2.0,), (1.0, 0.5, 0.25)])
 def test_offsets_are_long(coef):
     if reason := triton_interpreter.unavailable():

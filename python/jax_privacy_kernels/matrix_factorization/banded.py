@@ -39,6 +39,14 @@ class ColumnNormalizedBanded(Mirrored):
 
     Entries marked ``*`` lie outside of C and do not matter. A pytree, with one leaf.
 
+        >>> C = ColumnNormalizedBanded(jnp.array([[4.0, 3.0], [1.0, 0.0], [5.0, 0.0]]))
+        >>> print(C.materialize().round(3))
+        [[0.8 0.  0. ]
+         [0.6 1.  0. ]
+         [0.  0.  1. ]]
+        >>> print(per_query_error(C).round(4))  # of prefix sums
+        [1.5625 1.25   2.25  ]
+
     Attributes:
       params: ``[n, b]`` array of real numbers, ``params[:, 0] != 0``, ``1 <= b <= n``. Integers
         stand for default floats.

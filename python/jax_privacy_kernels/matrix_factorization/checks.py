@@ -1,6 +1,11 @@
 """Checks that the matrices of a factorization ``A = B C`` are what the library takes them for.
 
 Inside a trace, where values are not known, only shapes are checked.
+
+    >>> check(A=jnp.tri(3), C=jnp.eye(3))
+    >>> check(A=jnp.tri(3), C=jnp.ones((3, 3)))
+    Traceback (most recent call last):
+    ValueError: expected matrix C to be lower-triangular, found entry (0, 1) = 1.0
 """
 
 from __future__ import annotations

@@ -114,6 +114,11 @@ def optimize(
     https://arxiv.org/abs/2106.12118, https://arxiv.org/abs/2306.08153,
     https://arxiv.org/abs/2405.15913.
 
+        >>> def loss(x):
+        ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+        >>> print(optimize(loss, jnp.zeros(2)).round(4))
+        [1. 1.]
+
     Args:
       loss_fn: gives the loss at parameters, a scalar; or, with ``grad``, the loss and its gradient.
       params: tree of arrays to start from.

@@ -5,6 +5,14 @@ apart, at most k = ``max_participations`` of them. The sensitivity of a strategy
 norm of a sum of its columns over a pattern, each column times a contribution of norm at most 1. It
 depends on C through the Gram matrix ``X = C^T C`` only.
 
+    >>> minsep_true_max_participations(n=10, min_sep=4)
+    3
+    >>> prefix_sums = jnp.tri(4)
+    >>> print(f"{get_min_sep_sensitivity_upper_bound(prefix_sums, min_sep=2):.4f}")
+    3.1623
+    >>> print(f"{fixed_epoch_sensitivity(prefix_sums, epochs=2):.4f}")
+    3.1623
+
 Matrices are JAX or NumPy arrays of real numbers.
 """
 

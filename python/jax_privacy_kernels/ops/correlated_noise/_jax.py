@@ -1,0 +1,260 @@
+"""Correlated noise in plain JAX: the oracle of the other implementations, and what TPUs run.
+
+The look-ahead of a tile is a matrix product. Every filter is linear, so with x' the ring after a
+visit, x the ring before and z the samples, all ``[.., elements]``, x' = P z + Q x for two small
+matrices that depend on the coefficients and the slots only (_jax_filters.py). How XLA rounds such a
+product depends on its size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jax_privacy_kernels.ops import _jax_noise, _shards
+from jax_privacy_kernels.ops._jax_noise import Here
+from jax_privacy_kernels.ops._leaves import TILE, Leaf
+from jax_privacy_kernels.ops._noise import NoiseOutputs
+from jax_privacy_kernels.ops._shards import Shard, Words
+from jax_privacy_kernels.ops.correlated_noise._contract import Inputs
+from jax_privacy_kernels.ops.correlated_noise._filters import Filter
+from jax_privacy_kernels.ops.correlated_noise._jax_filters import VISITS, Matrices
+
+__all__ = ["refuse", "run"]
+
+
+def refuse(leaf: Leaf, filter: Filter) -> str | None:
+    """Why this implementation cannot take what is here of the leaf, or None."""
+    return _jax_noise.refuse(leaf, filter.ahead)
+
+
+def run(inputs: Inputs) -> NoiseOutputs:
+    """One step."""
+    filter, keys, base = inputs.filter, inputs.keys, inputs.base
+    assert base is not None
+    # Under a vmap, keys of type unsafe_rbg split otherwise.
+    over_keys = jax.vmap if filter.ahead else lambda f: functools.partial(jax.lax.map, f)
+    leaf_keys = over_keys(lambda key: jax.random.split(key, inputs.leaves[0].count))(keys)
+    matrices = None
+    if filter.slots and filter.ahead:
+        dtype = jnp.result_type(inputs.coef, *(leaf.dtype for leaf in inputs.leaves))
+        matrices = VISITS[type(filter)].matrices(filter, inputs.step, inputs.coef.astype(dtype))
+    outs, rings = [], []
+    for i, (leaf, first, grad) in enumerate(zip(inputs.leaves, base, inputs.grads, strict=True)):
+        out, ring = _leaf_step(
+            filter,
+            leaf.noise_dtype,
+            leaf.dtype,
+            None if leaf.whole else leaf.shard,
+            0 if filter.ahead else leaf.size,
+            inputs.step,
+            jnp.int32(leaf.first_tile % max(filter.slots, 1)),
+            (first[0], first[1]),
+            leaf_keys[:, leaf.index],
+            inputs.coef,
+            matrices,
+            inputs.scale,
+            grad,
+            inputs.rings[i] if inputs.rings else None,
+        )
+        outs.append(out)
+        rings.append(ring)
+    return NoiseOutputs(outs, rings if inputs.rings else [])
+
+
+# Jitted, so that leaves of one shape are traced once.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _leaf_step(
+    filter: Filter,
+    noise_dtype: jnp.dtype,
+    dtype: jnp.dtype,
+    shard: Shard | None,
+    leaf_size: int,
+    step: jax.Array,
+    first_phase: jax.Array,
+    first: Words,
+    keys: jax.Array,
+    coef: jax.Array,
+    matrices: Matrices | None,
+    scale: jax.Array,
+    grad: jax.Array,
+    ring: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A step of one leaf; shard is None if all of it is here, ring if it has no rows."""
+    here = Here(shard, first, leaf_size, grad.size, noise_dtype, dtype)
+    flat = jnp.zeros((0, grad.size), dtype) if ring is None else ring.reshape(-1, grad.size)
+    one_step = functools.partial(
+        VISITS[type(filter)].one_step, filter, here, step, keys, coef.astype(dtype), flat
+    )
+    if matrices is None:
+        x, buffers = one_step()
+        flat = _put(filter, step, flat, x, buffers)
+    else:
+        slots, now = filter.slots, step % filter.slots
+        if slots > 1:
+            phase = functools.partial(here.phase, slots, first_phase)
+            flat = _warm_up(filter, one_step, step, phase, flat)
+        if shard is None or not shard.axes:
+            flat = _refresh(slots, here, now, first_phase, keys, matrices, flat)
+        else:
+            due = here.phase(slots, first_phase) == now
+            flat = _refresh_elements(here, due, keys, matrices, flat)
+        x = flat[filter.buffers + now]
+    noise = scale.astype(dtype) * x.reshape(grad.shape)
+    return (grad + noise).astype(grad.dtype), None if ring is None else flat.reshape(ring.shape)
+
+
+# -- One step of all elements -----------------------------------------------------------------
+
+
+def _put(
+    filter: Filter, step: jax.Array, ring: jax.Array, x: jax.Array, buffers: jax.Array
+) -> jax.Array:
+    """The ring with these buffers, and x in the slot of the step."""
+    if filter.buffers:
+        ring = ring.at[: filter.buffers].set(buffers)
+    if filter.slots:
+        ring = ring.at[filter.buffers + step % filter.slots].set(x)
+    return ring
+
+
+def _warm_up(
+    filter: Filter,
+    one_step: Callable[[], tuple[jax.Array, jax.Array]],
+    step: jax.Array,
+    phase_of: Callable[[], jax.Array],
+    ring: jax.Array,
+) -> jax.Array:
+    """Makes x_t of the tiles not refreshed yet, in the first S - 1 steps."""
+    old = ring[filter.buffers + step % filter.slots], ring[: filter.buffers]
+
+    def compute() -> tuple[jax.Array, jax.Array]:
+        phase, new = phase_of(), one_step()
+        return jnp.where(phase > step, new[0], old[0]), jnp.where(phase > step, new[1], old[1])
+
+    x, buffers = jax.lax.cond(step < filter.slots - 1, compute, lambda: old)
+    return _put(filter, step, ring, x, buffers)
+
+
+# -- The look-ahead of some tiles -------------------------------------------------------------
+
+
+def _refresh(
+    slots: int,
+    here: Here,
+    now: jax.Array,
+    first_phase: jax.Array,
+    keys: jax.Array,
+    matrices: Matrices,
+    ring: jax.Array,
+) -> jax.Array:
+    """Overwrites the tiles whose turn it is with x_t .. x_{t+S-1}, one of every S in the leaf."""
+    size, shard = ring.shape[1], here.shard is not None
+    begin = here.tile(here.first, slots) if shard else 0  # the first tile that is here, or part of
+
+    def turn(group: int | jax.Array) -> jax.Array:
+        """The place among the tiles here of the one of a group of S whose turn it is."""
+        phase = first_phase + group + begin // slots
+        return slots * group + (now - phase) % slots - begin % slots
+
+    refresh = functools.partial(_refresh_tiles, here, keys, matrices)
+    # Shards may begin within a group, and within a tile.
+    sure = range(1 if shard else 0, (size // TILE) // slots)
+    if sure:
+        ring = refresh(turn(jnp.arange(sure.start, sure.stop, dtype=jnp.int32)), ring)
+    tiles, most = (size + here.shift + TILE - 1) // TILE, -(-size // TILE)
+    groups = -(-(most + slots) // slots) if shard else -(-most // slots)
+    for group in sorted(set(range(groups)) - set(sure)):
+        tile = turn(group)
+        ring = jax.lax.cond(
+            (tile >= 0) & (tile < tiles),
+            functools.partial(refresh, tile[None]),
+            lambda ring: ring,
+            ring,
+        )
+    return ring
+
+
+def _refresh_tiles(
+    here: Here, keys: jax.Array, matrices: Matrices, tiles: jax.Array, ring: jax.Array
+) -> jax.Array:
+    size = ring.shape[1]
+    width = min(TILE, size)
+    begin = tiles * TILE - here.shift
+    # A tile may be short at either end: its window reaches into the next, which stays.
+    start = jnp.clip(begin, 0, size - width)
+    old = _read(ring, start, width)  # [rows, tiles, width]
+    index = _shards.plus(here.first, (jnp.zeros_like(start, jnp.uint32), start.astype(jnp.uint32)))
+    sample = functools.partial(here.sample_from, size=width)
+    z = jax.vmap(lambda key: jax.vmap(lambda hi, lo: sample(key, (hi, lo)))(*index))(keys)
+    new = _visited(matrices, z, old)
+    if size % TILE or here.shard is not None:
+        place = start[:, None] + jnp.arange(width)[None, :] - begin[:, None]
+        new = jnp.where((place >= 0) & (place < TILE), new, old)
+    return _write(ring, start, new)
+
+
+def _refresh_elements(
+    here: Here, due: jax.Array, keys: jax.Array, matrices: Matrices, ring: jax.Array
+) -> jax.Array:
+    """Overwrites the elements whose turn it is with x_t .. x_{t+S-1}, a few at a time."""
+    assert here.shard is not None
+    size = ring.shape[1]
+    width = min(4 * TILE, size)
+    chosen = jnp.nonzero(due, size=-(-size // width) * width, fill_value=size)[0]
+    hi, lo = _shards.indices(here.shard, here.first)
+
+    def some(i: jax.Array, ring: jax.Array) -> jax.Array:
+        at = jax.lax.dynamic_slice_in_dim(chosen, i * width, width)
+        index = hi.at[at].get(mode="clip"), lo.at[at].get(mode="clip")
+        z = jax.vmap(lambda key: here.sample_at(key, index))(keys)[:, None]
+        old = ring.at[:, at].get(mode="clip")[:, None]
+        new = _visited(matrices, z, old)[:, 0]
+        return ring.at[:, at].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+    count = (jnp.count_nonzero(due) + width - 1) // width
+    return jax.lax.fori_loop(0, count, some, ring)
+
+
+def _visited(matrices: Matrices, z: jax.Array, ring: jax.Array) -> jax.Array:
+    """P z + Q x, of samples and rings ``[.., tiles, width]``."""
+    of_noise, of_ring = matrices
+    new = _matmul(of_noise.astype(ring.dtype), z)
+    return new if of_ring is None else new + _matmul(of_ring.astype(ring.dtype), ring)
+
+
+def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.einsum("ij,jtw->itw", matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _read(ring: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    """Columns start[t] .. start[t] + width - 1 of the ring, as ``[rows, t, width]``."""
+    return jax.lax.gather(
+        ring,
+        start[:, None],
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(0, 2), collapsed_slice_dims=(), start_index_map=(1,)
+        ),
+        slice_sizes=(ring.shape[0], width),
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+
+
+def _write(ring: jax.Array, start: jax.Array, columns: jax.Array) -> jax.Array:
+    """The ring with columns start[t] .. start[t] + width - 1 replaced."""
+    return jax.lax.scatter(
+        ring,
+        start[:, None],
+        columns,
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(0, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
+        ),
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )

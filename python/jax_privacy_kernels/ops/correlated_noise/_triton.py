@@ -1,0 +1,99 @@
+"""Correlated noise as one launch for every leaf, in Triton (kernels/correlated_noise_triton.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_privacy_kernels.ops import _gpu_noise, _jax_triton
+from jax_privacy_kernels.ops._leaves import TILE, Leaf
+from jax_privacy_kernels.ops._noise import NoiseOutputs
+from jax_privacy_kernels.ops.correlated_noise._contract import Inputs
+from jax_privacy_kernels.ops.correlated_noise._filters import Filter, RecurrenceFilter
+from jax_privacy_kernels.ops.dense_noise import _triton as _dense_noise
+
+__all__ = ["refuse", "run"]
+
+# Terms made together, at most, and elements of a tile to a program that makes them. With twice as
+# many of either, the compiler spills registers for some dtypes and sizes.
+GROUP = 8
+PART = 256
+
+
+def refuse(leaf: Leaf, filter: Filter) -> str | None:
+    """Why this implementation cannot take the leaf, or None."""
+    if reason := _gpu_noise.refuse_triton(leaf, filter.ahead):
+        return reason
+    if filter.rows and not isinstance(filter, RecurrenceFilter):
+        return f"it keeps no state of a {filter.name}"
+    return None
+
+
+def run(inputs: Inputs) -> NoiseOutputs:
+    """One step."""
+    filter, leaves, base = inputs.filter, inputs.leaves, inputs.base
+    assert filter.ahead
+    assert base is not None
+    # What is left over of a division has the sign of the step here. Its noise is NaN already.
+    step = jnp.maximum(inputs.step, 0)
+    split = jax.vmap(lambda key: jax.random.split(key, leaves[0].count), out_axes=1)
+    keys = jax.random.key_data(split(inputs.keys))  # [leaves, samples, 2]
+    outs, rings = [], []
+    for i, (leaf, first, grad) in enumerate(zip(leaves, base, inputs.grads, strict=True)):
+        factors = filter.factors(step, inputs.coef.astype(leaf.dtype))
+        scale = inputs.scale.astype(leaf.dtype)
+        if filter.slots:
+            runs = _gpu_noise.runs(leaf, first, filter.slots)
+            arrays = [step, keys, _padded(factors), scale, grad, runs, inputs.rings[i]]
+            out, ring = _recurrence(filter.slots, leaf, keys[0].size * leaf.index, arrays)
+            rings.append(ring)
+        else:
+            out = _dense_noise.weighted_samples(leaf, first, keys, factors.reshape(-1), scale, grad)
+        outs.append(out)
+    return NoiseOutputs(outs, rings)
+
+
+def _recurrence(
+    slots: int, leaf: Leaf, first_key: int, arrays: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    from jax_privacy_kernels.kernels import correlated_noise_triton
+
+    *_, weights, _, grad, runs, ring = arrays
+    unit = _jax_triton.divisor(leaf.shard.run)
+    tiles = _gpu_noise.tiles_of_run(leaf)
+    # Of every S tiles that have all phases; the first of them may begin before the run.
+    groups = -(-(tiles + (0 if leaf.whole else slots - 1)) // slots)
+    group = TILE // PART + -(-tiles // groups)
+    programs = groups * group
+    return _jax_triton.call(
+        correlated_noise_triton.recurrence,
+        arrays,
+        [first_key, leaf.shard.run // unit, runs.shape[0], programs, group],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (grad, ring)],
+        programs=runs.shape[0] * programs,
+        aliases={len(arrays) - 1: 1},
+        UNIT=unit,
+        SLOTS=slots,
+        ROWS=weights.shape[0],
+        WIDTH=weights.shape[1],
+        GROUP=_group(slots),
+        PART=PART,
+        TILE=TILE,
+        ACCURATE=_jax_triton.accurate(),
+        WHOLE=leaf.whole,
+    )
+
+
+def _padded(factors: jax.Array) -> jax.Array:
+    """The factors of a recurrence, and zeros for what groups at either end reach beyond them."""
+    slots = factors.shape[1] - 1
+    group = _group(slots)
+    width = -(-slots // group) * group + group
+    return jnp.pad(factors, ((0, 0), (0, width - factors.shape[1])))
+
+
+def _group(slots: int) -> int:
+    """The size of a group: as many as there must be, and these as equal as can be."""
+    return -(-slots // -(-slots // GROUP))

@@ -19,7 +19,7 @@ def _missing() -> str | None:
     try:
         # Deprecated since jax 0.11: it may go.
         import jax.experimental.pallas
-        import jax.experimental.pallas.triton
+        import jax.experimental.pallas.triton  # noqa: F401
     except ImportError as error:
         return f"this jax has no Pallas for GPUs ({error})"
     return None

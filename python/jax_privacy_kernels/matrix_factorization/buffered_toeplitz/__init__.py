@@ -53,6 +53,12 @@ from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._sums import (
     robust_max_error_Gamma_jk,
 )
 
+ScalarFloat: TypeAlias = jax.typing.ArrayLike
+"""A real number, or an array of shape ()."""
+
+ThetaPairType: TypeAlias = tuple[jax.Array, jax.Array]
+"""Decays of C, and of ``C^-1``."""
+
 __all__ = [
     "BufferedToeplitz",
     "LossFn",
@@ -79,17 +85,10 @@ __all__ = [
     "sensitivity_squared",
 ]
 
-ScalarFloat: TypeAlias = jax.typing.ArrayLike
-"""A real number, or an array of shape ()."""
-
-ThetaPairType: TypeAlias = tuple[jax.Array, jax.Array]
-"""Decays of C, and of ``C^-1``."""
-
-_ALIASES = ("ScalarFloat", "ThetaPairType")
-
 # Pickles name this module, whichever file of it a name is written in: classes and functions by
 # their own names, a Parameterization by those of its functions too.
-_named: list[Any] = [globals()[name] for name in __all__ if name not in _ALIASES]
+_aliases = {"ScalarFloat", "ThetaPairType"}
+_named: list[Any] = [globals()[name] for name in __all__ if name not in _aliases]
 _named += [_same, _with_inverse, _decay_pair, _blts_of_decay_pair, _interlaced, _blts_of_interlaced]
 for _object in _named:
     _object.__module__ = __name__

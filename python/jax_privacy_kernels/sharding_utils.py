@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, is_tracing
 
 __all__ = [
     "PartitionSpecPyTree",
@@ -203,7 +203,7 @@ def parallel_sample_pytree(
       RuntimeError: a mesh axis is not explicit; called inside a trace, where samples would become
         constants, the same at every call.
     """
-    if isinstance(jnp.zeros(()) + 0, jax.core.Tracer):
+    if is_tracing():
         raise RuntimeError(
             "expected to be called outside of jit and other traces: samples would be constants"
         )

@@ -29,6 +29,7 @@ from jax_privacy_kernels.ops import (
     _registry,
     correlated_noise,
     dense_noise,
+    init_dense_noise,
     min_sep_norm,
     toeplitz_multiply,
     toeplitz_solve,
@@ -127,6 +128,7 @@ def noise_of_shard(slots, shard, leaf_size=10_000):
             step=jnp.int32(0),
             keys=jax.random.split(jax.random.key(0), slots or 1),
             coef=jnp.ones((1, slots + 1)),
+            stddevs=None,
             scale=jnp.ones(()),
         )
         return _registry.table("correlated_noise")["triton"].run(inputs)
@@ -145,7 +147,10 @@ def row_of_shard(shard):
 
 
 def dense():
-    return dense_noise(jnp.zeros(1000), jnp.ones(5), key=jax.random.key(0))
+    key, matrix, grads = jax.random.key(0), jnp.ones((1, 5)), jnp.zeros(1000)
+    state = init_dense_noise(grads, matrix, key=key)
+    impl = jax.random.key_impl(key)
+    return dense_noise(grads, state, matrix, stddev=1.0, key_impl=impl)
 
 
 def multiply():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, is_concrete
+from jax_privacy_kernels._checks import check_int, is_concrete, is_tracing
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._matrix import (
@@ -175,7 +175,7 @@ def _loss(
     """``error(C^-1) squared(C)``: in float64 if all is known, infinite if there is no inverse."""
     check_float64_dtype(blt)
     blt.validate()
-    if not is_concrete((blt, n, jnp.zeros(()) + 0)):  # or while something else is traced
+    if is_tracing() or not is_concrete((blt, n)):
         return error(blt.inverse(skip_checks=skip_checks)) * squared(blt)
     with jax.enable_x64(True):
         wide = BufferedToeplitz(*values_of(blt)[:2])

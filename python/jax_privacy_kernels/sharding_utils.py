@@ -140,7 +140,7 @@ def compute_early_stopping_order(batch_size: int, microbatch_size: int | None) -
         [0 2 4 1 3 5]
 
     Args:
-      batch_size: the number of examples, padding included.
+      batch_size: the number of examples, padding included. Poisson sampling makes it 0 at times.
       microbatch_size: how many are processed at a time; None for all, in the order they have.
 
     Returns:
@@ -149,9 +149,10 @@ def compute_early_stopping_order(batch_size: int, microbatch_size: int | None) -
 
     Raises:
       TypeError: a size that is not an integer.
-      ValueError: a size below 1, or a batch that does not divide into microbatches.
+      ValueError: ``batch_size`` below 0, ``microbatch_size`` below 1, or a batch that does not
+        divide into microbatches.
     """
-    batch_size = check_int("batch_size", batch_size)
+    batch_size = check_int("batch_size", batch_size, minimum=0)
     order = np.arange(batch_size)
     if microbatch_size is None:
         return order

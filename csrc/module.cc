@@ -19,6 +19,8 @@ NB_MODULE(_jpk, m) {
     add("jpk_correlated_noise", jpk_correlated_noise);
     add("jpk_min_sep_norm", jpk_min_sep_norm);
     add("jpk_participation_max", jpk_participation_max);
+    add("jpk_privacy_loss_bins", jpk_privacy_loss_bins);
+    add("jpk_privacy_loss_steps", jpk_privacy_loss_steps);
     add("jpk_toeplitz_finish", jpk_toeplitz_finish);
     add("jpk_toeplitz_multiply", jpk_toeplitz_multiply);
     add("jpk_toeplitz_solve", jpk_toeplitz_solve);

@@ -26,7 +26,7 @@ import numpy as np
 
 import jax_privacy_kernels
 from jax_privacy_kernels import noise_addition
-from jax_privacy_kernels.ops import _cpp
+from jax_privacy_kernels.ops import _ffi
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # The contestants, as plots call them.
@@ -204,7 +204,7 @@ def environment() -> dict[str, Any]:
         "cpu": models[0] if models else platform.machine(),
         "cores": cores(),
         "load before": f"{os.getloadavg()[0]:.2f}",
-        "simd": "none" if _cpp.unavailable() else _cpp.simd_target(),
+        "simd": "none" if _ffi.unavailable() else _ffi.simd_target(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("jax", "jaxlib", "jax-privacy")},
         "jax-privacy-kernels": jax_privacy_kernels.__version__,

@@ -55,7 +55,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels import noise_addition
-from jax_privacy_kernels.ops import _lookahead, _shards
+from jax_privacy_kernels.ops import _shards
+from jax_privacy_kernels.ops.correlated_noise import _schedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -137,7 +138,7 @@ def leaf_work(
 
     Workers take `chunk` parts at a time; `part` is the number of the shard's first.
     """
-    tile, size = _lookahead.TILE, shard.size
+    tile, size = _schedule.TILE, shard.size
     starts = run_starts(shard, base)
     shift = 0 if shard.axes else base % tile
     parts = -(-(size + shift) // tile)
@@ -178,7 +179,7 @@ def device_work(shards: Sequence[tuple[_shards.Shard, int, int]], slots: int, wo
     """The step on (shard, base, first tile) of all leaves, as correlated_noise shares it out."""
 
     def parts(shard: _shards.Shard, base: int) -> int:
-        return -(-(shard.size + (0 if shard.axes else base % _lookahead.TILE)) // _lookahead.TILE)
+        return -(-(shard.size + (0 if shard.axes else base % _schedule.TILE)) // _schedule.TILE)
 
     total = sum(parts(shard, base) for shard, base, _ in shards)
     workers = min(max(total // 8, 1), workers)
@@ -200,7 +201,7 @@ def all_work(
         shapes = [(-(-math.prod(shape) // devices) * devices,) for shape in shapes]
         specs = [PartitionSpec("x")] * len(shapes)
     first_tiles = [
-        leaf.first_tile for leaf in _lookahead.plan(shapes, [np.dtype("float32")] * len(shapes))
+        leaf.first_tile for leaf in _schedule.plan(shapes, [np.dtype("float32")] * len(shapes))
     ]
     work = []
     for device in range(devices):
@@ -359,7 +360,7 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         # A tile for each leaf, and a kilobyte of keys and counters.
         spare = max(
             (row["state_bytes_per_device"] - row["ring_bytes"] / row["devices"] - 1024)
-            / (row["leaves"] * (row["bands"] - 1) * SLOT * _lookahead.TILE)
+            / (row["leaves"] * (row["bands"] - 1) * SLOT * _schedule.TILE)
             for row in mine
         )
         checks.append(harness.floor(f"{name}: state beyond its share, tiles", spare, "<=", 1))

@@ -3,7 +3,7 @@
 // A leaf may keep a ring of S terms to come. A visit to a tile then makes the terms of S steps
 // (`advance` by S), or, in the first S steps of a run, of one step, or only reads one slot. Which
 // of them is a function of the step and the tile's position in the tree (visits.h);
-// ops/_lookahead.py states it for all implementations, and they must agree: it is the meaning of
+// ops/correlated_noise/_schedule.py states it for all implementations, and they must agree: it is the meaning of
 // the state that they share.
 #ifndef JPK_CORRELATED_NOISE_H_
 #define JPK_CORRELATED_NOISE_H_

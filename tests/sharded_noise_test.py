@@ -22,7 +22,7 @@ from jax_privacy_kernels.matrix_factorization import (
     toeplitz,
 )
 from jax_privacy_kernels.noise_addition import SupportedStrategies
-from jax_privacy_kernels.ops import _cpp
+from jax_privacy_kernels.ops import _ffi
 
 STEPS = 12
 COEF = toeplitz.optimal_max_error_strategy_coefs(5)
@@ -90,7 +90,7 @@ SMALL = "odd", "columns", "flat"
 KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
 COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
 
-needs_cpp = pytest.mark.skipif(bool(_cpp.unavailable()), reason=f"{_cpp.unavailable()}")
+needs_cpp = pytest.mark.skipif(bool(_ffi.unavailable()), reason=f"{_ffi.unavailable()}")
 implementations = pytest.mark.parametrize(
     "implementation", [pytest.param("cpp", marks=needs_cpp), "jax"]
 )

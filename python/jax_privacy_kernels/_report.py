@@ -11,7 +11,7 @@ from importlib import metadata
 import jax
 
 from jax_privacy_kernels import _swap
-from jax_privacy_kernels.ops import _cpp, _dispatch
+from jax_privacy_kernels.ops import _dispatch, _ffi
 from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS as BANDED_ERROR
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
@@ -49,8 +49,8 @@ def report() -> str:
     lines += [f"  {name:<20} {_version(name)}" for name in _PACKAGES]
     lines += ["devices"]
     lines += [f"  {device.platform:<20} {device.device_kind}" for device in jax.devices()]
-    missing = _cpp.unavailable()
-    lines += ["compiled kernels", f"  {missing or 'SIMD target: ' + _cpp.simd_target()}"]
+    missing = _ffi.unavailable()
+    lines += ["compiled kernels", f"  {missing or 'SIMD target: ' + _ffi.simd_target()}"]
     asked = os.environ.get(_dispatch.ENVIRONMENT)
     lines += ["asked for", f"  {_dispatch.ENVIRONMENT}={asked}" if asked else "  nothing"]
     for op, table in _OPS.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jax_privacy_kernels.ops import _cpp
+from jax_privacy_kernels.ops import _ffi
 
 
 def fixture(name: str) -> Callable[[], ModuleType]:
@@ -20,7 +20,7 @@ def fixture(name: str) -> Callable[[], ModuleType]:
     def bench() -> ModuleType:
         for module in ("matplotlib", "jax_privacy"):
             pytest.importorskip(module, reason=f"{module} is missing; install the bench extra")
-        if reason := _cpp.unavailable():
+        if reason := _ffi.unavailable():
             pytest.skip(reason)
         return importlib.import_module(name)
 

@@ -24,8 +24,7 @@ from triton.compiler import ASTSource
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
-    _lookahead,
-    _triton,
+    _jax_triton,
     correlated_noise,
     dense_noise,
     min_sep_norm,
@@ -33,9 +32,10 @@ from jax_privacy_kernels.ops import (
     toeplitz_solve,
 )
 from jax_privacy_kernels.ops import init_correlated_noise as init
-from jax_privacy_kernels.ops._recurrence import Layout
 from jax_privacy_kernels.ops._shards import Shard
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
+from jax_privacy_kernels.ops.correlated_noise import _schedule
+from jax_privacy_kernels.ops.correlated_noise._matrices import Layout
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
 from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
@@ -47,7 +47,7 @@ TYPES |= {"int32": "i32", "uint32": "u32"}
 
 
 def compiler(label):
-    """A `_triton.call` that compiles instead of launching."""
+    """A `_jax_triton.call` that compiles instead of launching."""
 
     def call(kernel, arrays, numbers, outs, *, programs, warps=4, aliases=None, **constants):
         del programs, aliases
@@ -114,7 +114,7 @@ def noise(coef, size, dtype="float32"):
 def noise_of_shard(slots, shard, leaf_size=10_000, filter="recurrence", behind=0):
     layout = Layout(filter, True, slots, behind=behind)
     coef = jnp.ones((1, behind + 1 if filter == "row" else slots + 1))
-    (leaf,) = _lookahead.plan([(leaf_size,)], [jnp.dtype("float32")])
+    (leaf,) = _schedule.plan([(leaf_size,)], [jnp.dtype("float32")])
     leaf = dataclasses.replace(leaf, shard=shard)
 
     def step():
@@ -170,7 +170,7 @@ def main(names):
             entry = table["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
             stack.enter_context(mock.patch.dict(table, triton=entry))
         for name in names or CASES:
-            compiling = mock.patch.object(_triton, "call", compiler(name))
+            compiling = mock.patch.object(_jax_triton, "call", compiler(name))
             with compiling, jax_privacy_kernels.implementation("triton"):
                 jax.clear_caches()
                 jax.eval_shape(CASES[name])

@@ -581,7 +581,7 @@ def test_error_of_all_implementations():
     C = strategy(9, 4)
     expected = errors(C.params, prefix(9))
     for name in ("cpp", "jax"):
-        if name == "cpp" and jax_privacy_kernels.ops._cpp.unavailable():
+        if name == "cpp" and jax_privacy_kernels.ops._ffi.unavailable():
             continue
         with jax_privacy_kernels.implementation(name):
             lowered = jax.jit(lambda C: banded.per_query_error(C)).lower(C)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jax_privacy_kernels.matrix_factorization import streaming_matrix, toeplitz
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence
+from jax_privacy_kernels.ops.correlated_noise._matrices import BandedRecurrence
 
 N = 6
 COEF = np.array([0.8, 0.5, 0.33])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from implementations import CUDA_CALLS, first_on_cuda
 
 import jax_privacy_kernels
-from jax_privacy_kernels.ops import _cpp, _dispatch
+from jax_privacy_kernels.ops import _dispatch, _ffi
 
 UNIT = 2.0**-53  # the relative error of one operation in float64
 
@@ -444,7 +444,7 @@ def call_handler(target, arguments, results, values=None, **attributes):
     Args:
       values: of the arguments, by default ones.
     """
-    if reason := _cpp.unavailable():  # which registers the handlers
+    if reason := _ffi.unavailable():  # which registers the handlers
         pytest.skip(reason)
     if values is None:
         values = [np.ones(shape) for shape, _ in arguments]

@@ -35,10 +35,10 @@ from jax_privacy_kernels.ops import (
     dense_noise,
     init_correlated_noise,
 )
-from jax_privacy_kernels.ops import _lookahead as lookahead
-from jax_privacy_kernels.ops._recurrence import Layout
 from jax_privacy_kernels.ops._shards import Shard
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
+from jax_privacy_kernels.ops.correlated_noise import _schedule as lookahead
+from jax_privacy_kernels.ops.correlated_noise._matrices import Layout
 
 SAMPLE_RTOL = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6, "float64": 1e-13}
 TARGET = "jpk_correlated_noise"

@@ -14,8 +14,8 @@ import pytest
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
-    _cpp,
     _dispatch,
+    _ffi,
     correlated_noise,
     implementation,
     init_correlated_noise,
@@ -138,10 +138,10 @@ def no_extension(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_privacy_kernels._jpk", None)
     # A submodule that was imported is an attribute of the package as well.
     monkeypatch.delattr(jax_privacy_kernels, "_jpk", raising=False)
-    _cpp.unavailable.cache_clear()
+    _ffi.unavailable.cache_clear()
     jax.clear_caches()
     yield
-    _cpp.unavailable.cache_clear()
+    _ffi.unavailable.cache_clear()
     jax.clear_caches()
 
 

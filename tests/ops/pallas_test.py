@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import pytest
 
 from jax_privacy_kernels._report import report
-from jax_privacy_kernels.ops import _dispatch, _pallas, _triton, toeplitz_multiply
+from jax_privacy_kernels.ops import _dispatch, _jax_pallas, _jax_triton, toeplitz_multiply
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew(monkeypatch):
     monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
-    _triton.unavailable()  # remembered from now on: not of the GPU that a test makes up
+    _jax_triton.unavailable()  # remembered from now on: not of the GPU that a test makes up
     monkeypatch.delitem(IMPLEMENTATIONS, "triton")  # which would come first
-    _pallas.unavailable.cache_clear()
+    _jax_pallas.unavailable.cache_clear()
     yield
-    _pallas.unavailable.cache_clear()
+    _jax_pallas.unavailable.cache_clear()
 
 
 def gpu(monkeypatch, capability):
@@ -36,11 +36,11 @@ def on_cuda():
 
 
 def check_refusal(reason):
-    assert reason in _pallas.unavailable()
+    assert reason in _jax_pallas.unavailable()
     assert on_cuda() == "jax"
     with pytest.raises(ValueError, match=rf"'pallas' of toeplitz_multiply .*{reason}"):
         toeplitz_multiply(jnp.ones(2), jnp.ones(2), implementation="pallas")
-    assert f"not pallas:          {_pallas.unavailable()}" in report()
+    assert f"not pallas:          {_jax_pallas.unavailable()}" in report()
 
 
 def test_old_gpu(monkeypatch):
@@ -51,7 +51,7 @@ def test_old_gpu(monkeypatch):
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "10.3"])
 def test_new_gpu(monkeypatch, capability):
     gpu(monkeypatch, capability)
-    assert _pallas.unavailable() is None
+    assert _jax_pallas.unavailable() is None
     assert on_cuda() == "pallas"
 
 
@@ -61,7 +61,7 @@ def test_jax_without_it(monkeypatch):
 
 
 def test_without_a_gpu_it_is_there_to_be_exported():
-    reason = _pallas.unavailable()
+    reason = _jax_pallas.unavailable()
     assert reason is None or "compute capability" in reason
 
 

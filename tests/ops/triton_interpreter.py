@@ -15,7 +15,9 @@ from unittest import mock
 import jax
 import numpy as np
 
-from jax_privacy_kernels.ops import _triton, correlated_noise_triton, toeplitz_multiply_triton
+from jax_privacy_kernels.ops import _jax_triton
+from jax_privacy_kernels.ops.correlated_noise import _triton as correlated_noise_triton
+from jax_privacy_kernels.ops.toeplitz_multiply import _triton as toeplitz_multiply_triton
 
 OPS = ("correlated_noise", "min_sep_norm", "toeplitz_multiply", "toeplitz_solve")
 INTERPRET = {"TRITON_INTERPRET": "1"}  # Triton looks for it when it is imported, and later
@@ -82,7 +84,7 @@ class _Array:
 
 
 def call(kernel, arrays, numbers, outs, *, programs, warps=4, aliases=None, **constants):
-    """As `_triton.call`, by a callback to the host."""
+    """As `_jax_triton.call`, by a callback to the host."""
     del warps
     dtypes = [x.dtype for x in arrays]
 
@@ -155,7 +157,7 @@ def interpreted():
         for patch in (
             mock.patch.dict(os.environ, INTERPRET),
             _patched_language(),
-            mock.patch.object(_triton, "call", call),
+            mock.patch.object(_jax_triton, "call", call),
             # What takes time is the number of operations, not of elements.
             mock.patch.object(correlated_noise_triton, "PART", 512),
             mock.patch.multiple(toeplitz_multiply_triton, ROWS=128, LAGS=256),

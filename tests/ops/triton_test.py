@@ -16,7 +16,7 @@ import triton_interpreter
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     _counter_prng,
-    _triton,
+    _jax_triton,
     correlated_noise,
     init_correlated_noise,
 )
@@ -48,9 +48,9 @@ def step(coef, grads, implementation=None):
 
 @pytest.fixture
 def unavailable():
-    _triton.unavailable.cache_clear()
-    yield _triton.unavailable
-    _triton.unavailable.cache_clear()
+    _jax_triton.unavailable.cache_clear()
+    yield _jax_triton.unavailable
+    _jax_triton.unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("module", ["triton", "jax_triton"])
@@ -138,14 +138,14 @@ def test_a_negative_step_stays_in_the_ring(clock):
 
 
 def launches(update, arguments):
-    """What `_triton.call` is called with."""
+    """What `_jax_triton.call` is called with."""
     found = []
 
     def call(kernel, arrays, numbers, outs, *, programs, aliases=None, **constants):
         found.append((kernel, arrays, numbers, programs, constants))
         return [jnp.zeros(out.shape, out.dtype) for out in outs]
 
-    with mock.patch.object(_triton, "call", call):
+    with mock.patch.object(_jax_triton, "call", call):
         jax.clear_caches()
         jax.eval_shape(update, *arguments)
     jax.clear_caches()

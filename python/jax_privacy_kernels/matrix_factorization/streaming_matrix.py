@@ -18,7 +18,11 @@ import numpy as np
 
 from jax_privacy_kernels._checks import check_int, check_vector
 from jax_privacy_kernels._mirrored import Mirrored
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence, Momentum, NoisingMatrix
+from jax_privacy_kernels.ops.correlated_noise._matrices import (
+    BandedRecurrence,
+    Momentum,
+    NoisingMatrix,
+)
 
 __all__ = [
     "State",

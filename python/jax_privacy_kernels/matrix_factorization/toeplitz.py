@@ -34,7 +34,7 @@ from jax_privacy_kernels.matrix_factorization.streaming_matrix import (
     StreamingMatrix,
     scale_rows_and_columns,
 )
-from jax_privacy_kernels.ops._recurrence import BandedRecurrence, MovingAverage
+from jax_privacy_kernels.ops.correlated_noise._matrices import BandedRecurrence, MovingAverage
 
 __all__ = [
     "banded_inverse_square_root_noising_coefs",

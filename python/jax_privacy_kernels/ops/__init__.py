@@ -1,13 +1,6 @@
 """The hot paths: one public op each, and its implementations."""
 
 from jax_privacy_kernels.ops._dispatch import asked, implementation
-from jax_privacy_kernels.ops._recurrence import (
-    BandedRecurrence,
-    Buffers,
-    Momentum,
-    MovingAverage,
-    NoisingMatrix,
-)
 from jax_privacy_kernels.ops._shards import sharding_of
 from jax_privacy_kernels.ops._shards import zeros as zeros_on_mesh
 from jax_privacy_kernels.ops.banded_error import banded_error
@@ -19,6 +12,13 @@ from jax_privacy_kernels.ops.correlated_noise import (
     dense_kind,
     dense_noise,
     init_correlated_noise,
+)
+from jax_privacy_kernels.ops.correlated_noise._matrices import (
+    BandedRecurrence,
+    Buffers,
+    Momentum,
+    MovingAverage,
+    NoisingMatrix,
 )
 from jax_privacy_kernels.ops.min_sep_norm import min_sep_norm
 from jax_privacy_kernels.ops.participation_max import participation_max

@@ -12,16 +12,22 @@ arrays in memory there: these are one fused expression.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.extend.random
 import jax.numpy as jnp
 
 from jax_privacy_kernels.kernels._threefry import threefry2x32
-from jax_privacy_kernels.ops._lookahead import looks_ahead
 from jax_privacy_kernels.ops._shards import Words
 
-__all__ = ["at", "normal"]
+__all__ = ["at", "looks_ahead", "normal"]
+
+
+def looks_ahead(key_impl: Any) -> bool:
+    """Whether keys of this type take the look-ahead schedule, in the current JAX config."""
+    return str(key_impl) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)
+
 
 _UINT = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
 

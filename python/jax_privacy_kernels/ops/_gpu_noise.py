@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _shards
-from jax_privacy_kernels.ops._lookahead import Leaf, tile_of
-from jax_privacy_kernels.ops._recurrence import Layout
 from jax_privacy_kernels.ops._shards import Shard
+from jax_privacy_kernels.ops.correlated_noise._matrices import Layout
+from jax_privacy_kernels.ops.correlated_noise._schedule import Leaf, tile_of
 
 __all__ = ["factors", "refuse", "runs"]
 

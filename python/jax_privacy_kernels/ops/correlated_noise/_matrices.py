@@ -1,0 +1,179 @@
+"""What ops need to know about streaming matrices: noising matrices, and workloads.
+
+A noising matrix makes the terms x of correlated noise from independent samples z, row by row. Those
+with a fused kernel are described by the dataclasses below, which are pytrees. Each has
+
+    row_scale       ``[n]`` floating array, or None for all ones; row t of the matrix gives
+                    ``row_scale[min(t, n - 1)] x_t``
+    dtype           of its coefficients
+    layout(ahead)   the `Layout` of its state, with or without look-ahead
+    coef_at(step, layout)   its coefficients at a step, as implementations take them
+    invertible(coef)        whether the matrix with those coefficients is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["BandedRecurrence", "Buffers", "Layout", "Momentum", "MovingAverage", "NoisingMatrix"]
+
+
+class Layout(NamedTuple):
+    """How x is made of z, and what of it the state keeps. Static.
+
+    Attributes:
+      filter: "recurrence", "moving_average", "row", "buffers" or "inverse_buffers".
+      ahead: whether terms are made ahead, tile by tile (see _schedule.py).
+      slots: S, how many slots of terms there are in a ring.
+      hidden: how many rows of a ring come before its slots.
+      behind: how many samples before z_t there are in x_t.
+    """
+
+    filter: str
+    ahead: bool
+    slots: int
+    hidden: int = 0
+    behind: int = 0
+
+    @property
+    def rows(self) -> int:
+        """The rows of a ring."""
+        return self.hidden + self.slots
+
+    @property
+    def steps(self) -> int:
+        """How many terms a visit to a tile makes, at most."""
+        return max(self.slots, 1) if self.ahead else 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BandedRecurrence:
+    """The rows of ``C^-1`` for a banded lower-triangular strategy C.
+
+    Row t of the product ``x = C^-1 z`` solves ``x_t = (z_t - sum_{l=1}^{b-1} c_l x_{t-l}) / c_0``,
+    for coefficients that may differ from row to row.
+
+    Attributes:
+      coef: floating array, ``c_0 != 0``: ``[b]``, the Toeplitz coefficients of C; or ``[n, b]``,
+        those of every row of C, ``coef[t, l] = C[t, t - l]``. The last row goes on.
+      row_scale: see above.
+    """
+
+    coef: jax.Array
+    row_scale: jax.Array | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.coef.dtype
+
+    def layout(self, ahead: bool) -> Layout:
+        return Layout("recurrence", ahead, slots=self.coef.shape[-1] - 1)
+
+    def coef_at(self, step: jax.Array, layout: Layout) -> jax.Array:
+        """``[1, b]``, or ``[layout.steps, b]`` for the steps from this one on."""
+        if self.coef.ndim == 1:
+            return self.coef[None]
+        return self.coef.at[step + jnp.arange(layout.steps)].get(mode="clip")
+
+    def invertible(self, coef: jax.Array) -> jax.Array:
+        return (coef[:, 0] != 0).all()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MovingAverage:
+    """The rows of a banded Toeplitz ``C^-1``: ``x_t = sum_{l=0}^{p-1} w_l z_{t-l}``.
+
+    Nothing of the past need be kept: its samples can be made again from their keys. With k slots a
+    visit makes k terms of k + p - 1 samples, so that a step costs (k + p - 1) / k samples for every
+    parameter; without slots, p samples and no state.
+
+    Attributes:
+      coef: ``[p]`` floating array w.
+      slots: k.
+      row_scale: see above.
+    """
+
+    coef: jax.Array
+    slots: int = dataclasses.field(metadata={"static": True})
+    row_scale: jax.Array | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.coef.dtype
+
+    def layout(self, ahead: bool) -> Layout:
+        slots = self.slots if ahead else 0
+        return Layout("moving_average", ahead, slots, behind=self.coef.shape[0] - 1)
+
+    def coef_at(self, step: jax.Array, layout: Layout) -> jax.Array:
+        """``[1, p]``, the weights of z_{t-p+1} .. z_t."""
+        del step, layout
+        return self.coef[None, ::-1]
+
+    def invertible(self, coef: jax.Array) -> jax.Array:
+        return coef[0, -1] != 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+    """The rows of a buffered linear Toeplitz matrix (BLT), or of its inverse.
+
+    With m buffers u, all zero at first, a BLT is ``x_t = z_t + sum_i w_i u_{t,i}`` with
+    ``u_{t+1,i} = d_i u_{t,i} + z_t``; its inverse ``x_t = z_t - sum_i w_i u_{t,i}`` with
+    ``u_{t+1,i} = d_i u_{t,i} + x_t``. See https://arxiv.org/abs/2404.16706.
+
+    Attributes:
+      buf_decay: ``[m]`` floating array d.
+      output_scale: ``[m]`` floating array w.
+      inverse: which of the two.
+      slots: how many steps a visit looks ahead; 0 reads and writes the buffers at every step.
+      row_scale: see above.
+    """
+
+    buf_decay: jax.Array
+    output_scale: jax.Array
+    inverse: bool = dataclasses.field(metadata={"static": True})
+    slots: int = dataclasses.field(metadata={"static": True})
+    row_scale: jax.Array | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.result_type(self.buf_decay, self.output_scale)
+
+    def layout(self, ahead: bool) -> Layout:
+        name = "inverse_buffers" if self.inverse else "buffers"
+        return Layout(name, ahead, self.slots if ahead else 0, hidden=self.buf_decay.shape[0])
+
+    def coef_at(self, step: jax.Array, layout: Layout) -> jax.Array:
+        """``[2, m]``, the decays and the output scales."""
+        del step, layout
+        return jnp.stack([self.buf_decay, self.output_scale])
+
+    def invertible(self, coef: jax.Array) -> jax.Array:
+        del coef
+        return jnp.array(True)  # the diagonal is 1
+
+
+NoisingMatrix = BandedRecurrence | MovingAverage | Buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    """The rows of a momentum workload, prefix sums among them.
+
+    Row t of ``y = A x`` is ``y_t = y_{t-1} + r_t m_t`` with ``m_t = beta m_{t-1} + x_t``.
+
+    Attributes:
+      momentum: beta, a real scalar.
+      learning_rates: ``[m]`` floating array r, whose last entry goes on; None for all ones.
+    """
+
+    momentum: jax.typing.ArrayLike = 0.0
+    learning_rates: jax.Array | None = None

@@ -1,0 +1,93 @@
+"""The most that one user can add to a linear function of the rounds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi
+from jax_privacy_kernels.ops.participation_max import _cpp, _jax
+
+__all__ = ["IMPLEMENTATIONS", "participation_max"]
+
+# Fastest first. An implementation is a module with a function
+#
+#   run(x, *, min_sep, max_participations, differentiate) -> (value,) or (value, gradient)
+#
+#   x                   [..., n], float32 or float64, n >= 1; the value is [...]
+#   min_sep             at least 1 (static)
+#   max_participations  at least 0 (static)
+#   differentiate       whether the gradient is wanted (static)
+IMPLEMENTATIONS: _dispatch.Table = {
+    "cpp": _dispatch.Implementation(platforms=("cpu",), run=_cpp.run, unavailable=_ffi.unavailable),
+    "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=_jax.run),
+}
+
+
+def participation_max(
+    x: jax.Array,
+    *,
+    min_sep: int,
+    max_participations: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The maximum of ``sum_{i in I} x[i]`` over sets I of at most k rounds, ``min_sep`` apart.
+
+    The dynamic program VecSens, Algorithm 3 of https://arxiv.org/abs/2306.08153:
+    ``F(i, j) = max(x[i] + F(i + min_sep, j - 1), F(i + 1, j))``, in float64 whatever the dtype.
+    O(n k), and O(n) where k is as large as the rounds allow. Its derivative is that of the maxima,
+    one half to either side of a tie, as JAX takes it; differentiable once. Rows run in parallel.
+
+    Args:
+      x: ``[..., n]``, real, n >= 1. Its signs matter: I may be empty.
+      min_sep: least distance of two rounds in I, at least 1.
+      max_participations: k, at least 0.
+      implementation: "jax", "cpp", ..., or None for the fastest.
+
+    Returns:
+      ``[...]``, of the dtype of x, at least float32.
+
+    Raises:
+      ValueError: the implementation asked for cannot run here.
+      NotImplementedError: when lowered, if it does not run on the platform.
+    """
+    name = _dispatch.requested("participation_max", IMPLEMENTATIONS, implementation)
+    return _max(_coefficients.real(x), min_sep, max_participations, name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_once(x: jax.Array, min_sep: int, max_participations: int, name: str | None) -> jax.Array:
+    return _call(x, min_sep, max_participations, name, False)[0]
+
+
+def _call(
+    x: jax.Array, min_sep: int, max_participations: int, name: str | None, differentiate: bool
+) -> Any:
+    return _coefficients.call(
+        "participation_max",
+        IMPLEMENTATIONS,
+        name,
+        x,
+        min_sep=min_sep,
+        max_participations=max_participations,
+        differentiate=differentiate,
+    )
+
+
+def _forward(
+    x: jax.Array, min_sep: int, max_participations: int, name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    value, gradient = _call(x, min_sep, max_participations, name, True)
+    return value, gradient
+
+
+def _backward(*arguments: Any) -> tuple[jax.Array]:
+    *_, gradient, g = arguments
+    return (g[..., None] * gradient,)
+
+
+_max_once.defvjp(_forward, _backward)
+# Jitted, so that a call outside jit compiles once.
+_max = jax.jit(_max_once, static_argnums=(1, 2, 3))

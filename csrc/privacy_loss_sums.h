@@ -118,17 +118,20 @@ inline constexpr double kLargestNormal = 8.3;
 struct Bins {
   int64_t modes;
   const double* gram;    // [modes, modes]
-  const double* factor;  // [modes, modes], lower triangular: its product with its transpose is gram
-  std::vector<int64_t> start;   // the first nonzero of every row of factor
-  std::vector<double> half;     // G_ii / 2
-  double mean_half;             // the mean of half
+  const double* factor;  // [modes, modes]; its product with its transpose is gram
+  std::vector<int64_t> start, stop;  // what of every row of factor is not zero
+  std::vector<double> half;          // G_ii / 2
+  double mean_half;                  // the mean of half
 
   Bins(int64_t modes, const double* gram, const double* factor)
       : modes(modes), gram(gram), factor(factor), mean_half(0) {
     for (int64_t i = 0; i < modes; ++i) {
-      int64_t k = 0;
-      while (k < i && factor[i * modes + k] == 0) ++k;
-      start.push_back(k);
+      int64_t from = 0, to = modes;
+      const double* row = factor + i * modes;
+      while (from < to && row[from] == 0) ++from;
+      while (to > from && row[to - 1] == 0) --to;
+      start.push_back(from);
+      stop.push_back(to);
       half.push_back(gram[i * modes + i] / 2);
       mean_half += half.back() / static_cast<double>(modes);
     }
@@ -139,7 +142,7 @@ struct Bins {
 JPK_INLINE void combine(const double* factor, int64_t from, int64_t to, const Row* normals,
                         double* __restrict out) {
   Row sum = {};
-  for (int64_t k = from; k <= to; ++k) {
+  for (int64_t k = from; k < to; ++k) {
     for (int l = 0; l < kLanes; ++l) sum[l] += factor[k] * normals[k][l];
   }
   for (int l = 0; l < kLanes; ++l) out[l] = sum[l];
@@ -172,7 +175,7 @@ class BinsBlocks {
     }
     Row mean = {};
     for (int64_t i = 0; i < modes; ++i) {
-      combine(bins_.factor + i * modes, bins_.start[i], i, normals, products[i]);
+      combine(bins_.factor + i * modes, bins_.start[i], bins_.stop[i], normals, products[i]);
       for (int l = 0; l < kLanes; ++l) mean[l] += products[i][l];
     }
     for (int l = 0; l < kLanes; ++l) mean[l] /= static_cast<double>(modes);

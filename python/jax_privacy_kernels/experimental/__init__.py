@@ -1,0 +1,1 @@
+"""What jax_privacy has as experimental."""

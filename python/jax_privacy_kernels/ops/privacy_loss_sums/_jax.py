@@ -1,0 +1,191 @@
+"""Privacy loss sums in plain JAX: the oracle, and what runs where no kernel does.
+
+The samples are those of the kernel, up to rounding. Likelihood ratios of sequences of steps are
+those of the backward recurrence of https://arxiv.org/abs/2602.09338, always in logarithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+
+from jax_privacy_kernels.kernels._threefry import threefry2x32
+
+__all__ = ["run"]
+
+_NUMBERS = 2**21  # that a chunk of samples may take, for each of its arrays
+
+
+def run(
+    key: jax.Array,
+    span: jax.Array,
+    operands: tuple[jax.Array, ...],
+    sigmas: jax.Array,
+    margins: jax.Array,
+    epsilons: jax.Array,
+    *,
+    scheme: str,
+    n: int,
+    period: int,
+    p: float,
+) -> Any:
+    """Sums, counts and maxima; the contract stands in the op, above its table."""
+    if scheme == "bins":
+        losses = _bins(key, *operands, sigmas)
+        width = period
+    else:
+        losses = _steps(key, *operands, sigmas, scheme=scheme, n=n, period=period, p=p)
+        width = n + period
+    size = max(16, min(4096, _NUMBERS // width))
+    shape = (2, sigmas.size, epsilons.size)
+    first, count = span
+
+    def chunk(i: jax.Array, carry: Any) -> Any:
+        sums, counts, maxima = carry
+        index = i * size + jnp.arange(size)
+        loss = losses((first + index).astype(jnp.uint64)) + margins[:, None]
+        loss = jnp.where(index < count, loss, -jnp.inf)
+        excess = -jnp.expm1(epsilons[:, None] - loss[..., None, :])
+        value = jnp.where(excess <= 0, 0.0, excess)
+        return (
+            sums + value.sum(axis=-1),
+            counts + (value != 0).sum(axis=-1),
+            jnp.maximum(maxima, value.max(axis=-1)),
+        )
+
+    zeros = jnp.zeros(shape, jnp.float64)
+    return jax.lax.fori_loop(0, -(-count // size), chunk, (zeros, zeros, zeros))
+
+
+def _unit(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array:
+    """Uniform numbers of [0, 1), multiples of 2^-52, a function of the key and a 64-bit index."""
+    hi, lo = (index >> 32).astype(jnp.uint32), index.astype(jnp.uint32)
+    x0, x1 = threefry2x32(*key, hi, lo)
+    bits = (x0.astype(jnp.uint64) << 32) | x1.astype(jnp.uint64)
+    return (bits >> 12).astype(jnp.float64) * 2.0**-52
+
+
+def _normal(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array:
+    lowest = -1 + 2.0**-53
+    u = jnp.maximum(_unit(key, index) * 2 + lowest, lowest)
+    return jax.lax.erf_inv(u) * 2**0.5
+
+
+def _split(key: jax.Array, i: int) -> tuple[jax.Array, jax.Array]:
+    return threefry2x32(key[0], key[1], jnp.uint32(0), jnp.uint32(i))
+
+
+def _for_each_sigma(
+    loss: Callable[[jax.Array, Any], jax.Array], sigmas: jax.Array, signals: tuple[Any, Any]
+) -> jax.Array:
+    """Losses [2, s, samples]: of P, and of Q with the sign turned."""
+    signs = []
+    for sign, signal in zip((1, -1), signals, strict=True):
+        by_sigma = jax.lax.map(lambda sigma, signal=signal: loss(sigma, signal), sigmas)
+        signs.append(sign * by_sigma)
+    return jnp.stack(signs)
+
+
+def _bins(
+    key: jax.Array, gram: jax.Array, factor: jax.Array, sigmas: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    modes = len(gram)
+    half = jnp.diag(gram) / 2
+
+    def losses(sample: jax.Array) -> jax.Array:
+        index = sample[:, None] * jnp.uint64(modes) + jnp.arange(modes, dtype=jnp.uint64)
+        g = jnp.matmul(_normal(_split(key, 0), index), factor.T, precision="highest")
+        chosen = (_unit(_split(key, 1), sample) * modes).astype(jnp.int64)
+        offsets = gram[jnp.minimum(chosen, modes - 1)]
+
+        def loss(sigma: jax.Array, offset: jax.Array) -> jax.Array:
+            t = g / sigma + (offset - half) / sigma**2
+            return logsumexp(t, axis=-1) - jnp.log(modes)
+
+        return _for_each_sigma(loss, sigmas, (offsets, jnp.zeros(())))
+
+    return losses
+
+
+def _steps(
+    key: jax.Array,
+    c: jax.Array,
+    sigmas: jax.Array,
+    *,
+    scheme: str,
+    n: int,
+    period: int,
+    p: float,
+) -> Callable[[jax.Array], jax.Array]:
+    taps = c.size
+    norms = jnp.cumsum(c**2)[jnp.minimum(taps, n - jnp.arange(n)) - 1]
+    padded = jnp.concatenate([c, jnp.zeros(1)])
+    log_p, log_rest = jnp.log(jnp.float64(p)), jnp.log1p(-jnp.float64(p))
+    log_start = jnp.log1p((period - 1) * jnp.float64(p))
+
+    def correlate(y: jax.Array) -> jax.Array:
+        """The inner products of y [n, samples] with the columns of C."""
+        y = jnp.concatenate([y, jnp.zeros((taps - 1, y.shape[1]))])
+        tap = lambda k, total: total + c[k] * jax.lax.dynamic_slice_in_dim(y, k, n)  # noqa: E731
+        return jax.lax.fori_loop(0, taps, tap, jnp.zeros((n, y.shape[1])))
+
+    def signal(sample: jax.Array, index: jax.Array) -> jax.Array:
+        """C x [n, samples]."""
+        u = _unit(_split(key, 1), sample)
+        if scheme == "cyclic":
+            first = jnp.minimum(jnp.floor(u * period), period - 1)
+        elif scheme == "min_sep_warm":
+            unspent = jnp.exp(-log_start)
+            waiting = 1 + jnp.floor((u - unspent) / (p * unspent))
+            first = jnp.where(u >= unspent, jnp.minimum(waiting, period - 1), 0)
+        else:
+            first = jnp.zeros(u.shape)
+
+        def step(carry: Any, now: Any) -> Any:
+            last, first = carry
+            t, drawn = now
+            is_open = t >= first
+            on = is_open & drawn
+            last = jnp.where(on, t, last)
+            first = jnp.where(is_open if scheme == "cyclic" else on, t + period, first)
+            return (last, first), padded[jnp.minimum(t - last, taps).astype(jnp.int64)]
+
+        drawn = _unit(_split(key, 2), index) < p
+        start = (jnp.full(u.shape, -1e200), first)
+        return jax.lax.scan(step, start, (jnp.arange(n, dtype=jnp.float64), drawn))[1]
+
+    def log_ratio(r: jax.Array) -> jax.Array:
+        """log P(y) / Q(y) [samples] from r_i [n, samples]."""
+        if scheme == "cyclic":
+            terms = jnp.logaddexp(log_rest, log_p + r)
+            rows = -(-n // period)
+            terms = jnp.concatenate([terms, jnp.zeros((rows * period - n, r.shape[1]))])
+            return logsumexp(terms.reshape(rows, period, -1).sum(axis=0), axis=0) - jnp.log(period)
+
+        def step(carry: Any, now: Any) -> Any:
+            ring, after = carry  # V_{i+1} .. V_{i+b}, the one of i + b at i % b, and V_{i+1}
+            i, r = now
+            here = jnp.logaddexp(log_rest + after, log_p + r + ring[i % period])
+            return (ring.at[i % period].set(here), here), None
+
+        start = (jnp.zeros((period, r.shape[1])), jnp.zeros(r.shape[1]))
+        (ring, here), _ = jax.lax.scan(step, start, (jnp.arange(n), r), reverse=True)
+        if scheme == "min_sep":
+            return here
+        return logsumexp(ring.at[1:].add(log_p), axis=0) - log_start
+
+    def losses(sample: jax.Array) -> jax.Array:
+        index = sample * jnp.uint64(n) + jnp.arange(n, dtype=jnp.uint64)[:, None]
+        noise = correlate(_normal(_split(key, 0), index))
+        signals = correlate(signal(sample, index))
+
+        def loss(sigma: jax.Array, signal: jax.Array) -> jax.Array:
+            return log_ratio(noise / sigma + (signal - norms[:, None] / 2) / sigma**2)
+
+        return _for_each_sigma(loss, sigmas, (signals, jnp.zeros(())))
+
+    return losses

@@ -16,6 +16,7 @@ from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS as BANDED_ERROR
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
 from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS as PARTICIPATION_MAX
+from jax_privacy_kernels.ops.privacy_loss_sums import IMPLEMENTATIONS as PRIVACY_LOSS_SUMS
 from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
 from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
 
@@ -28,6 +29,7 @@ _OPS = {
     "min_sep_norm": MIN_SEP_NORM,
     "participation_max": PARTICIPATION_MAX,
     "banded_error": BANDED_ERROR,
+    "privacy_loss_sums": PRIVACY_LOSS_SUMS,
 }
 _PACKAGES = (
     "jax-privacy-kernels",

@@ -39,6 +39,8 @@ VERIFIED = ("2.0",)
 
 # Of either library: one that a version does not have is left out.
 _MODULES = (
+    "experimental.monte_carlo.delta_calculation",
+    "experimental.monte_carlo.sample_generation",
     "noise_addition",
     "optimizers",
     "sharding_utils",

@@ -40,7 +40,7 @@ def run(
     else:
         losses = _steps(key, *operands, sigmas, scheme=scheme, n=n, period=period, p=p)
         width = n + period
-    size = max(16, min(4096, _NUMBERS // width))
+    size = max(16, min(1024, _NUMBERS // width))
     shape = (2, sigmas.size, epsilons.size)
     first, count = span
 
@@ -61,7 +61,10 @@ def run(
     return jax.lax.fori_loop(0, -(-count // size), chunk, (zeros, zeros, zeros))
 
 
-def _unit(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array:
+Key = tuple[jax.Array, jax.Array]
+
+
+def _unit(key: Key, index: jax.Array) -> jax.Array:
     """Uniform numbers of [0, 1), multiples of 2^-52, a function of the key and a 64-bit index."""
     hi, lo = (index >> 32).astype(jnp.uint32), index.astype(jnp.uint32)
     x0, x1 = threefry2x32(*key, hi, lo)
@@ -69,25 +72,29 @@ def _unit(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array:
     return (bits >> 12).astype(jnp.float64) * 2.0**-52
 
 
-def _normal(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array:
+def _normal(unit: jax.Array) -> jax.Array:
     lowest = -1 + 2.0**-53
-    u = jnp.maximum(_unit(key, index) * 2 + lowest, lowest)
-    return jax.lax.erf_inv(u) * 2**0.5
+    return jax.lax.erf_inv(jnp.maximum(unit * 2 + lowest, lowest)) * 2**0.5
 
 
-def _split(key: jax.Array, i: int) -> tuple[jax.Array, jax.Array]:
-    return threefry2x32(key[0], key[1], jnp.uint32(0), jnp.uint32(i))
+def _split(key: jax.Array) -> tuple[Key, Key, Key]:
+    """Of normal numbers, of the choice of a bin or a start, of participations."""
+    k0, k1 = threefry2x32(key[0], key[1], jnp.zeros(3, jnp.uint32), jnp.arange(3, dtype=jnp.uint32))
+    return (k0[0], k1[0]), (k0[1], k1[1]), (k0[2], k1[2])
 
 
 def _for_each_sigma(
-    loss: Callable[[jax.Array, Any], jax.Array], sigmas: jax.Array, signals: tuple[Any, Any]
+    loss: Callable[[jax.Array, jax.Array], jax.Array], sigmas: jax.Array, signal: jax.Array
 ) -> jax.Array:
-    """Losses [2, s, samples]: of P, and of Q with the sign turned."""
-    signs = []
-    for sign, signal in zip((1, -1), signals, strict=True):
-        by_sigma = jax.lax.map(lambda sigma, signal=signal: loss(sigma, signal), sigmas)
-        signs.append(sign * by_sigma)
-    return jnp.stack(signs)
+    """Losses [2, s, samples]: with the signal of the example, and without it and of other sign."""
+
+    def signed(which: Any) -> jax.Array:
+        sign, sigma = which
+        return sign * loss(sigma, jnp.where(sign > 0, signal, 0.0))
+
+    signs = jnp.repeat(jnp.array([1.0, -1.0]), sigmas.size)
+    found = jax.lax.map(signed, (signs, jnp.concatenate([sigmas, sigmas])))
+    return found.reshape(2, sigmas.size, -1)
 
 
 def _bins(
@@ -98,15 +105,16 @@ def _bins(
 
     def losses(sample: jax.Array) -> jax.Array:
         index = sample[:, None] * jnp.uint64(modes) + jnp.arange(modes, dtype=jnp.uint64)
-        g = jnp.matmul(_normal(_split(key, 0), index), factor.T, precision="highest")
-        chosen = (_unit(_split(key, 1), sample) * modes).astype(jnp.int64)
+        normal_key, choice_key, _ = _split(key)
+        g = jnp.matmul(_normal(_unit(normal_key, index)), factor.T, precision="highest")
+        chosen = (_unit(choice_key, sample) * modes).astype(jnp.int64)
         offsets = gram[jnp.minimum(chosen, modes - 1)]
 
         def loss(sigma: jax.Array, offset: jax.Array) -> jax.Array:
             t = g / sigma + (offset - half) / sigma**2
             return logsumexp(t, axis=-1) - jnp.log(modes)
 
-        return _for_each_sigma(loss, sigmas, (offsets, jnp.zeros(())))
+        return _for_each_sigma(loss, sigmas, offsets)
 
     return losses
 
@@ -133,9 +141,8 @@ def _steps(
         tap = lambda k, total: total + c[k] * jax.lax.dynamic_slice_in_dim(y, k, n)  # noqa: E731
         return jax.lax.fori_loop(0, taps, tap, jnp.zeros((n, y.shape[1])))
 
-    def signal(sample: jax.Array, index: jax.Array) -> jax.Array:
-        """C x [n, samples]."""
-        u = _unit(_split(key, 1), sample)
+    def signal(u: jax.Array, drawn: jax.Array) -> jax.Array:
+        """C x [n, samples] from uniform numbers [samples] and draws [n, samples]."""
         if scheme == "cyclic":
             first = jnp.minimum(jnp.floor(u * period), period - 1)
         elif scheme == "min_sep_warm":
@@ -154,7 +161,6 @@ def _steps(
             first = jnp.where(is_open if scheme == "cyclic" else on, t + period, first)
             return (last, first), padded[jnp.minimum(t - last, taps).astype(jnp.int64)]
 
-        drawn = _unit(_split(key, 2), index) < p
         start = (jnp.full(u.shape, -1e200), first)
         return jax.lax.scan(step, start, (jnp.arange(n, dtype=jnp.float64), drawn))[1]
 
@@ -180,12 +186,14 @@ def _steps(
 
     def losses(sample: jax.Array) -> jax.Array:
         index = sample * jnp.uint64(n) + jnp.arange(n, dtype=jnp.uint64)[:, None]
-        noise = correlate(_normal(_split(key, 0), index))
-        signals = correlate(signal(sample, index))
+        normal_key, choice_key, draw_key = _split(key)
+        noise = correlate(_normal(_unit(normal_key, index)))
+        drawn = _unit(draw_key, index) < p
+        signals = correlate(signal(_unit(choice_key, sample), drawn))
 
         def loss(sigma: jax.Array, signal: jax.Array) -> jax.Array:
             return log_ratio(noise / sigma + (signal - norms[:, None] / 2) / sigma**2)
 
-        return _for_each_sigma(loss, sigmas, (signals, jnp.zeros(())))
+        return _for_each_sigma(loss, sigmas, signals)
 
     return losses

@@ -537,11 +537,11 @@ class StepsBlocks {
 // Writes sums, counts and maxima [sign, sigma, epsilon] of samples first .. first + count - 1.
 // make() gives the blocks of one strand.
 template <typename Pool, typename Make>
-void sum_up(Pool& pool, uint64_t first, int64_t count, const Targets& targets, const Make& make,
-            double* sums, double* counts, double* maxima) {
+void sum_up(Pool& pool, int64_t workers, uint64_t first, int64_t count, const Targets& targets,
+            const Make& make, double* sums, double* counts, double* maxima) {
   const int64_t blocks = (count + kLanes - 1) / kLanes, strands = std::min(blocks, kStrands);
   std::vector<std::vector<Cell>> parts(static_cast<size_t>(strands));
-  parallel_for(pool, strands, pool.num_threads(), [&](int64_t strand, int64_t) {
+  parallel_for(pool, strands, workers, [&](int64_t strand, int64_t) {
     Tally tally(targets);
     auto work = make();
     // 128-bit products: blocks may be many.

@@ -60,7 +60,7 @@ struct Call {
     const privacy_loss::Targets targets{sigmas.typed_data(), margins.typed_data(), size(sigmas),
                                         epsilons.typed_data(), size(epsilons), *least};
     const Key words{key.typed_data()[0], key.typed_data()[1]};
-    privacy_loss::sum_up(pool, static_cast<uint64_t>(span.typed_data()[0]), span.typed_data()[1],
+    privacy_loss::sum_up(pool, pool.num_threads(), static_cast<uint64_t>(span.typed_data()[0]), span.typed_data()[1],
                          targets, [&] { return make(words, targets); }, sums->typed_data(),
                          counts->typed_data(), maxima->typed_data());
   }

@@ -97,7 +97,7 @@ def excess(losses, epsilon):
 def gaussian_delta(epsilon, sigma):
     """Of sensitivity 1, for either sign."""
     a, b = 0.5 / sigma, epsilon * sigma
-    return stats.norm.cdf(a - b) - np.exp(epsilon) * stats.norm.cdf(-a - b)
+    return stats.norm.cdf(a - b) - np.exp(epsilon + stats.norm.logcdf(-a - b))
 
 
 def subsampled_deltas(epsilon, sigma, p):

@@ -154,9 +154,15 @@ def numbers(found: Any) -> list[float]:
 def find(name: str, case: Case) -> dict[str, Any]:
     """Makes the first call of this process; gives its time and what it has found."""
     jax.block_until_ready(jnp.zeros(1))  # JAX looks for devices once.
-    call, found = contestant(name, case), []
-    seconds = harness.clock(lambda: found.append(call()) or found)
-    coef, stddev = found[0] if isinstance(found[0], tuple) else (found[0], None)
+    call, found = contestant(name, case), None
+
+    def keep() -> Any:
+        nonlocal found
+        found = call()
+        return found
+
+    seconds = harness.clock(keep)
+    coef, stddev = found if isinstance(found, tuple) else (found, None)
     return {
         "seconds": seconds,
         "coef": numbers(coef),
@@ -315,7 +321,7 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             if "median_s" in times:
                 axes.plot(times["median_s"], y, "o", color=color)
             axes.plot(first, y, "o", color=color, markerfacecolor="white", zorder=3)
-            beside = {"xytext": (8, 0), "textcoords": "offset points"}
+            beside: dict[str, Any] = {"xytext": (8, 0), "textcoords": "offset points"}
             where = (max(firsts), y)
             axes.annotate(f"{first:.3g} s", where, **beside, va="center", fontsize=8)
         axes.plot([], [], "s", color=color, label=text)

@@ -227,7 +227,7 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
     calls = {n: Recorder(call) for n, call in contestants(case).items()}
     rounds = {n: min(repeats, most) for n, most in case.repeats.items()}
     times = harness.interleave(calls, warmup=2, repeats=rounds, fresh=True)
-    results = {n: call.result for n, call in calls.items()}
+    results: dict[str, Any] = {n: call.result for n, call in calls.items()}
     if len(results) > 1:
         reference = next(iter(results))
     else:  # The strategy is the square root of prefix sums.
@@ -329,7 +329,7 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     for (name, text), marker in zip(harness.LABELS.items(), "osD", strict=True):
         at = [i for i, row in enumerate(rows) if name in row["implementations"]]
         times = [rows[i]["implementations"][name] for i in at]
-        style = {"marker": marker, "color": colors[name], "linestyle": "none"}
+        style: dict[str, Any] = {"marker": marker, "color": colors[name], "linestyle": "none"}
         milli = [t["median_s"] * 1e3 for t in times]
         axes.plot(milli, at, **style, label=text, zorder=3)
         first = [t["first_call_s"] * 1e3 for t in times]

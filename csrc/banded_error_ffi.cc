@@ -4,8 +4,8 @@
 
 #include "banded_error.h"
 #include "ffi_reals.h"
-#include "handlers.h"
 #include "parallel_for.h"
+#include "registry.h"
 
 namespace jpk {
 namespace {
@@ -13,7 +13,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Rows [..., n, b], scale [..., n], rates [..., n] and momentum [...], of one problem or several.
-struct Operands {
+struct BandedErrorOperands {
   ffi::AnyBuffer rows, scale, rates, momentum;
   int64_t n, b, problems;
 
@@ -48,10 +48,11 @@ struct Operands {
   }
 };
 
-ffi::Error values(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
-                  ffi::AnyBuffer rates, ffi::AnyBuffer momentum, ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error banded_error(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
+                        ffi::AnyBuffer rates, ffi::AnyBuffer momentum,
+                        ffi::Result<ffi::AnyBuffer> out) {
   return guarded("banded_error", [&]() -> std::string {
-    Operands operands{rows, scale, rates, momentum, 0, 0, 0};
+    BandedErrorOperands operands{rows, scale, rates, momentum, 0, 0, 0};
     const std::string wrong = operands.check();
     if (!wrong.empty()) return wrong;
     const int64_t n = operands.n;
@@ -65,13 +66,14 @@ ffi::Error values(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer scal
   });
 }
 
-ffi::Error gradients(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
-                     ffi::AnyBuffer rates, ffi::AnyBuffer momentum, ffi::AnyBuffer g,
-                     ffi::Result<ffi::AnyBuffer> rows_bar, ffi::Result<ffi::AnyBuffer> scale_bar,
-                     ffi::Result<ffi::AnyBuffer> rates_bar,
-                     ffi::Result<ffi::AnyBuffer> momentum_bar) {
+ffi::Error banded_error_gradients(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
+                                  ffi::AnyBuffer rates, ffi::AnyBuffer momentum, ffi::AnyBuffer g,
+                                  ffi::Result<ffi::AnyBuffer> rows_bar,
+                                  ffi::Result<ffi::AnyBuffer> scale_bar,
+                                  ffi::Result<ffi::AnyBuffer> rates_bar,
+                                  ffi::Result<ffi::AnyBuffer> momentum_bar) {
   return guarded("banded_error", [&]() -> std::string {
-    Operands operands{rows, scale, rates, momentum, 0, 0, 0};
+    BandedErrorOperands operands{rows, scale, rates, momentum, 0, 0, 0};
     const std::string wrong = operands.check();
     if (!wrong.empty()) return wrong;
     const int64_t n = operands.n, b = operands.b;
@@ -81,8 +83,8 @@ ffi::Error gradients(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer s
     }
     operands.for_each(pool, [&](int64_t i, banded::Errors errors) {
       std::vector<double> row(static_cast<size_t>(n * b)), s(static_cast<size_t>(n)), e(s.size());
-      const double m =
-          errors.gradients(Operands::copy(g, i, n).data(), row.data(), s.data(), e.data());
+      const double m = errors.gradients(BandedErrorOperands::copy(g, i, n).data(), row.data(),
+                                        s.data(), e.data());
       write(row.data(), i * n * b, 1, n * b, reals(*rows_bar));
       write(s.data(), i * n, 1, n, reals(*scale_bar));
       write(e.data(), i * n, 1, n, reals(*rates_bar));
@@ -95,6 +97,5 @@ ffi::Error gradients(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer s
 }  // namespace
 }  // namespace jpk
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_banded_error, jpk::values, jpk::bind_buffers<4>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_banded_error_gradients, jpk::gradients,
-                              (jpk::bind_buffers<5, 4>()));
+JPK_HANDLER(jpk_banded_error, jpk::banded_error, jpk::bind_buffers<4>());
+JPK_HANDLER(jpk_banded_error_gradients, jpk::banded_error_gradients, (jpk::bind_buffers<5, 4>()));

@@ -9,12 +9,21 @@
 
 namespace jpk {
 
-// e^x with a relative error below 2^-50 for |x| <= 708; beyond, x is taken for the nearest of these.
-// NaN gives NaN. The Taylor polynomial of degree 12 leaves out 0.35^13 / 13! < 2^-52.
+// e^x with a relative error below 2^-50 for |x| <= 708; beyond, x is taken for the nearest of
+// these. NaN gives NaN. The Taylor polynomial of degree 12 leaves out 0.35^13 / 13! < 2^-52.
 JPK_INLINE double exp_lane(double x) {
-  const double taylor[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                           1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
-                           1.0 / 24,        1.0 / 6,        0.5,           1.0,
+  const double taylor[] = {1.0 / 479001600,
+                           1.0 / 39916800,
+                           1.0 / 3628800,
+                           1.0 / 362880,
+                           1.0 / 40320,
+                           1.0 / 5040,
+                           1.0 / 720,
+                           1.0 / 120,
+                           1.0 / 24,
+                           1.0 / 6,
+                           0.5,
+                           1.0,
                            1.0};
   x = x < -708.0 ? -708.0 : x;
   x = x > 708.0 ? 708.0 : x;

@@ -2,16 +2,16 @@
 #include <string>
 
 #include "ffi_reals.h"
-#include "handlers.h"
 #include "min_sep_norm.h"
+#include "registry.h"
 
 namespace jpk {
 namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::RemainingRets results, int64_t n,
-               int64_t min_sep, int64_t max_participations) {
+ffi::Error run_min_sep_norm(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::RemainingRets results,
+                            int64_t n, int64_t min_sep, int64_t max_participations) {
   return guarded("min_sep_norm", [&]() -> std::string {
     const int64_t m = dimension(coef, 1);
     if (m > n || n > kMost || min_sep < 1 || min_sep > n || max_participations < 1) {
@@ -26,11 +26,11 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::RemainingRets res
 }  // namespace
 }  // namespace jpk
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_min_sep_norm, jpk::run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // coef
-                                  .RemainingRets()             // values, gradients
-                                  .Attr<int64_t>("n")
-                                  .Attr<int64_t>("min_sep")
-                                  .Attr<int64_t>("max_participations"));
+JPK_HANDLER(jpk_min_sep_norm, jpk::run_min_sep_norm,
+            xla::ffi::Ffi::Bind()
+                .Ctx<xla::ffi::ThreadPool>()
+                .Arg<xla::ffi::AnyBuffer>()  // coef
+                .RemainingRets()             // values, gradients
+                .Attr<int64_t>("n")
+                .Attr<int64_t>("min_sep")
+                .Attr<int64_t>("max_participations"));

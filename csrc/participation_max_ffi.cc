@@ -2,16 +2,16 @@
 #include <string>
 
 #include "ffi_reals.h"
-#include "handlers.h"
 #include "participation_max.h"
+#include "registry.h"
 
 namespace jpk {
 namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingRets results, int64_t min_sep,
-               int64_t max_participations) {
+ffi::Error run_participation_max(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingRets results,
+                                 int64_t min_sep, int64_t max_participations) {
   return guarded("participation_max", [&]() -> std::string {
     const int64_t n = dimension(x, 1);
     if (min_sep < 1 || max_participations < 0) {
@@ -26,10 +26,10 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingRets result
 }  // namespace
 }  // namespace jpk
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_participation_max, jpk::run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // x
-                                  .RemainingRets()             // values, gradients
-                                  .Attr<int64_t>("min_sep")
-                                  .Attr<int64_t>("max_participations"));
+JPK_HANDLER(jpk_participation_max, jpk::run_participation_max,
+            xla::ffi::Ffi::Bind()
+                .Ctx<xla::ffi::ThreadPool>()
+                .Arg<xla::ffi::AnyBuffer>()  // x
+                .RemainingRets()             // values, gradients
+                .Attr<int64_t>("min_sep")
+                .Attr<int64_t>("max_participations"));

@@ -29,7 +29,7 @@
 namespace jpk {
 namespace privacy_loss {
 
-inline constexpr int kLanes = 32;  // samples that are made together
+inline constexpr int kLanes = 32;              // samples that are made together
 inline constexpr int kRows = kBlock / kLanes;  // rows of lanes that normal_block makes at once
 inline constexpr int64_t kStrands = 128;
 inline constexpr double kNever = -1e200;  // the logarithm of a probability of zero
@@ -90,7 +90,8 @@ JPK_INLINE double unit(Key key, uint64_t counter) {
   return bit_cast<double>((bits >> 12) | 0x3FF0000000000000u) - 1.0;
 }
 
-// rows[i][l] = normal number first + i of sample sample + l, of which each has `stride`; kRows rows.
+// rows[i][l] = normal number first + i of sample sample + l, of which each has `stride`; kRows
+// rows.
 JPK_INLINE void normal_rows(Key key, uint64_t sample, uint64_t stride, uint64_t first, Row* rows) {
   uint32_t hi[kBlock], lo[kBlock];
   for (int i = 0; i < kRows; ++i) {
@@ -117,8 +118,8 @@ inline constexpr double kLargestNormal = 8.3;
 // One g serves both signs and all sigmas.
 struct Bins {
   int64_t modes;
-  const double* gram;    // [modes, modes]
-  const double* factor;  // [modes, modes]; its product with its transpose is gram
+  const double* gram;                // [modes, modes]
+  const double* factor;              // [modes, modes]; its product with its transpose is gram
   std::vector<int64_t> start, stop;  // what of every row of factor is not zero
   std::vector<double> half;          // G_ii / 2
   double mean_half;                  // the mean of half
@@ -280,8 +281,8 @@ struct Steps {
     const int64_t steps = period < 4 ? 16 * period : (period + kTile - 1) / kTile * kTile;
     const double takes = static_cast<double>((steps + period - 1) / period + 2);
     const double waits = static_cast<double>(steps + 2 * period) * -std::log1p(-p);
-    const double spread = takes * reach(sigma) + waits - std::log(p) +
-                          std::log1p(static_cast<double>(period) * p);
+    const double spread =
+        takes * reach(sigma) + waits - std::log(p) + std::log1p(static_cast<double>(period) * p);
     return spread <= 600 ? steps : 0;
   }
 
@@ -378,8 +379,8 @@ class StepsBlocks {
       const double unspent = std::exp(-likely);  // the probability to be open at once
       last_[l] = kNever;
       if (cyclic) {
-        open_[l] = std::min(std::floor(u * static_cast<double>(period)),
-                            static_cast<double>(period - 1));
+        open_[l] =
+            std::min(std::floor(u * static_cast<double>(period)), static_cast<double>(period - 1));
       } else if (warm && u >= unspent) {
         open_[l] = std::min(1 + std::floor((u - unspent) / (steps_.p * unspent)),
                             static_cast<double>(period - 1));

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "ffi_reals.h"
-#include "handlers.h"
 #include "privacy_loss_sums.h"
+#include "registry.h"
 
 namespace jpk {
 namespace {
@@ -45,8 +45,8 @@ struct Call {
       if (size(*result) != 2 * size(sigmas) * size(epsilons)) return "needs results [2, s, e]";
     }
     const double* sigma = sigmas.typed_data();
-    const bool usable = std::all_of(sigma, sigma + size(sigmas),
-                                    [](double v) { return v >= 1e-6 && v <= 1e6; });
+    const bool usable =
+        std::all_of(sigma, sigma + size(sigmas), [](double v) { return v >= 1e-6 && v <= 1e6; });
     if (!usable) return "needs 1e-6 <= sigma <= 1e6";
     if (!all_finite(margins) || !all_finite(epsilons)) return "needs finite margins and epsilons";
     return "";
@@ -55,21 +55,22 @@ struct Call {
   // make(key, targets) gives the blocks of one strand.
   template <typename Make>
   void run(ffi::ThreadPool& pool, const Make& make) {
-    const double* least = std::min_element(epsilons.typed_data(),
-                                           epsilons.typed_data() + size(epsilons));
-    const privacy_loss::Targets targets{sigmas.typed_data(), margins.typed_data(), size(sigmas),
-                                        epsilons.typed_data(), size(epsilons), *least};
+    const double* least =
+        std::min_element(epsilons.typed_data(), epsilons.typed_data() + size(epsilons));
+    const privacy_loss::Targets targets{sigmas.typed_data(),   margins.typed_data(), size(sigmas),
+                                        epsilons.typed_data(), size(epsilons),       *least};
     const Key words{key.typed_data()[0], key.typed_data()[1]};
-    privacy_loss::sum_up(pool, pool.num_threads(), static_cast<uint64_t>(span.typed_data()[0]), span.typed_data()[1],
-                         targets, [&] { return make(words, targets); }, sums->typed_data(),
-                         counts->typed_data(), maxima->typed_data());
+    privacy_loss::sum_up(
+        pool, pool.num_threads(), static_cast<uint64_t>(span.typed_data()[0]), span.typed_data()[1],
+        targets, [&] { return make(words, targets); }, sums->typed_data(), counts->typed_data(),
+        maxima->typed_data());
   }
 };
 
-ffi::Error bins(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
-                ffi::Buffer<ffi::DataType::S64> span, Numbers gram, Numbers factor, Numbers sigmas,
-                Numbers margins, Numbers epsilons, ffi::Result<Numbers> sums,
-                ffi::Result<Numbers> counts, ffi::Result<Numbers> maxima) {
+ffi::Error run_bins(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
+                    ffi::Buffer<ffi::DataType::S64> span, Numbers gram, Numbers factor,
+                    Numbers sigmas, Numbers margins, Numbers epsilons, ffi::Result<Numbers> sums,
+                    ffi::Result<Numbers> counts, ffi::Result<Numbers> maxima) {
   return guarded(kOp, [&]() -> std::string {
     Call call{key, span, sigmas, margins, epsilons, sums, counts, maxima};
     const std::string wrong = call.check();
@@ -87,10 +88,11 @@ ffi::Error bins(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
   });
 }
 
-ffi::Error steps(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
-                 ffi::Buffer<ffi::DataType::S64> span, Numbers c, Numbers sigmas, Numbers margins,
-                 Numbers epsilons, ffi::Result<Numbers> sums, ffi::Result<Numbers> counts,
-                 ffi::Result<Numbers> maxima, int64_t scheme, int64_t n, int64_t period, double p) {
+ffi::Error run_steps(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
+                     ffi::Buffer<ffi::DataType::S64> span, Numbers c, Numbers sigmas,
+                     Numbers margins, Numbers epsilons, ffi::Result<Numbers> sums,
+                     ffi::Result<Numbers> counts, ffi::Result<Numbers> maxima, int64_t scheme,
+                     int64_t n, int64_t period, double p) {
   return guarded(kOp, [&]() -> std::string {
     Call call{key, span, sigmas, margins, epsilons, sums, counts, maxima};
     const std::string wrong = call.check();
@@ -105,8 +107,8 @@ ffi::Error steps(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
       return "needs c of 1 to min(n, period) coefficients";
     }
     if (!all_finite(c)) return "needs finite c";
-    const privacy_loss::Steps steps{static_cast<privacy_loss::Steps::Scheme>(scheme), n, period, p,
-                                    size(c), c.typed_data()};
+    const privacy_loss::Steps steps{
+        static_cast<privacy_loss::Steps::Scheme>(scheme), n, period, p, size(c), c.typed_data()};
     call.run(pool, [&](Key words, const privacy_loss::Targets& targets) {
       return privacy_loss::StepsBlocks(steps, words, targets);
     });
@@ -117,35 +119,32 @@ ffi::Error steps(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
 }  // namespace
 }  // namespace jpk
 
-#define JPK_NUMBERS Arg<xla::ffi::Buffer<xla::ffi::DataType::F64>>()
-#define JPK_RESULT Ret<xla::ffi::Buffer<xla::ffi::DataType::F64>>()
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_privacy_loss_bins, jpk::bins,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::DataType::U32>>()  // key
-                                  .Arg<xla::ffi::Buffer<xla::ffi::DataType::S64>>()  // span
-                                  .JPK_NUMBERS  // gram
-                                  .JPK_NUMBERS  // factor
-                                  .JPK_NUMBERS  // sigmas
-                                  .JPK_NUMBERS  // margins
-                                  .JPK_NUMBERS  // epsilons
-                                  .JPK_RESULT   // sums
-                                  .JPK_RESULT   // counts
-                                  .JPK_RESULT);  // maxima
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_privacy_loss_steps, jpk::steps,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::DataType::U32>>()  // key
-                                  .Arg<xla::ffi::Buffer<xla::ffi::DataType::S64>>()  // span
-                                  .JPK_NUMBERS  // c
-                                  .JPK_NUMBERS  // sigmas
-                                  .JPK_NUMBERS  // margins
-                                  .JPK_NUMBERS  // epsilons
-                                  .JPK_RESULT   // sums
-                                  .JPK_RESULT   // counts
-                                  .JPK_RESULT   // maxima
-                                  .Attr<int64_t>("scheme")
-                                  .Attr<int64_t>("n")
-                                  .Attr<int64_t>("period")
-                                  .Attr<double>("p"));
+JPK_HANDLER(jpk_privacy_loss_bins, jpk::run_bins,
+            xla::ffi::Ffi::Bind()
+                .Ctx<xla::ffi::ThreadPool>()
+                .Arg<xla::ffi::Buffer<xla::ffi::DataType::U32>>()  // key
+                .Arg<xla::ffi::Buffer<xla::ffi::DataType::S64>>()  // span
+                .Arg<jpk::Numbers>()                               // gram
+                .Arg<jpk::Numbers>()                               // factor
+                .Arg<jpk::Numbers>()                               // sigmas
+                .Arg<jpk::Numbers>()                               // margins
+                .Arg<jpk::Numbers>()                               // epsilons
+                .Ret<jpk::Numbers>()                               // sums
+                .Ret<jpk::Numbers>()                               // counts
+                .Ret<jpk::Numbers>());                             // maxima
+JPK_HANDLER(jpk_privacy_loss_steps, jpk::run_steps,
+            xla::ffi::Ffi::Bind()
+                .Ctx<xla::ffi::ThreadPool>()
+                .Arg<xla::ffi::Buffer<xla::ffi::DataType::U32>>()  // key
+                .Arg<xla::ffi::Buffer<xla::ffi::DataType::S64>>()  // span
+                .Arg<jpk::Numbers>()                               // c
+                .Arg<jpk::Numbers>()                               // sigmas
+                .Arg<jpk::Numbers>()                               // margins
+                .Arg<jpk::Numbers>()                               // epsilons
+                .Ret<jpk::Numbers>()                               // sums
+                .Ret<jpk::Numbers>()                               // counts
+                .Ret<jpk::Numbers>()                               // maxima
+                .Attr<int64_t>("scheme")
+                .Attr<int64_t>("n")
+                .Attr<int64_t>("period")
+                .Attr<double>("p"));

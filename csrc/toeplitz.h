@@ -16,11 +16,12 @@
 
 namespace jpk::toeplitz {
 
-constexpr int64_t kLags = 8;      // summed up in registers, before they are added to the output
-constexpr int64_t kTile = 512;    // outputs of a task; with their inputs they stay in the L1 cache
-constexpr int64_t kSolve = 64;    // outputs solved for before the next ones are updated
-constexpr int64_t kBlock = 4096;  // outputs solved for by one thread
-constexpr int64_t kPad = kTile + kLags;
+constexpr int64_t kLags = 8;  // summed up in registers, before they are added to the output
+constexpr int64_t kTaskRows =
+    512;                        // outputs of a task; with their inputs they stay in the L1 cache
+constexpr int64_t kSolve = 64;  // outputs solved for before the next ones are updated
+constexpr int64_t kSolvedAtOnce = 4096;  // outputs solved for by one thread
+constexpr int64_t kPad = kTaskRows + kLags;
 
 // A vector between zeros: kPad before its start and kPad behind its end. Its elements are not set.
 class Padded {
@@ -97,8 +98,8 @@ JPK_TARGET_CLONES static void solve_ahead(const double* coef, int64_t lags, int6
 template <typename Pool>
 void multiply(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const Padded& x,
               int64_t first, int64_t n, Padded& out) {
-  parallel_for(pool, (n - first + kTile - 1) / kTile, workers, [&](int64_t tile, int64_t) {
-    const int64_t row = first + tile * kTile, count = std::min(kTile, n - row);
+  parallel_for(pool, (n - first + kTaskRows - 1) / kTaskRows, workers, [&](int64_t tile, int64_t) {
+    const int64_t row = first + tile * kTaskRows, count = std::min(kTaskRows, n - row);
     double* sums = out.data() + row;
     std::fill(sums, sums + count, 0.0);
     add_products(coef.data(), std::min(m, row + count), x.data() + row, count, sums);
@@ -107,7 +108,7 @@ void multiply(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const 
 
 // Solves x_i = u_i + sum_{l = 1..lags} coef[l - 1] x_{i-l} in place of u, with one thread.
 inline void solve_block(const double* coef, int64_t lags, int64_t n, double* u) {
-  if (lags < kTile) return solve_ahead(coef, lags, n, u);
+  if (lags < kTaskRows) return solve_ahead(coef, lags, n, u);
   for (int64_t t = 0; t < n; t += kSolve) {
     const int64_t count = std::min(kSolve, n - t);
     double tile[kSolve] = {};
@@ -129,16 +130,16 @@ void solve(Pool& pool, int64_t workers, Padded& coef, int64_t m, Padded& rhs, in
   for (int64_t l = 0; l < lags; ++l) c[l] /= -c0;
   for (int64_t i = 0; i < n; ++i) u[i] /= c0;
   if (lags == 0) return;
-  if (workers == 1 || m <= kTile) return solve_block(c, lags, n, u);
+  if (workers == 1 || m <= kTaskRows) return solve_block(c, lags, n, u);
 
   // All threads add what lies before a block, then one solves the block.
-  Padded block(std::min(kBlock, n));
-  for (int64_t b = 0; b < n; b += kBlock) {
-    const int64_t size = std::min(kBlock, n - b), reach = std::min(size, lags);
+  Padded block(std::min(kSolvedAtOnce, n));
+  for (int64_t b = 0; b < n; b += kSolvedAtOnce) {
+    const int64_t size = std::min(kSolvedAtOnce, n - b), reach = std::min(size, lags);
     std::copy(u + b, u + b + size, block.data());
     std::fill(u + b, u + b + size, 0.0);
-    parallel_for(pool, (reach + kTile - 1) / kTile, workers, [&](int64_t tile, int64_t) {
-      const int64_t first = tile * kTile, count = std::min(kTile, reach - first);
+    parallel_for(pool, (reach + kTaskRows - 1) / kTaskRows, workers, [&](int64_t tile, int64_t) {
+      const int64_t first = tile * kTaskRows, count = std::min(kTaskRows, reach - first);
       add_products(c, std::min(lags, b + first + count - 1), u + b + first - 1, count,
                    block.data() + first);
     });

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "ffi_reals.h"
-#include "handlers.h"
+#include "registry.h"
 #include "toeplitz.h"
 #include "toeplitz_fft.h"
 
@@ -57,8 +57,8 @@ ffi::Error multiply_or_solve(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::Any
 }
 
 // Spectra [..., bands, F] and [..., blocks, F]; their sums of products [..., blocks, F].
-ffi::Error spectra(ffi::ThreadPool pool, ffi::AnyBuffer left, ffi::AnyBuffer right,
-                   ffi::Result<ffi::AnyBuffer> sums) {
+ffi::Error multiply_spectra(ffi::ThreadPool pool, ffi::AnyBuffer left, ffi::AnyBuffer right,
+                            ffi::Result<ffi::AnyBuffer> sums) {
   return guarded("toeplitz_multiply", [&]() -> std::string {
     for (const ffi::AnyBuffer& buffer : {left, right, *sums}) {
       if (buffer.element_type() != ffi::DataType::C128) return "needs complex128 spectra";
@@ -80,8 +80,8 @@ ffi::Error spectra(ffi::ThreadPool pool, ffi::AnyBuffer left, ffi::AnyBuffer rig
 
 // Coefficients [..., m], vectors [..., n], and what an FFT made of them and of their absolute
 // values, [..., 2, n]; the products [..., n].
-ffi::Error finish(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs, ffi::AnyBuffer far,
-                  ffi::Result<ffi::AnyBuffer> out, int64_t block) {
+ffi::Error finish_multiply(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs,
+                           ffi::AnyBuffer far, ffi::Result<ffi::AnyBuffer> out, int64_t block) {
   return guarded("toeplitz_multiply", [&]() -> std::string {
     for (const ffi::AnyBuffer& buffer : {coef, rhs, far, *out}) {
       if (buffer.element_type() != ffi::DataType::F64) return "needs float64 buffers";
@@ -110,10 +110,10 @@ ffi::Error finish(ffi::ThreadPool pool, ffi::AnyBuffer coef, ffi::AnyBuffer rhs,
 }  // namespace
 }  // namespace jpk
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_multiply, jpk::multiply_or_solve<false>,
-                              jpk::bind_buffers<2>().Attr<bool>("transpose"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_solve, jpk::multiply_or_solve<true>,
-                              jpk::bind_buffers<2>().Attr<bool>("transpose"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_spectra, jpk::spectra, jpk::bind_buffers<2>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jpk_toeplitz_finish, jpk::finish,
-                              jpk::bind_buffers<3>().Attr<int64_t>("block"));
+JPK_HANDLER(jpk_toeplitz_multiply, jpk::multiply_or_solve<false>,
+            jpk::bind_buffers<2>().Attr<bool>("transpose"));
+JPK_HANDLER(jpk_toeplitz_solve, jpk::multiply_or_solve<true>,
+            jpk::bind_buffers<2>().Attr<bool>("transpose"));
+JPK_HANDLER(jpk_toeplitz_spectra, jpk::multiply_spectra, jpk::bind_buffers<2>());
+JPK_HANDLER(jpk_toeplitz_finish, jpk::finish_multiply,
+            jpk::bind_buffers<3>().Attr<int64_t>("block"));

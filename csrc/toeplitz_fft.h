@@ -101,8 +101,8 @@ void finish(Pool& pool, int64_t workers, const Padded& coef, int64_t m, const Pa
     for (int64_t t = begin; t < end; ++t) {
       accurate &= most <= kTolerance * (sizes[t] - most) && std::isfinite(sizes[t]);
     }
-    for (int64_t row = begin; row < end; row += kTile) {
-      const int64_t count = std::min(kTile, end - row);
+    for (int64_t row = begin; row < end; row += kTaskRows) {
+      const int64_t count = std::min(kTaskRows, end - row);
       double* sums = out.data() + row;
       std::fill(sums, sums + count, 0.0);
       if (!accurate && r > 1) {

@@ -1,9 +1,9 @@
 // Which elements of a leaf are worked on at a step, and in what blocks.
 //
 // A leaf, in row-major order, is cut into tiles, and tiles take turns in making terms
-// (ops/correlated_noise/_schedule.py). What is here of it may be a shard: runs of elements that follow each other
-// in the leaf, at any distances from one another. Tiles stay those of the whole leaf, so that
-// nothing depends on how it is sharded.
+// (ops/correlated_noise/_schedule.py). What is here of it may be a shard: runs of elements that
+// follow each other in the leaf, at any distances from one another. Tiles stay those of the whole
+// leaf, so that nothing depends on how it is sharded.
 #ifndef JPK_VISITS_H_
 #define JPK_VISITS_H_
 

@@ -66,7 +66,8 @@ def _some_gpu() -> contextlib.AbstractContextManager[Any]:
     Not inside of a mesh, which says itself what it is made of; JAX explains how.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
-    default = jax.config.jax_default_device or jax.devices()[0]
+    config: Any = jax.config
+    default = config.jax_default_device or jax.devices()[0]
     if not mesh.empty or getattr(default, "platform", default) in ("gpu", "cuda"):
         return contextlib.nullcontext()
     try:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +40,7 @@ ocp = pytest.importorskip("orbax.checkpoint")
 
 ROOT = pathlib.Path(__file__).parents[1]
 HAS_CPP = not IMPLEMENTATIONS["cpp"].unavailable()
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 DEFAULT, ZERO = SupportedStrategies.DEFAULT, SupportedStrategies.ZERO
 
 
@@ -57,13 +57,12 @@ def page():
     return names["save"], names["restore"]
 
 
-def run(*arguments, timeout=240, **env):
+def run(*arguments, **env):
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
         capture_output=True,
         text=True,
-        timeout=timeout,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -73,19 +72,19 @@ def run(*arguments, timeout=240, **env):
 # -- The page ---------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(eight_devices.IN_CHILD, reason="starts processes of its own")
+@pytest.mark.subprocess
 def test_the_page(tmp_path):
     """All of it in one process of eight devices; then again, where checkpoints are found."""
     program = tmp_path / "page.py"
     program.write_text("\n".join(snippets()))
     code = f"import os; os.chdir({str(tmp_path)!r}); exec(open({str(program)!r}).read())"
-    run("-c", code, XLA_FLAGS=eight_devices.FLAGS)
+    run("-c", code, XLA_FLAGS=EIGHT_DEVICES)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [15, 20]
     shutil.rmtree(tmp_path / "checkpoints" / "20")
     for strategy in SupportedStrategies:
         shutil.rmtree(tmp_path / strategy.value)
-    run("-c", code, XLA_FLAGS=eight_devices.FLAGS)
+    run("-c", code, XLA_FLAGS=EIGHT_DEVICES)
     assert (tmp_path / "checkpoints" / "20").exists()
 
 
@@ -111,6 +110,7 @@ def test_noise_that_starts_anew_is_no_more_sensitive(coef, min_sep):
 # -- SIGKILL ----------------------------------------------------------------------------------
 
 STEPS, EVERY = 14, 4
+FAILSAFE = 3600  # seconds, for a program that never says that it can be killed
 
 
 def digest(tree):
@@ -175,7 +175,7 @@ def program(directory, pause):
     say("end", digest(state))
 
 
-@pytest.mark.skipif(eight_devices.IN_CHILD, reason="starts processes of its own")
+@pytest.mark.subprocess
 def test_sigkill(tmp_path):
     def lines(text):
         """Digests by step."""
@@ -198,7 +198,7 @@ def test_sigkill(tmp_path):
                 stderr=log,
                 text=True,
             )
-        timer = threading.Timer(240, child.kill)
+        timer = threading.Timer(FAILSAFE, child.kill)
         timer.start()
         said = ""
         try:
@@ -352,14 +352,8 @@ class Saved:
                         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(eight_devices.IN_CHILD, reason="is this process")
-def test_on_eight_devices():
-    eight_devices.run(__file__)
-
-
+@pytest.mark.usefixtures("eight_devices")
 class TestEightDevices:
-    __test__ = eight_devices.IN_CHILD
-
     @pytest.mark.parametrize("matrix", MATRICES)
     def test_default_moves_to_any_mesh(self, tmp_path, matrix):
         moves = [("8, sharded", "no mesh")]

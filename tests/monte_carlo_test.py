@@ -12,9 +12,9 @@ import types
 
 import jax
 import numpy as np
-import privacy_losses
 import pytest
 from scipy import optimize, stats
+from support import privacy_losses
 
 from jax_privacy_kernels import monte_carlo, ops
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
@@ -64,7 +64,11 @@ class TestCalibrate:
         assert chosen + 1 == len(estimates) or estimates[chosen + 1] > 0.012
         # The same samples, one by one.
         bound = monte_carlo.delta(
-            scheme, c, noise_multiplier=found.noise_multiplier, epsilon=1.0, num_samples=200_000,
+            scheme,
+            c,
+            noise_multiplier=found.noise_multiplier,
+            epsilon=1.0,
+            num_samples=200_000,
             seed=1,
         )
         assert 0.8 * 0.012 < max(bound.estimates) < 1.1 * 0.012

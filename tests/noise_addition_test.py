@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 import secrets
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_privacy_kernels import noise_addition
 from jax_privacy_kernels.matrix_factorization import banded as banded_strategies
@@ -780,72 +779,65 @@ def test_strict_ranks(matrix):
         jax.jit(privatizer.update)(grads, privatizer.init(grads))
 
 
-MANY_DEVICES = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jax_privacy_kernels import noise_addition
-from jax_privacy_kernels.matrix_factorization import toeplitz
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("implementation", [None, "jax", pytest.param("cpp", marks=needs_cpp)])
+class TestTwoDevices:
+    WHOLE = np.zeros((64, 300), np.float32)
 
-coef = toeplitz.optimal_max_error_strategy_coefs(4)
-matrix = toeplitz.inverse_as_streaming_matrix(coef)
-whole = jnp.zeros((64, 300))
+    @pytest.fixture
+    def mesh(self):
+        return jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
 
-def noise(implementation, grads, wrap=lambda f: f):
-    p = noise_addition.matrix_factorization_privatizer(
-        matrix, stddev=1.0, prng_key=0, implementation=implementation)
-    state, update = p.init(grads), jax.jit(wrap(p.update))
-    for _ in range(5):
-        out, state = update(grads, state)
-    return out
+    def privatizer(self, implementation, key=0):
+        coef = toeplitz.optimal_max_error_strategy_coefs(4)
+        matrix = toeplitz.inverse_as_streaming_matrix(coef)
+        return matrix_factorization_privatizer(
+            matrix, stddev=1.0, prng_key=key, implementation=implementation
+        )
 
-expected = noise("jax", whole)
-for implementation in (None, "jax", "cpp"):
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
-    sharded = jax.device_put(whole, NamedSharding(mesh, P("x", None)))
-    np.testing.assert_allclose(noise(implementation, sharded), expected, atol=1e-5)
+    def noise(self, implementation, grads, wrap=lambda update: update):
+        """That of the last of five steps."""
+        privatizer = self.privatizer(implementation)
+        state, update = privatizer.init(grads), jax.jit(wrap(privatizer.update))
+        for _ in range(5):
+            out, state = update(grads, state)
+        return out
 
-    # Replicated over the devices of a shard_map: each makes the same noise.
-    def wrap(update):
-        return jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P())
-    np.testing.assert_allclose(noise(implementation, whole, wrap), expected, atol=1e-5)
+    def expected(self):
+        return np.asarray(self.noise("jax", self.WHOLE))
 
-    # Varying over them, shards of a leaf would have the same noise.
-    p = noise_addition.matrix_factorization_privatizer(
-        matrix, stddev=1.0, prng_key=0, implementation=implementation)
-    state = p.init(whole[:32])
-    for out_specs in (P("x"), P()):
-        f = lambda g: p.update(g, state)[0]
-        try:
-            jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=out_specs))(whole)
-        except ValueError as error:
-            assert "same over the axes ['x']" in str(error)
-        else:
-            sys.exit(f"{implementation}: shards with the same noise")
+    def test_noise_is_that_of_one_device(self, implementation, mesh):
+        sharded = jax.device_put(self.WHOLE, NamedSharding(mesh, P("x", None)))
+        np.testing.assert_allclose(self.noise(implementation, sharded), self.expected(), atol=1e-5)
 
-    # Unless each has a key of its own.
-    def keyed(g):
-        key = jax.random.fold_in(jax.random.key(0), jax.lax.axis_index("x"))
-        p = noise_addition.matrix_factorization_privatizer(
-            matrix, stddev=1.0, prng_key=key, implementation=implementation)
-        return p.update(g, p.init(g))[0]
-    out = jax.jit(jax.shard_map(keyed, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(whole)
-    assert len(np.unique(out)) > 0.99 * out.size
-"""
+    def test_replicas_make_the_same_noise(self, implementation, mesh):
+        def wrap(update):
+            return jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P())
 
+        found = self.noise(implementation, self.WHOLE, wrap)
+        np.testing.assert_allclose(found, self.expected(), atol=1e-5)
 
-@needs_cpp
-def test_two_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    result = subprocess.run(
-        [sys.executable, "-c", MANY_DEVICES],
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    @pytest.mark.parametrize("out_specs", [P("x"), P()], ids=str)
+    def test_shards_that_would_share_their_noise(self, implementation, mesh, out_specs):
+        privatizer = self.privatizer(implementation)
+        state = privatizer.init(self.WHOLE[:32])
+
+        def step(grads):
+            return privatizer.update(grads, state)[0]
+
+        local = jax.shard_map(step, mesh=mesh, in_specs=P("x"), out_specs=out_specs)
+        with pytest.raises(ValueError, match=r"same over the axes \['x'\]"):
+            jax.jit(local)(self.WHOLE)
+
+    def test_shards_with_keys_of_their_own(self, implementation, mesh):
+        def step(grads):
+            key = jax.random.fold_in(jax.random.key(0), jax.lax.axis_index("x"))
+            privatizer = self.privatizer(implementation, key)
+            return privatizer.update(grads, privatizer.init(grads))[0]
+
+        local = jax.shard_map(step, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+        out = jax.jit(local)(self.WHOLE)
+        assert len(np.unique(out)) > 0.99 * out.size
 
 
 @pytest.mark.parametrize("strategy", ["ZERO", None, 1])

@@ -44,6 +44,7 @@ def test_it_heeds_the_environment(monkeypatch, name):
         assert "nothing: implementation 'nonsense' of correlated_noise was asked for" in text
 
 
+@pytest.mark.subprocess
 def test_python_m():
     command = [sys.executable, "-m", "jax_privacy_kernels"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

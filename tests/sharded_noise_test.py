@@ -6,7 +6,6 @@ import contextlib
 import functools
 import re
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,11 +174,6 @@ def cases():
     yield from (("jax", matrix, "x") for matrix in ("dense", "prefix"))
 
 
-@pytest.mark.skipif(eight_devices.IN_CHILD, reason="is this process")
-def test_on_eight_devices():
-    eight_devices.run(__file__)
-
-
 @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
 def test_lowering_for_a_mesh_that_is_not_here(strategy):
     mesh = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -193,9 +187,8 @@ def test_lowering_for_a_mesh_that_is_not_here(strategy):
     assert "sdy.manual_computation" in text
 
 
+@pytest.mark.usefixtures("eight_devices")
 class TestEightDevices:
-    __test__ = eight_devices.IN_CHILD
-
     # -- The same noise -----------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", KINDS)

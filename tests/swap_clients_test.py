@@ -240,6 +240,128 @@ def test_the_same_with_and_without(client):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *results)
 
 
+# -- Transformations of optax around a privatizer ----------------------------------------------
+
+
+def banded_privatizer(seed, bands=3):
+    coef = toeplitz.optimal_max_error_strategy_coefs(bands)
+    coef = coef / jnp.linalg.norm(coef)
+    return noise_addition.matrix_factorization_privatizer(
+        toeplitz.inverse_as_streaming_matrix(coef, column_normalize_for_n=STEPS),
+        stddev=0.7,
+        prng_key=seed,
+    )
+
+
+def gaussian(stddev, seed):
+    return noise_addition.gaussian_privatizer(stddev=stddev, prng_key=jax.random.key(seed))
+
+
+def by_leaf(combine):
+    """Noise of its own for each of two groups of parameters."""
+    parts = {"correlated": banded_privatizer(1), "independent": gaussian(0.7, 2)}
+    return combine(parts, {"weights": "correlated", "bias": "independent"})
+
+
+SCHEDULE = optax.linear_schedule(0.9, 0.1, STEPS)
+TRANSFORMS = {
+    "chain": lambda: optax.chain(banded_privatizer(1), optax.clip(5.0), optax.adam(0.1)),
+    "named_chain": lambda: optax.named_chain(("p", banded_privatizer(1)), ("o", optax.sgd(0.2))),
+    "MultiSteps": lambda: optax.MultiSteps(
+        optax.chain(banded_privatizer(1), optax.sgd(0.2)), every_k_schedule=3
+    ),
+    "masked": lambda: optax.chain(
+        optax.masked(banded_privatizer(1), {"weights": True, "bias": False}), optax.sgd(0.2)
+    ),
+    "multi_transform": lambda: optax.chain(by_leaf(optax.multi_transform), optax.sgd(0.2)),
+    "partition": lambda: optax.chain(by_leaf(optax.partition), optax.sgd(0.2)),
+    "inject_hyperparams": lambda: optax.chain(
+        banded_privatizer(1), optax.inject_hyperparams(optax.sgd)(learning_rate=SCHEDULE)
+    ),
+    "inject_hyperparams of the privatizer": lambda: optax.chain(
+        optax.inject_hyperparams(noise_addition.gaussian_privatizer, static_args="prng_key")(
+            stddev=SCHEDULE, prng_key=3
+        ),
+        optax.sgd(0.2),
+    ),
+    "apply_if_finite": lambda: optax.apply_if_finite(
+        optax.chain(banded_privatizer(1), gaussian(0.1, 2), optax.sgd(0.2)),
+        max_consecutive_errors=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_same_in_optax(transform):
+    def run():
+        made = TRANSFORMS[transform]()
+        params = {"weights": jnp.zeros(FEATURES), "bias": jnp.zeros(())}
+        state = made.init(params)
+        step = jax.jit(made.update)
+        history = []
+        for t in range(9):
+            # At step 4 a gradient is not finite, which apply_if_finite leaves out.
+            bias = jnp.inf if t == 4 and transform == "apply_if_finite" else 0.1
+            grads = {"weights": jnp.full(FEATURES, 0.01 * t), "bias": jnp.asarray(bias)}
+            updates, state = step(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            history.append(params)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *history)
+
+    results = []
+    for swap in (False, True):
+        with swapped(swap):
+            results.append(run())
+    assert np.abs(results[0]["weights"][-1]).max() > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), *results)
+
+
+# -- Models of other libraries -----------------------------------------------------------------
+
+
+def of_nnx():
+    nnx = pytest.importorskip("flax.nnx", reason="install flax")
+    layer = nnx.Linear(FEATURES, 1, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer, nnx.Param)
+    return params, lambda params, x: nnx.merge(graph, params)(x)
+
+
+def of_equinox():
+    eqx = pytest.importorskip("equinox", reason="install equinox")
+    layer = eqx.nn.MLP(FEATURES, 1, width_size=4, depth=1, key=jax.random.key(0))
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+    return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
+
+
+@pytest.mark.parametrize("model", [of_nnx, of_equinox], ids=lambda model: model.__name__)
+def test_the_same_for_models_of_other_libraries(model):
+    features, labels = data()
+
+    def loss(params, features, labels):
+        logits = apply(params, features)[:, 0]
+        return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+    results = []
+    for swap in (False, True):
+        with swapped(swap):
+            params, apply = model()
+            grad_fn = jax_privacy.clipped_grad(loss, l2_clip_norm=1.0, batch_argnums=(1, 2))
+            transform = optax.chain(banded_privatizer(1), optax.scale(1 / BATCH), optax.adam(0.1))
+            state = transform.init(params)
+
+            @jax.jit
+            def step(params, state, x, y, grad_fn=grad_fn, transform=transform):
+                updates, state = transform.update(grad_fn(params, x, y), state, params)
+                return optax.apply_updates(params, updates), state
+
+            for t in range(6):
+                batch = slice(t * BATCH, (t + 1) * BATCH)
+                params, state = step(params, state, features[batch], labels[batch])
+            results.append(jax.tree.leaves(params))
+    assert len(results[0]) >= 2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *results)
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_the_audit_finds_what_was_claimed_and_no_more(swap):
     """A lower bound on epsilon: below that of the Gaussian mechanism, unless noise is missing."""

@@ -33,7 +33,7 @@ DEVICES = 8
 STEPS = 20
 SAVED = 9  # so many steps have been made
 BATCH, FEATURES, HIDDEN, CLASSES = 64, 24, 40, 5
-TIMEOUT = 240  # seconds, for all that a test starts
+FAILSAFE = 3600  # seconds, for programs that wait for each other
 
 SHAPES = {"w": (FEATURES, HIDDEN), "b": (HIDDEN,), "v": (HIDDEN, CLASSES), "c": (CLASSES,)}
 REPLICATED = {name: P(*[None] * len(shape)) for name, shape in SHAPES.items()}
@@ -144,7 +144,7 @@ def main(port, processes, process, out):
     if int(processes) > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            f"127.0.0.1:{port}", int(processes), int(process), initialization_timeout=60
+            f"127.0.0.1:{port}", int(processes), int(process), initialization_timeout=FAILSAFE
         )
     assert jax.process_count() == int(processes)
     assert jax.device_count() == DEVICES
@@ -161,6 +161,8 @@ def main(port, processes, process, out):
 
 # -- The test ---------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.subprocess
+
 
 def free_port():
     with socket.socket() as s:
@@ -175,7 +177,7 @@ def run(folder, processes):
     count = f"--xla_force_host_platform_device_count={DEVICES // processes}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + FAILSAFE
     outs = [folder / f"{process}.npz" for process in range(processes)]
     logs = [folder / f"{process}.log" for process in range(processes)]
     children = []

@@ -4,11 +4,9 @@ The modules mirror those of jax_privacy, in names, arguments, semantics and nois
 makes programs that use jax_privacy run on them as they are.
 """
 
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
-
 from jax_privacy_kernels import matrix_factorization, noise_addition, optimizers, sharding_utils
 from jax_privacy_kernels._swap import install, installed, uninstall
+from jax_privacy_kernels._version import __version__
 from jax_privacy_kernels.ops import implementation
 
 __all__ = [
@@ -22,8 +20,3 @@ __all__ = [
     "sharding_utils",
     "uninstall",
 ]
-
-try:
-    __version__ = _version("jax-privacy-kernels")
-except _PackageNotFoundError:  # imported from a source checkout
-    __version__ = "0+unknown"

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "...` would run it. Without a program: reports what runs on this machine, and what is "
         "swapped. JAX is imported before the program: set JAX_* variables in the shell, not in it.",
     )
-    parser.add_argument("--force", action="store_true", help="whatever jax-privacy's version is")
+    parser.add_argument("--force", action="store_true", help="however old jax-privacy is")
     parser.add_argument("-m", action="store_true", dest="module", help="program is a module's name")
     parser.add_argument("program", nargs="?", help="a Python file, or a folder or zip of them")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")

@@ -2,11 +2,15 @@
 
 Shapes and types are always checked. Values are checked when they are there: inside a trace they
 are not, and the check passes.
+
+Errors say what was expected and what was found. Some begin with a few words more, such as "min_sep
+must be positive": those that jax_privacy uses, for programs that look for them.
 """
 
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +20,17 @@ import numpy as np
 
 __all__ = [
     "check_coef",
+    "check_instance",
     "check_int",
     "check_like",
+    "check_memory",
     "check_one_given",
     "check_real",
+    "check_scalar",
     "check_vector",
     "is_concrete",
     "leaf_name",
+    "owned",
 ]
 
 
@@ -36,15 +44,90 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "(the only one)"
 
 
-def check_int(name: str, value: Any, minimum: int = 1) -> int:
-    """Returns ``value`` as an ``int``: TypeError if it is not one, ValueError below ``minimum``."""
+def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be positive") -> int:
+    """Returns ``value`` as an ``int``: TypeError if it is not one, ValueError below ``minimum``.
+
+    Arrays without dimensions and floats that are whole, 1e6 for instance, count as integers.
+    ``rule`` is how the error begins if the minimum is 1.
+    """
     try:
-        result = operator.index(value)
-    except TypeError as error:
+        scalar = value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value
+        whole = isinstance(scalar, float) and scalar.is_integer()
+        result = int(scalar) if whole else operator.index(scalar)
+    except (TypeError, ValueError) as error:  # ValueError: a ragged list has no dimension
         raise TypeError(f"expected {name} to be an integer, found {value!r}") from error
     if result < minimum:
-        raise ValueError(f"expected {name} >= {minimum}, found {name}={result}")
+        begin = f"{name} {rule}: " if minimum == 1 else ""
+        raise ValueError(f"{begin}expected {name} >= {minimum}, found {name}={result}")
     return result
+
+
+def check_memory(name: str, n: int, size: int) -> None:
+    """Raises a ValueError if ``size`` bytes are more than this machine has.
+
+    Before they are asked for: XLA ends the process where sizes overflow.
+    """
+    try:
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # a system that does not tell
+        most = 2**40
+    if size > most:
+        raise ValueError(
+            f"expected {name} of which the arrays fit into {most} bytes of memory, "
+            f"found {name}={n}, which takes {size} bytes"
+        )
+
+
+def check_instance(name: str, value: Any, expected: type) -> None:
+    """Raises a TypeError unless ``value`` is of the class ``expected``, or its twin."""
+    if not isinstance(value, expected):
+        raise TypeError(
+            f"expected {name} to be a {expected.__name__}, found {value!r} of type "
+            f"{type(value).__name__}"
+        )
+
+
+def check_scalar(
+    name: str,
+    value: Any,
+    is_valid: Callable[[float], bool] = lambda _: True,
+    expected: str = "a real number",
+) -> float:
+    """Returns a real number as a float; TypeError if it is none, ValueError if it is not valid.
+
+    ``expected`` describes numbers that pass.
+    """
+    try:
+        if np.ndim(value) != 0 or isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"expected {name} to be {expected}, found {name}={value}") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected {name} to be {expected}, found {value!r}") from error
+    if not is_valid(number):
+        raise ValueError(f"expected {name} to be {expected}, found {name}={value}")
+    return number
+
+
+def owned(name: str, x: Any) -> jax.Array:
+    """x as an array that shares no memory with the caller; TypeError if it is none.
+
+    `jax.numpy.asarray` takes over memory that is aligned, and what is written there later.
+    """
+    try:
+        if isinstance(x, jax.Array):
+            return x
+        if hasattr(x, "__array__"):
+            x = np.array(x)
+        with np.errstate(over="ignore"):  # an overflow is a value
+            return jnp.asarray(x)
+    except OverflowError as error:
+        raise ValueError(f"expected {name} in the range of a dtype, found {x!r}") from error
+    except (TypeError, ValueError) as error:
+        if isinstance(error, jax.errors.JAXTypeError):
+            raise
+        raise TypeError(f"expected {name} to be an array of numbers, found {x!r}") from error
 
 
 def check_one_given(**arguments: Any) -> None:
@@ -52,7 +135,7 @@ def check_one_given(**arguments: Any) -> None:
     absent = [value is None for value in arguments.values()]
     if sum(absent) != 1:
         found = "neither" if all(absent) else "both"
-        raise ValueError(f"expected one of {' and '.join(arguments)}, found {found}")
+        raise ValueError(f"expected exactly one of {' and '.join(arguments)}, found {found}")
 
 
 def check_real(expected: str, x: jax.Array) -> jax.Array:
@@ -77,12 +160,13 @@ def check_vector(
 
     ``is_valid`` maps the values to a boolean array; ``expected`` describes values that pass.
     """
-    with np.errstate(over="ignore"):  # An overflow is reported below, as a value.
-        array = jnp.asarray(x)
+    array = owned(name, x)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"expected {name} to be a non-empty 1-D array, found shape {array.shape}")
     if is_valid is not None and is_concrete(x):
         # Inside a trace `array` is a tracer even where x is not, so look at x, in array's dtype.
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"expected {name} to hold real numbers, found dtype {array.dtype}")
         with np.errstate(over="ignore"):
             values = np.asarray(x, array.dtype)
         bad = np.flatnonzero(~is_valid(values))

@@ -30,7 +30,8 @@ class Mirrored(metaclass=_Meta):
 
 
 def pair(ours: Any, theirs: type) -> None:
-    """Pairs a class that is `Mirrored` with another one. Only one at a time."""
+    """Pairs a class that is `Mirrored` with another one, in place of the one it is paired with."""
+    unpair(ours)
     # Ours are instances of theirs by inheritance, which also brings what only theirs has. Mirrored
     # stays first, as the first base decides on the layout of instances, which cannot change.
     first, *rest = ours.__bases__

@@ -11,26 +11,10 @@ from importlib import metadata
 import jax
 
 from jax_privacy_kernels import _swap
-from jax_privacy_kernels.ops import _dispatch, _ffi
-from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS as BANDED_ERROR
-from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
-from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
-from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS as PARTICIPATION_MAX
-from jax_privacy_kernels.ops.privacy_loss_sums import IMPLEMENTATIONS as PRIVACY_LOSS_SUMS
-from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
-from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
+from jax_privacy_kernels.ops import _dispatch, _ffi, _registry
 
 __all__ = ["report"]
 
-_OPS = {
-    "correlated_noise": CORRELATED_NOISE,
-    "toeplitz_multiply": TOEPLITZ_MULTIPLY,
-    "toeplitz_solve": TOEPLITZ_SOLVE,
-    "min_sep_norm": MIN_SEP_NORM,
-    "participation_max": PARTICIPATION_MAX,
-    "banded_error": BANDED_ERROR,
-    "privacy_loss_sums": PRIVACY_LOSS_SUMS,
-}
 _PACKAGES = (
     "jax-privacy-kernels",
     "jax",
@@ -50,12 +34,13 @@ def report() -> str:
     lines += [f"  {'python':<20} {platform.python_version()}"]
     lines += [f"  {name:<20} {_version(name)}" for name in _PACKAGES]
     lines += ["devices"]
-    lines += [f"  {device.platform:<20} {device.device_kind}" for device in jax.devices()]
+    lines += _device_lines()
     missing = _ffi.unavailable()
     lines += ["compiled kernels", f"  {missing or 'SIMD target: ' + _ffi.simd_target()}"]
     asked = os.environ.get(_dispatch.ENVIRONMENT)
     lines += ["asked for", f"  {_dispatch.ENVIRONMENT}={asked}" if asked else "  nothing"]
-    for op, table in _OPS.items():
+    for op in _registry.OPS:
+        table = _registry.table(op)
         lines += [f"{op} takes"]
         try:
             name = _dispatch.requested(op, table, None)
@@ -75,6 +60,14 @@ def report() -> str:
     return "\n".join([*lines, *_swap_lines()])
 
 
+def _device_lines() -> list[str]:
+    """The devices, or why there are none."""
+    try:
+        return [f"  {device.platform:<20} {device.device_kind}" for device in jax.devices()]
+    except RuntimeError as error:  # a platform that JAX_PLATFORMS names is not there
+        return textwrap.wrap(f"none: {error}", 100, initial_indent="  ", subsequent_indent="  ")
+
+
 def _swap_lines() -> list[str]:
     """Whether jax_privacy runs on this library, and the names that do or would."""
     try:
@@ -84,7 +77,7 @@ def _swap_lines() -> list[str]:
     except Exception as error:  # a jax-privacy that cannot be imported, say
         return ["swap", f"  jax_privacy cannot be looked at: {error!r}"]
     state = "installed, replaces" if _swap.is_installed() else "not installed, would replace"
-    lines = [f"swap {state}"]
+    lines = [f"swap {state}, of jax-privacy {_swap.version()}"]
     for module, entries in itertools.groupby(table, lambda entry: entry.module):
         lines += [f"  jax_privacy.{module}"]
         by_note: dict[str, list[str]] = {}

@@ -115,7 +115,9 @@ class Calibration:
             passed = max(positive, negative) <= self.base_delta
             chosen = " <-" if sigma == self.noise_multiplier else ""
             verdict = "pass" if passed else "fail"
-            lines.append(f"  {sigma:>16.6g}  {positive:>11.3e}  {negative:>11.3e}  {verdict}{chosen}")
+            lines.append(
+                f"  {sigma:>16.6g}  {positive:>11.3e}  {negative:>11.3e}  {verdict}{chosen}"
+            )
         return "\n".join(lines)
 
 
@@ -244,7 +246,9 @@ def calibrate(
         for samples, reach, size in ((least, 1e3, 25), (count // 8, 3.0, 17), (count // 8, 1.1, 9)):
             if samples:
                 sigmas = np.minimum(center * np.geomspace(reach, 1 / reach, size), unamplified)
-                center = _crossing(run, np.unique(sigmas)[::-1], base_delta, pilot_key, samples, bar)
+                center = _crossing(
+                    run, np.unique(sigmas)[::-1], base_delta, pilot_key, samples, bar
+                )
                 pilot_key = _next(pilot_key)
         steps = np.concatenate([[1.25, 1.12], 1.05 * 1.005 ** -np.arange(18.0)])
         sweep = center * steps
@@ -478,9 +482,7 @@ class _Run:
             implementation=self.implementation,
         )
 
-    def total(
-        self, sigmas: np.ndarray, key: np.ndarray, samples: int, bar: Any
-    ) -> PrivacyLossSums:
+    def total(self, sigmas: np.ndarray, key: np.ndarray, samples: int, bar: Any) -> PrivacyLossSums:
         result = None
         for first, count in self.chunks(len(sigmas), samples):
             found = self.sums(sigmas, key, first, count)

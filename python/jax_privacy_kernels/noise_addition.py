@@ -59,6 +59,10 @@ __all__ = [
 ]
 
 
+# The types of jax.typing.ArrayLike, which is a union and not itself a type.
+_ARRAYS = (jax.Array, np.ndarray, np.bool_, np.number, bool, int, float, complex)
+
+
 class SupportedStrategies(enum.Enum):
     """How noise is laid out over devices while it is made."""
 
@@ -180,7 +184,7 @@ def matrix_factorization_privatizer(
             privatizer = _fused(structure, stddev, key, dtype, implementation)
         else:
             privatizer = _streaming(noising_matrix, stddev, key, dtype, implementation)
-    elif isinstance(noising_matrix, jax.typing.ArrayLike):
+    elif isinstance(noising_matrix, _ARRAYS):
         privatizer = _dense(noising_matrix, stddev, key, dtype, implementation)
     else:
         raise TypeError(
@@ -286,7 +290,8 @@ def _dense(
     rows = jnp.asarray(matrix)
     if rows.ndim != 2 or rows.size == 0:
         raise ValueError(
-            f"expected noising_matrix to be 2-D and not empty, found shape {rows.shape}"
+            "Expected 2D matrix: expected noising_matrix to be 2-D and not empty, "
+            f"found shape {rows.shape}"
         )
     if jnp.issubdtype(rows.dtype, jnp.complexfloating):
         raise TypeError(f"expected noising_matrix to be real, found dtype {rows.dtype}")

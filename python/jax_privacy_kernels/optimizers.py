@@ -71,6 +71,15 @@ def scale_then_privatize(
     up to a factor. Small ones, such as the optimizer's own, can put much noise on coordinates with
     small gradients. They are worth tuning.
 
+        >>> params = {"w": jnp.zeros(2)}
+        >>> optimizer = scale_then_privatize(optax.adam(0.1), eps=0.01)
+        >>> state = optimizer.init(params)
+        >>> grads = {"w": jnp.array([1.0, 0.01])}
+        >>> _, state = optimizer.update(optimizer.pre_clipping_transform(state)(grads), state)
+        >>> large, small = optimizer.pre_clipping_transform(state)(grads)["w"]
+        >>> print(f"{large:.2f} {small:.2f}")
+        24.03 0.97
+
     Scaling is done in float32 at least. At the first step v is 0 and s is 1 / eps, so that a
     scaled gradient may not fit its dtype (the largest float16 is 65504): it then becomes the
     largest finite number of its sign. Infinities and NaN stay what they are, for clipping to find.
@@ -157,6 +166,8 @@ def as_augmented_optimizer(
     """Returns the optimizer with a transform before clipping: its own, or else the identity."""
     if isinstance(optimizer, AugmentedGradientTransformation):
         return optimizer
+    if hasattr(optimizer, "pre_clipping_transform"):  # jax_privacy's
+        return AugmentedGradientTransformation(*optimizer)
     return AugmentedGradientTransformation(
         optimizer.init, optimizer.update, lambda state, inverse=False: lambda updates: updates
     )

@@ -3,11 +3,17 @@
 Noise is sampled for every parameter, and its history takes several times the model's memory. Where
 parameters are replicated, so would noise be. With zero redundancy (ZeRO,
 https://arxiv.org/abs/1910.02054) each device makes and keeps its share of the whole once, and hands
-over what the gradients need::
+over what the gradients need:
 
-    like = flatten_with_zero_redundancy(grad)  # 1-D, split over all devices
-    noise = jax.random.normal(key, like.shape, like.dtype, out_sharding=like.sharding)
-    noisy_grad = local_reshape_add(grad, noise)
+    >>> devices = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Explicit,))
+    >>> with jax.set_mesh(devices):
+    ...     grad = jnp.zeros((8, 3))
+    ...     like = flatten_with_zero_redundancy(grad)  # 1-D, split over all devices
+    ...     key = jax.random.key(0)
+    ...     noise = jax.random.normal(key, like.shape, like.dtype, out_sharding=like.sharding)
+    ...     noisy_grad = local_reshape_add(grad, noise)
+    >>> noisy_grad.shape
+    (8, 3)
 
 https://arxiv.org/abs/2405.15913 and https://arxiv.org/abs/2506.08201 distribute correlated noise in
 this way. Shardings are read from types, so mesh axes have to be explicit:
@@ -20,7 +26,7 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +36,19 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax_privacy_kernels._checks import check_int
 
 __all__ = [
+    "PartitionSpecPyTree",
+    "PyTree",
     "compute_early_stopping_order",
     "flatten_with_zero_redundancy",
     "local_reshape_add",
     "parallel_sample_pytree",
 ]
+
+PyTree: TypeAlias = Any
+"""A tree of arrays, or of what has their shapes, dtypes and shardings."""
+
+PartitionSpecPyTree: TypeAlias = Any
+"""A tree of `jax.sharding.PartitionSpec`."""
 
 
 def flatten_with_zero_redundancy(
@@ -121,6 +135,9 @@ def compute_early_stopping_order(batch_size: int, microbatch_size: int | None) -
     k the examples i, i + k, i + 2k, ... of the batch. Of ``batch[order]``, it gives microbatch i
     ``batch[i * microbatch_size : (i + 1) * microbatch_size]``. Padding at the end of a batch then
     fills the last microbatches, which need not be computed.
+
+        >>> print(compute_early_stopping_order(batch_size=6, microbatch_size=2))
+        [0 2 4 1 3 5]
 
     Args:
       batch_size: the number of examples, padding included.

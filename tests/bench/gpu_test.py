@@ -6,9 +6,9 @@ import json
 import pathlib
 import re
 
-import benchmarks
 import jax
 import pytest
+from support import benchmarks
 
 bench = benchmarks.fixture("gpu")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 
-import benchmarks
 import pytest
+from support import benchmarks
 
 bench = benchmarks.fixture("noise")
 

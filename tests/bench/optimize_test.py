@@ -6,9 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-import benchmarks
 import numpy as np
 import pytest
+from support import benchmarks
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 

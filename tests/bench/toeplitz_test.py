@@ -7,9 +7,9 @@ import math
 import pathlib
 from typing import Any
 
-import benchmarks
 import numpy as np
 import pytest
+from support import benchmarks
 
 # One of each function, of each dtype and of each selection of contestants.
 CASES = (

@@ -25,6 +25,8 @@ import jax_privacy_kernels
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     _jax_triton,
+    _leaves,
+    _registry,
     correlated_noise,
     dense_noise,
     min_sep_norm,
@@ -33,14 +35,10 @@ from jax_privacy_kernels.ops import (
 )
 from jax_privacy_kernels.ops import init_correlated_noise as init
 from jax_privacy_kernels.ops._shards import Shard
-from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
-from jax_privacy_kernels.ops.correlated_noise import _schedule
-from jax_privacy_kernels.ops.correlated_noise._matrices import Layout
-from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
-from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
-from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
+from jax_privacy_kernels.ops.correlated_noise._contract import Inputs
+from jax_privacy_kernels.ops.correlated_noise._filters import RecurrenceFilter
+from jax_privacy_kernels.ops.dense_noise._contract import Inputs as RowInputs
 
-TABLES = (CORRELATED_NOISE, MIN_SEP_NORM, TOEPLITZ_MULTIPLY, TOEPLITZ_SOLVE)
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 TYPES |= {"int32": "i32", "uint32": "u32"}
@@ -111,17 +109,37 @@ def noise(coef, size, dtype="float32"):
     return step
 
 
-def noise_of_shard(slots, shard, leaf_size=10_000, filter="recurrence", behind=0):
-    layout = Layout(filter, True, slots, behind=behind)
-    coef = jnp.ones((1, behind + 1 if filter == "row" else slots + 1))
-    (leaf,) = _schedule.plan([(leaf_size,)], [jnp.dtype("float32")])
+def on_shard(shard, leaf_size=10_000):
+    """A leaf of which a shard is here, and what inputs have of it, but for the ring."""
+    struct = jax.ShapeDtypeStruct((leaf_size,), jnp.float32)
+    (leaf,) = _leaves.plan([struct], jnp.float32, None)
     leaf = dataclasses.replace(leaf, shard=shard)
+    base = jnp.zeros((1, 2), jnp.uint32)
+    return {"leaves": (leaf,), "base": base, "grads": [jnp.zeros(shard.size)]}
 
+
+def noise_of_shard(slots, shard, leaf_size=10_000):
     def step():
-        run, keys = CORRELATED_NOISE["triton"].run, jax.random.split(jax.random.key(0), slots or 1)
-        grads, rings = [jnp.zeros(shard.size)], [jnp.zeros((slots, shard.size))]
-        base = jnp.zeros((1, 2), jnp.uint32)
-        return run(layout, [leaf], jnp.int32(0), keys, coef, jnp.ones(()), base, grads, rings)
+        inputs = Inputs(
+            **on_shard(shard, leaf_size),
+            rings=[jnp.zeros((slots, shard.size))] if slots else [],
+            filter=RecurrenceFilter(True, slots),
+            step=jnp.int32(0),
+            keys=jax.random.split(jax.random.key(0), slots or 1),
+            coef=jnp.ones((1, slots + 1)),
+            scale=jnp.ones(()),
+        )
+        return _registry.table("correlated_noise")["triton"].run(inputs)
+
+    return step
+
+
+def row_of_shard(shard):
+    def step():
+        inputs = RowInputs(
+            **on_shard(shard), rings=[], ahead=True, key=jax.random.key(0), row=jnp.ones(5)
+        )
+        return _registry.table("dense_noise")["triton"].run(inputs)
 
     return step
 
@@ -157,7 +175,7 @@ CASES = {
     "1 band, a shard in two runs": noise_of_shard(0, Shard(999, ((2, 3000),))),
     "8 bands, a shard of more than 2^32 elements": noise_of_shard(7, Shard(2**32 + 9), 2**34),
     "a dense row": dense,
-    "a dense row, a shard in one run": noise_of_shard(0, Shard(1000), filter="row", behind=4),
+    "a dense row, a shard in one run": row_of_shard(Shard(1000)),
     "a product": multiply,
     "a solution": solve,
     "a norm": norm,
@@ -166,7 +184,7 @@ CASES = {
 
 def main(names):
     with contextlib.ExitStack() as stack:
-        for table in TABLES:
+        for table in filter(lambda table: "triton" in table, map(_registry.table, _registry.OPS)):
             entry = table["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
             stack.enter_context(mock.patch.dict(table, triton=entry))
         for name in names or CASES:

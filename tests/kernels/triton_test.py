@@ -14,6 +14,8 @@ import pytest
 if not importlib.util.find_spec("triton"):
     pytest.skip("triton is not installed", allow_module_level=True)
 
+pytestmark = [pytest.mark.subprocess, pytest.mark.triton]
+
 FOLDER = pathlib.Path(__file__).parent
 
 

@@ -248,7 +248,7 @@ def test_from_banded_toeplitz_in_a_trace():
         (-2, [1.0], "n >= 1, found n=-2"),
         (3, [], r"coefs to be a non-empty 1-D array, found shape \(0,\)"),
         (3, 1.0, r"coefs to be a non-empty 1-D array, found shape \(\)"),
-        (3, [[1.0]], r"coefs to be a non-empty 1-D array, found shape \(1, 1\)"),
+        (3, [[1.0], [2.0]], r"coefs to be a non-empty 1-D array, found shape \(2, 1\)"),
         (3, [0.0, 1.0], r"coefs\[0\] to be nonzero, found coefs\[0\] = 0"),
         (3, [np.nan, 1.0], r"found coefs\[0\] = nan"),
         (3, [1.0, np.inf], r"found coefs\[1\] = inf"),
@@ -465,10 +465,34 @@ def test_parameters_are_checked(use, at, value):
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("dtype", ["int32", "complex64"])
-def test_parameters_are_floating(use, dtype):
+@pytest.mark.parametrize("dtype", ["bool", "complex64"])
+def test_parameters_are_real(use, dtype):
     with pytest.raises((TypeError, ValueError), match=r"float|real"):
         USES[use](ColumnNormalizedBanded(jnp.ones((3, 2), dtype)))
+
+
+def test_integer_parameters_stand_for_floats():
+    """As in jax_privacy; the entries of C are none."""
+    integers = ColumnNormalizedBanded(jnp.array([[3, 4], [1, 0], [2, 7]]))
+    floats = ColumnNormalizedBanded(jnp.array([[3.0, 4.0], [1.0, 0.0], [2.0, 7.0]]))
+    expected = [[0.6, 0, 0], [0.8, 1, 0], [0, 0, 1]]
+    np.testing.assert_allclose(integers.materialize(), expected, rtol=1e-6)
+    for of in (
+        ColumnNormalizedBanded.materialize,
+        lambda C: C.inverse_as_streaming_matrix().materialize(3),
+        banded.per_query_error,
+        lambda C: banded.per_query_error(C, streaming_matrix.diagonal(jnp.arange(1.0, 4))),
+        lambda C: banded.optimize(3, bands=2, C=C, max_optimizer_steps=3).params,
+    ):
+        assert of(integers).dtype == of(floats).dtype
+        np.testing.assert_array_equal(of(integers), of(floats))
+
+
+def test_toeplitz_coefficients_may_be_a_row():
+    row, vector = jnp.array([[3, 4]]), jnp.array([3.0, 4.0])
+    made = [ColumnNormalizedBanded.from_banded_toeplitz(3, coefs).params for coefs in (row, vector)]
+    np.testing.assert_array_equal(*made)
+    np.testing.assert_allclose(made[0], [[0.6, 0.8], [0.6, 0.8], [0.6, 0]], rtol=1e-6)
 
 
 def test_traced_parameters_are_not_checked():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.sweeps import examples
 
 from jax_privacy_kernels.matrix_factorization import sensitivity
 
@@ -117,7 +118,7 @@ def test_linear_function_by_brute_force(min_sep, k):
         np.testing.assert_allclose(actual, expected, rtol=1e-14)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(x=st.lists(st.floats(-10, 10, width=32), min_size=7, max_size=7), k=st.integers(1, 3))
 def test_linear_function_of_any_numbers(x, k):
     actual = sensitivity.max_participation_for_linear_fn(np.array(x, np.float32), 2, k)

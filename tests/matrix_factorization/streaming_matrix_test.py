@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.sweeps import examples
 
 from jax_privacy_kernels.matrix_factorization import streaming_matrix, toeplitz
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix
@@ -328,7 +329,7 @@ scales = st.sampled_from([1, 3, 5]).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     coef=st.lists(st.floats(-0.4, 0.4), min_size=0, max_size=3),
     n=st.sampled_from([None, 3, 5]),

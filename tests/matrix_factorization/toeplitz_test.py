@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.sweeps import examples
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 
@@ -174,7 +175,7 @@ def test_materialize_gradient_jit_and_vmap():
     np.testing.assert_array_equal(jax.vmap(f)(jnp.stack([coef, 2 * coef])), [f(coef), 2 * f(coef)])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(coef=coefs, n=st.sampled_from([1, 3, 8]), normalize=st.booleans())
 def test_inverse_is_the_dense_inverse(coef, n, normalize):
     coef = np.asarray(coef) / np.linalg.norm(coef[: n if normalize else None])
@@ -331,7 +332,7 @@ def test_look_ahead_that_is_none(look_ahead, error):
 # -- Algebra ----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(coef=coefs, n=st.sampled_from([1, 4, 9]))
 def test_inverse_times_itself_is_one(coef, n):
     with jax.enable_x64(True):
@@ -427,7 +428,7 @@ def test_minsep_sensitivity_by_brute_force(n, max_participations):
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     coef=st.lists(st.floats(-2, 2), min_size=1, max_size=8),
     min_sep=st.sampled_from([1, 2, 3]),
@@ -529,7 +530,7 @@ def worst_contribution_squared(C, min_sep, max_participations):
 
 
 @BOUNDS
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(
     coef=coefs,
     min_sep=st.sampled_from([1, 2, 3, 10]),
@@ -615,7 +616,7 @@ def test_per_query_error_by_definition(n, workload_coef):
     np.testing.assert_allclose(inverse, expected, rtol=1e-12)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 @given(coef=coefs, workload_coef=st.none() | coefs, form=st.sampled_from(["strategy", "noising"]))
 def test_errors_never_decrease(coef, workload_coef, form):
     errors = toeplitz.per_query_error(**{f"{form}_coef": coef}, n=20, workload_coef=workload_coef)

@@ -27,8 +27,9 @@ void test_elementary() {
   for (int i = 0; i < 200000; ++i) {
     const double x = i % 2 ? wide(random) : std::ldexp(wide(random), -i / 2 % 60);
     const double e = exp_lane(x);
-    CHECK(std::fabs(e - std::exp(static_cast<Real>(x))) <= 0x1p-50L * std::exp(static_cast<Real>(x)),
-          "exp(%.17g) = %.17g", x, e);
+    CHECK(
+        std::fabs(e - std::exp(static_cast<Real>(x))) <= 0x1p-50L * std::exp(static_cast<Real>(x)),
+        "exp(%.17g) = %.17g", x, e);
     const double y = std::exp(x), log = log_lane(y);
     const Real right = std::log(static_cast<Real>(y));
     CHECK(std::fabs(log - right) <= 0x1p-51L * std::max<Real>(1, std::fabs(right)),
@@ -54,8 +55,11 @@ struct Request {
   std::vector<double> sigmas, margins, epsilons;
 
   Targets targets() const {
-    return {sigmas.data(),   margins.data(), static_cast<int64_t>(sigmas.size()),
-            epsilons.data(), static_cast<int64_t>(epsilons.size()),
+    return {sigmas.data(),
+            margins.data(),
+            static_cast<int64_t>(sigmas.size()),
+            epsilons.data(),
+            static_cast<int64_t>(epsilons.size()),
             *std::min_element(epsilons.begin(), epsilons.end())};
   }
   size_t cells() const { return 2 * sigmas.size() * epsilons.size(); }
@@ -72,8 +76,8 @@ template <typename Make>
 Sums run(uint64_t first, int64_t count, const Make& make, int threads = 0) {
   Sums sums(kRequest.cells());
   ThreadPool pool(threads);
-  sum_up(pool, threads + 1, first, count, kRequest.targets(), make, sums.sum.data(), sums.count.data(),
-         sums.maximum.data());
+  sum_up(pool, threads + 1, first, count, kRequest.targets(), make, sums.sum.data(),
+         sums.count.data(), sums.maximum.data());
   return sums;
 }
 
@@ -259,8 +263,9 @@ void test_scaling() {
   const Targets targets{sigmas.data(), margins.data(), 2, epsilons.data(), 1, 1.0};
   ThreadPool pool(0);
   std::vector<double> sums(4), counts(4), maxima(4);
-  sum_up(pool, 1, 0, 2000, targets, [&] { return StepsBlocks(steps, kKey, targets); }, sums.data(),
-         counts.data(), maxima.data());
+  sum_up(
+      pool, 1, 0, 2000, targets, [&] { return StepsBlocks(steps, kKey, targets); }, sums.data(),
+      counts.data(), maxima.data());
   for (int sign = 0; sign < 2; ++sign) {
     CHECK(std::fabs(sums[2 * sign] / sums[2 * sign + 1] - 1) < 0.01, "sums %g and %g",
           sums[2 * sign], sums[2 * sign + 1]);
@@ -284,7 +289,8 @@ int main() {
       }
     }
   }
-  const std::vector<double> gram{2, 1, 1, 2}, factor{std::sqrt(2), 0, std::sqrt(0.5), std::sqrt(1.5)};
+  const std::vector<double> gram{2, 1, 1, 2},
+      factor{std::sqrt(2), 0, std::sqrt(0.5), std::sqrt(1.5)};
   const Bins bins(2, gram.data(), factor.data());
   test_order([&] { return BinsBlocks(bins, kKey); }, "bins");
   const Steps steps{Steps::kMinSepWarm, 70, 4, 0.3, 4, c.data()};

@@ -33,7 +33,10 @@ SIXTEEN_BITS = {"f16": FLOAT_TYPES[0], "bf16": FLOAT_TYPES[1]}
 
 
 # The casts of NaNs, and of what overflows, are tested on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).* in cast:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(invalid|overflow).* in cast:RuntimeWarning"),
+    pytest.mark.subprocess,  # the compiler
+]
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import coefficients
-import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support import coefficients, implementations, sweeps
 
 from jax_privacy_kernels.ops import banded_error
 from jax_privacy_kernels.ops.banded_error import IMPLEMENTATIONS
@@ -144,7 +143,7 @@ class TestImplementation:
         ):
             np.testing.assert_array_equal(op(implementation)(rows, ones, ones, 0), expected)
 
-    @settings(coefficients.SWEEP, max_examples=10)
+    @sweeps.compiling(10)
     @given(data=st.data())
     def test_sweep(self, implementation, data):
         n = data.draw(st.one_of(st.sampled_from(SIZES), st.integers(1, 70)))

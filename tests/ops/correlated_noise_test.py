@@ -14,31 +14,35 @@ import dataclasses
 import functools
 import math
 import re
-from typing import NamedTuple
 
-import implementations
 import jax
 import jax.export
 import jax.numpy as jnp
-import naive
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support import golden_schedule, implementations, naive, sweeps
+from support.parts import PARTS, Part, base_of, leaves_of
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
-    Buffers,
+    BufferedToeplitz,
     MovingAverage,
+    _leaves,
     correlated_noise,
-    dense_noise,
     init_correlated_noise,
 )
 from jax_privacy_kernels.ops._shards import Shard
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
-from jax_privacy_kernels.ops.correlated_noise import _schedule as lookahead
-from jax_privacy_kernels.ops.correlated_noise._matrices import Layout
+from jax_privacy_kernels.ops.correlated_noise._contract import Inputs
+from jax_privacy_kernels.ops.correlated_noise._filters import (
+    BufferedFilter,
+    InverseBufferedFilter,
+    MovingAverageFilter,
+    RecurrenceFilter,
+)
 
 SAMPLE_RTOL = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6, "float64": 1e-13}
 TARGET = "jpk_correlated_noise"
@@ -61,12 +65,13 @@ class Case:
     key_impl: str = "threefry2x32"
 
     @property
-    def layout(self):
-        return self.matrix.layout(True)
+    def ahead(self):
+        """The filter that looks ahead."""
+        return self.matrix.filter(True)
 
     @property
     def slots(self):
-        return self.layout.slots
+        return self.ahead.slots
 
     @property
     def noise_dtypes(self):
@@ -89,7 +94,7 @@ class Case:
             return BandedRecurrence(coef, scale)
         if self.filter == "moving_average":
             return MovingAverage(coef, self.look_ahead, scale)
-        return Buffers(*coef, self.filter == "inverse_buffers", self.look_ahead, scale)
+        return BufferedToeplitz(*coef, self.filter == "inverse_buffers", self.look_ahead, scale)
 
     def apply(self, z):
         """x, and what the rows before the slots hold before every step."""
@@ -113,9 +118,14 @@ class Case:
     def grads_at(self, t):
         return [grad[t] for grad in self.grads]
 
+    @property
+    def structs(self):
+        return [jax.ShapeDtypeStruct(g.shape[1:], g.dtype) for g in self.grads]
+
     def init(self):
-        structs = [jax.ShapeDtypeStruct(g.shape[1:], g.dtype) for g in self.grads]
-        return init_correlated_noise(structs, self.matrix, key=self.key, dtype=self.noise_dtype)
+        return init_correlated_noise(
+            self.structs, self.matrix, key=self.key, dtype=self.noise_dtype
+        )
 
     def update(self, implementation):
         def update(grads, state):
@@ -144,6 +154,17 @@ class Case:
         state, outs = scan(self.init(), self.grads)
         return outs, state
 
+    # What implementations are compared with is slow to find out, and found once for all of them.
+
+    @functools.cached_property
+    def expected(self):
+        return Expected(self)
+
+    @functools.cached_property
+    def by_oracle(self):
+        """From a platform to what the JAX implementation gives there, as NumPy arrays."""
+        return functools.cache(lambda platform: jax.tree.map(np.asarray, self.run("jax")))
+
 
 @dataclasses.dataclass
 class Expected:
@@ -154,13 +175,13 @@ class Expected:
 
     def __post_init__(self):
         case = self.case
-        self.layout = case.matrix.layout(self.ahead)
-        self.horizon = case.steps + self.layout.slots
+        self.filter = case.matrix.filter(self.ahead)
+        self.horizon = case.steps + self.filter.slots
         z = naive.independent(case.key, case.shapes, case.noise_dtypes, self.horizon)
         applied = [case.apply(leaf) for leaf in z]
-        self.x, self.hidden = [list(each) for each in zip(*applied, strict=True)] or ([], [])
-        of_x, of_hidden = case.apply(np.eye(self.horizon))
-        gain = max(naive.gain(of_x), naive.gain(of_hidden))
+        self.x, self.buffers = [list(each) for each in zip(*applied, strict=True)] or ([], [])
+        of_x, of_buffers = case.apply(np.eye(self.horizon))
+        gain = max(naive.gain(of_x), naive.gain(of_buffers))
         terms = np.asarray(case.coef).size
         self.tolerance = []
         for leaf, dtype in zip(z, case.noise_dtypes, strict=True):
@@ -198,22 +219,22 @@ class Expected:
                 np.asarray(actual).astype(np.float64),
                 naive.ring(
                     self.x[i],
-                    self.layout.slots,
+                    self.filter.slots,
                     first_tile,
                     step,
                     ahead=self.ahead,
-                    hidden=self.hidden[i],
+                    buffers=self.buffers[i],
                 ),
                 rtol=0,
                 atol=self.tolerance[i],
                 err_msg=f"ring of leaf {i} before step {step}",
             )
         assert state.clock.step == step
-        ahead = self.layout.steps if self.ahead else 0
+        ahead = self.filter.steps if self.ahead else 0
         after, of_step = naive.step_keys(case.key, step + max(ahead, 1))
         key = case.key if step + ahead == 0 else after[step + ahead - 1]
         np.testing.assert_array_equal(state.clock.key, key)
-        window = range(step - self.layout.behind, step + ahead)
+        window = range(step - self.filter.behind, step + ahead)
         zero = np.zeros_like(of_step[0])
         known = [of_step[tau] if tau >= 0 else zero for tau in window]
         np.testing.assert_array_equal(state.clock.subkeys, np.reshape(known, (-1, zero.size)))
@@ -223,12 +244,11 @@ def not_for(case, implementation):
     """Why a case is left to another implementation, as only kernels for GPUs do, or None."""
     if implementation not in implementations.INTERPRETERS:
         return None
-    shapes = [(math.prod(shape),) for shape in case.shapes]
     with jax.enable_x64(case.x64):
-        layout = case.layout
-    for leaf in lookahead.plan(shapes, [jnp.dtype(dtype) for dtype in case.noise_dtypes]):
-        if reason := IMPLEMENTATIONS[implementation].refuse(leaf, layout):
-            return reason
+        filter = case.ahead
+        for leaf in _leaves.plan(case.structs, case.matrix.dtype, case.noise_dtype):
+            if reason := IMPLEMENTATIONS[implementation].refuse(leaf, filter):
+                return reason
     return None
 
 
@@ -236,19 +256,19 @@ def check(case, implementation):
     if reason := not_for(case, implementation):
         pytest.skip(reason)
     with jax.enable_x64(case.x64):
-        outs, state = case.run(implementation)
-        expected = Expected(case)
-        expected.check_outputs(outs)
-        expected.check_state(state)
+        oracle_outs, oracle_state = case.by_oracle(jax.config.jax_default_device.platform)
+        case.expected.check_outputs(oracle_outs)
+        case.expected.check_state(oracle_state)
         if implementation == "jax":
             return
-        oracle_outs, oracle_state = case.run("jax")
+        outs, state = case.run(implementation)
+        case.expected.check_outputs(outs)
+        case.expected.check_state(state)
         jax.tree.map(np.testing.assert_array_equal, state.clock, oracle_state.clock)
         for actual, oracle, tolerance in zip(
-            state.buffers, oracle_state.buffers, expected.tolerance, strict=True
+            state.buffers, oracle_state.buffers, case.expected.tolerance, strict=True
         ):
             np.testing.assert_allclose(actual, oracle, rtol=0, atol=tolerance)
-        expected.check_outputs(oracle_outs)
 
 
 # -- Cases ------------------------------------------------------------------------------------
@@ -506,9 +526,10 @@ def cases(noise_dtypes, small=False):
 def takes(implementation):
     """Noise dtypes that an implementation samples."""
     refuse = IMPLEMENTATIONS[implementation].refuse
-    layout = Layout("recurrence", ahead=True, slots=0)
-    leaves = {d: lookahead.plan([(1,)], [jnp.dtype(d)])[0] for d in SAMPLE_RTOL}
-    return [d for d, leaf in leaves.items() if refuse(leaf, layout) is None]
+    filter = RecurrenceFilter(ahead=True, slots=0)
+    with jax.enable_x64(True):
+        leaves = {d: _leaves.plan(jnp.zeros(1, d), d, None)[0] for d in SAMPLE_RTOL}
+    return [d for d, leaf in leaves.items() if refuse(leaf, filter) is None]
 
 
 implementation = implementations.fixture(IMPLEMENTATIONS)
@@ -554,61 +575,47 @@ FILTERS = {
 INTERPRETED_FILTERS = ("recurrence", "buffers")
 
 
-class Part(NamedTuple):
-    """A shard of a leaf: the elements of all of it, and the index of the first that is here."""
-
-    size: int
-    shard: Shard
-    base: int
-
-
-PARTS = (
-    # From the middle of a tile, over the end of a high word.
-    Part(2**33, Shard(1300), 2**32 - 500),
-    Part(30_000, Shard(300, ((2, 5000), (2, 900))), 11),
-    Part(2**35 + 1, Shard(1100, ((2, 3000),)), 2**33 + 5),
-)
 SHARDED = {
     **{
-        f"{slots} slots": (Layout("recurrence", True, slots), [(1.0, *[0.1] * slots)])
+        f"{slots} slots": (RecurrenceFilter(True, slots), [(1.0, *[0.1] * slots)])
         for slots in (0, 1, 4, 7)
     },
-    "moving average": (Layout("moving_average", True, 3, behind=1), [(-0.5, 1.0)]),
-    "buffers": (Layout("buffers", True, 0, hidden=1), [(0.9,), (0.3,)]),
-    "buffers, looking ahead": (Layout("inverse_buffers", True, 3, hidden=1), [(0.9,), (0.3,)]),
-    "dense row": (Layout("row", True, 0, behind=2), [(0.5, 0.0, -2.0)]),
+    "moving average": (MovingAverageFilter(True, 3, 2), [(-0.5, 1.0)]),
+    "buffers": (BufferedFilter(True, 0, 1), [(0.9,), (0.3,)]),
+    "buffers, looking ahead": (InverseBufferedFilter(True, 3, 1), [(0.9,), (0.3,)]),
 }
 
 
-def leaves_of(parts):
-    """Leaves of float32 of which these parts are here."""
-    leaves = lookahead.plan([(part.size,) for part in parts], [jnp.dtype("float32")] * len(parts))
-    return [
-        dataclasses.replace(leaf, shard=part.shard)
-        for leaf, part in zip(leaves, parts, strict=True)
-    ]
-
-
-def step_on_parts(implementation, parts, layout, coef):
+def step_on_parts(implementation, filter, coef):
     """(step, keys, rings) -> (outs, rings), and the rings before the first step."""
-    leaves = leaves_of(parts)
-    base = jnp.array([divmod(part.base, 2**32) for part in parts], jnp.uint32)
+    leaves = leaves_of(PARTS)
     grads = [jnp.ones(leaf.shard.size) for leaf in leaves]
 
     def step(t, keys, rings):
-        run = IMPLEMENTATIONS[implementation].run
-        return run(layout, leaves, t, keys, jnp.array(coef), jnp.array(2.0), base, grads, rings)
+        inputs = Inputs(
+            leaves=leaves,
+            base=base_of(PARTS),
+            grads=grads,
+            rings=rings,
+            filter=filter,
+            step=t,
+            keys=keys,
+            coef=jnp.array(coef),
+            scale=jnp.array(2.0),
+        )
+        return tuple(IMPLEMENTATIONS[implementation].run(inputs))
 
-    return step, [jnp.zeros((layout.rows, grad.size)) for grad in grads]
+    rings = [jnp.zeros((filter.rows, grad.size)) for grad in grads if filter.rows]
+    return step, rings
 
 
-def run_on_parts(implementation, parts, layout, coef):
+def run_on_parts(implementation, filter, coef):
     """Outputs and rings of all steps of a cycle, and of one more."""
-    step, rings = step_on_parts(implementation, parts, layout, coef)
+    step, rings = step_on_parts(implementation, filter, coef)
     step, results = jax.jit(step), []
-    window = 1 if layout.filter == "row" else layout.behind + layout.steps
-    for t in range(layout.steps + 1):
-        keys = jax.vmap(functools.partial(jax.random.fold_in, SMALL.key))(t + np.arange(window))
+    for t in range(filter.steps + 1):
+        window = t + np.arange(filter.behind + filter.steps)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, SMALL.key))(window)
         results.append(step(jnp.int32(t), keys, rings))
         rings = results[-1][1]
     return results
@@ -640,13 +647,7 @@ class TestImplementation:
             too_long = is_slow(implementation) and case.steps * tiles > 130
             return not too_long and not not_for(case, implementation)
 
-        @settings(
-            max_examples=4 if interpreted else 10,
-            deadline=None,  # every example compiles
-            derandomize=True,
-            phases=[Phase.explicit, Phase.generate],  # shrinking would compile for minutes
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        )
+        @sweeps.compiling(4 if interpreted else 10)
         @given(case=cases(takes(implementation), small=interpreted).filter(fits))
         def sweep(case):
             check(case, implementation)
@@ -674,6 +675,29 @@ class TestImplementation:
                 expected.check_state(state, t)
             _, state = update(case.grads_at(t), state)
         expected.check_state(state)
+
+    @pytest.mark.parametrize("slots", [1, 2, 4])
+    @pytest.mark.parametrize("first_tile", [0, 5])
+    def test_visits_are_those_of_the_golden_table(self, implementation, slots, first_tile):
+        """What a step changes of a ring, tile by tile, is what the table says."""
+        tiles = 3 * slots + 2
+        before = ((first_tile * 1024,),) if first_tile else ()  # a leaf of so many tiles
+        shapes = (*before, (tiles * 1024 - 9,))
+        case = Case(shapes, f32 * len(shapes), coef=(1.0, *[0.1] * slots))
+        update, state = jax.jit(case.update(implementation)), case.init()
+        table = golden_schedule.load()
+        for t in range(2 * slots + 2):
+            old = state.buffers[-1]
+            _, state = update([jnp.zeros(shape) for shape in shapes], state)
+            changed = jnp.pad(state.buffers[-1] != old, ((0, 0), (0, 9)), constant_values=True)
+            changed = changed.reshape(slots, tiles, 1024)
+            expected = np.zeros((slots, tiles), bool)
+            for row in table:
+                if (row.slots, row.first_tile, row.step) == (slots, first_tile, t):
+                    made = (row.slot + np.arange(row.terms)) % slots
+                    expected[made, row.tile] = True
+            np.testing.assert_array_equal(changed[..., :1000].all(-1), expected)
+            np.testing.assert_array_equal(changed[..., :1000].any(-1), expected)
 
     def test_state_continues_in_another_implementation(self, implementation, small):
         slow = is_slow(implementation)
@@ -792,7 +816,7 @@ class TestImplementation:
         def scan(grads, state):
             return jax.lax.scan(lambda state, grads: update(grads, state)[::-1], state, grads)
 
-        rows = case.layout.rows
+        rows = case.ahead.rows
         rings = [f"f32[{rows},{','.join(map(str, shape))}]" for shape in case.shapes if rows]
         for function, grads in ((update, case.grads_at(0)), (scan, case.grads)):
             lowered = jax.jit(function, donate_argnums=1).lower(grads, case.init())
@@ -802,42 +826,15 @@ class TestImplementation:
             copies = [line for line in hlo.splitlines() if " copy(" in line or "copy-start" in line]
             assert not [line for line in copies if any(ring in line for ring in rings)]
 
-    @pytest.mark.parametrize(
-        "row", [(0.0, 0.5, 0.0, -2.0, 0.0), (0.0, 0.0), (3.0,), tuple(np.linspace(-1, 1, 100))]
-    )
-    @pytest.mark.parametrize("dtype", ["float32", "float64"])
-    def test_dense_row(self, implementation, row, dtype):
-        case = Case(((2100,), (3, 5), ()), (dtype, "float32", dtype), steps=1)
-        if reason := not_for(case, implementation):
-            pytest.skip(reason)
-        with jax.enable_x64(case.x64):
-            grads = case.grads_at(0)
-            coef = jnp.asarray(row, dtype)
-            outs = dense_noise(grads, coef, key=case.key, implementation=implementation)
-            keys = jax.random.split(case.key, 3)
-            for grad, out, key in zip(grads, outs, keys, strict=True):
-                z = [
-                    jax.random.normal(jax.random.fold_in(key, j), grad.shape, grad.dtype)
-                    for j in range(len(row))
-                ]
-                z = np.asarray(z, np.float64)
-                expected = np.asarray(grad, np.float64) + np.tensordot(row, z, axes=1)
-                relative = SAMPLE_RTOL[grad.dtype.name]
-                tolerance = relative * max(1, np.abs(z).max()) * np.abs(row).sum()
-                np.testing.assert_allclose(out, expected, rtol=relative, atol=tolerance + relative)
-                assert out.dtype == grad.dtype
-
-    @pytest.mark.parametrize(("layout", "coef"), SHARDED.values(), ids=SHARDED)
-    def test_shards(self, implementation, layout, coef):
+    @pytest.mark.parametrize(("filter", "coef"), SHARDED.values(), ids=SHARDED)
+    def test_shards(self, implementation, filter, coef):
         if implementation not in implementations.INTERPRETERS:
-            pytest.skip("it is what kernels for GPUs are compared with")
-        if any(IMPLEMENTATIONS[implementation].refuse(leaf, layout) for leaf in leaves_of(PARTS)):
+            pytest.skip("kernels for GPUs are compared with it")
+        if any(IMPLEMENTATIONS[implementation].refuse(leaf, filter) for leaf in leaves_of(PARTS)):
             pytest.skip("it leaves them to others")
         on_cpu = jax.config.jax_default_device.platform == "cpu"
         oracle = "cpp" if on_cpu and not IMPLEMENTATIONS["cpp"].unavailable() else "jax"
-        actual, expected = (
-            run_on_parts(name, PARTS, layout, coef) for name in (implementation, oracle)
-        )
+        actual, expected = (run_on_parts(name, filter, coef) for name in (implementation, oracle))
         trees_allclose(actual, expected, atol=5e-5)
 
     # -- Statistics: fixed keys, so these either always pass or always fail.
@@ -977,7 +974,7 @@ def test_pallas_lowers_for_cuda(case):
     text = lowered_for_cuda(case, "pallas").splitlines()
     calls = [line for line in text if PALLAS_CALL in line]
     assert len(calls) == 2  # the third leaf is empty
-    rows = case.layout.rows
+    rows = case.ahead.rows
     aliases = "output_tuple_indices = [1], operand_index = 6"
     assert all((aliases in line) == (rows > 0) for line in calls)
     large = [line for line in text if "2500x" in line and "func.func" not in line]
@@ -990,15 +987,6 @@ def test_pallas_lowers_for_cuda(case):
         )
 
 
-def test_pallas_lowers_dense_rows_for_cuda():
-    if reason := IMPLEMENTATIONS["pallas"].unavailable():
-        pytest.skip(reason)
-    function = functools.partial(dense_noise, key=SMALL.key, implementation="pallas")
-    arguments = SMALL.grads_at(0), jnp.ones(50)
-    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count(PALLAS_CALL) == 2
-
-
 def test_leaves_of_one_shape_share_a_kernel():
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
         pytest.skip(reason)
@@ -1006,29 +994,28 @@ def test_leaves_of_one_shape_share_a_kernel():
     assert lowered_for_cuda(case, "pallas").count(PALLAS_CALL) == 2
 
 
-@pytest.mark.parametrize(("layout", "coef"), SHARDED.values(), ids=SHARDED)
-def test_pallas_lowers_shards_for_cuda(layout, coef):
+@pytest.mark.parametrize(("filter", "coef"), SHARDED.values(), ids=SHARDED)
+def test_pallas_lowers_shards_for_cuda(filter, coef):
     """One kernel for every leaf, of which each run has one program more than it has tiles."""
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
         pytest.skip(reason)
-    step, rings = step_on_parts("pallas", PARTS, layout, coef)
-    window = 1 if layout.filter == "row" else layout.behind + layout.steps
-    arguments = jnp.int32(0), jax.random.split(SMALL.key, window), rings
-    text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in text.splitlines() if PALLAS_CALL in line]
+    step, rings = step_on_parts("pallas", filter, coef)
+    keys = jax.random.split(SMALL.key, filter.behind + filter.steps)
+    text = jax.jit(step).trace(jnp.int32(0), keys, rings).lower(lowering_platforms=("cuda",))
+    calls = [line for line in text.as_text().splitlines() if PALLAS_CALL in line]
     programs = [int(re.search(r"grid_x = (\d+)", call)[1]) for call in calls]
     assert programs == [3, 4 * 2, 2 * 3]
 
 
 @pytest.mark.parametrize("name", ["triton", "pallas"])
 def test_shards_in_short_runs_are_left_to_jax(name):
-    layout, _ = SHARDED["4 slots"]
+    filter, _ = SHARDED["4 slots"]
     refuse = IMPLEMENTATIONS[name].refuse
     for axes, run, refused in (((), 1, False), (((2, 900),), 256, False), (((2, 900),), 255, True)):
         (leaf,) = leaves_of([Part(5000, Shard(run, axes), 0)])
-        assert bool(refuse(leaf, layout)) == refused
+        assert bool(refuse(leaf, filter)) == refused
         if refused:
-            assert "runs of 255 elements" in refuse(leaf, layout)
+            assert "runs of 255 elements" in refuse(leaf, filter)
 
 
 def test_pallas_lowers_in_a_shard_map():
@@ -1122,7 +1109,7 @@ def test_plain_schedule(key_impl, case):
         expected = Expected(case, ahead=False)
         expected.check_outputs(outs)
         expected.check_state(state)
-        assert state.clock.subkeys.shape[0] == case.matrix.layout(False).behind
+        assert state.clock.subkeys.shape[0] == case.matrix.filter(False).behind
 
 
 def test_plain_schedule_is_not_the_compiled_ones():

@@ -138,6 +138,7 @@ def no_extension(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_privacy_kernels._jpk", None)
     # A submodule that was imported is an attribute of the package as well.
     monkeypatch.delattr(jax_privacy_kernels, "_jpk", raising=False)
+    monkeypatch.setattr(_ffi, "_registered", _ffi._register())
     _ffi.unavailable.cache_clear()
     jax.clear_caches()
     yield

@@ -9,15 +9,14 @@ import functools
 import itertools
 from fractions import Fraction
 
-import coefficients
-import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support import coefficients, implementations, sweeps
 
 from jax_privacy_kernels.ops import min_sep_norm
 from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS
@@ -108,7 +107,7 @@ class TestImplementation:
         )
         assert op(n, min_sep, k, implementation)(coef) == worst
 
-    @settings(coefficients.SWEEP, max_examples=12)
+    @sweeps.compiling(12)
     @given(data=st.data())
     def test_sweep(self, implementation, data):
         n = data.draw(coefficients.sizes)

@@ -11,15 +11,14 @@ import functools
 import itertools
 from fractions import Fraction
 
-import coefficients
-import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support import coefficients, implementations, sweeps
 
 from jax_privacy_kernels.ops import participation_max
 from jax_privacy_kernels.ops.participation_max import IMPLEMENTATIONS
@@ -108,7 +107,7 @@ class TestImplementation:
         for actual, expected in zip((value, gradient), jax_on_ties(min_sep, k), strict=True):
             np.testing.assert_array_equal(actual, expected)
 
-    @settings(coefficients.SWEEP, max_examples=12)
+    @sweeps.compiling(12)
     @given(data=st.data())
     def test_sweep(self, implementation, data):
         n = data.draw(coefficients.sizes)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 
-import implementations
 import jax
 import numpy as np
-import privacy_losses
 import pytest
+from support import implementations, privacy_losses
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels.ops.privacy_loss_sums import (

@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 from fractions import Fraction
 
-import coefficients
-import implementations
 import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from support import coefficients, implementations, sweeps
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import toeplitz_multiply
@@ -24,16 +23,22 @@ from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS
 implementation = implementations.fixture(IMPLEMENTATIONS)
 
 
+@functools.lru_cache(maxsize=64)  # of the cases that all implementations are checked with
+def definition(case):
+    """The product, and how far off a computed one may be."""
+    multiply = functools.partial(coefficients.product, transpose=case.transpose)
+    sizes = multiply(np.abs(case.coef), np.abs(case.rhs))
+    error = (min(case.m, case.n) + 2) * coefficients.UNIT * sizes
+    return multiply(case.coef, case.rhs)[: case.rows], error[: case.rows]
+
+
 def check(case, implementation):
     with jax.enable_x64(case.x64):
         actual = toeplitz_multiply(
             *case.arrays(), transpose=case.transpose, rows=case.rows, implementation=implementation
         )
     assert actual.dtype == case.dtype
-    multiply = functools.partial(coefficients.product, transpose=case.transpose)
-    sizes = multiply(np.abs(case.coef), np.abs(case.rhs))
-    error = (min(case.m, case.n) + 2) * coefficients.UNIT * sizes
-    coefficients.close(actual, multiply(case.coef, case.rhs)[: case.rows], error[: case.rows])
+    coefficients.close(actual, *definition(case))
 
 
 def pair(implementation, n, m, shape=(), transpose=False, rows=None):
@@ -101,7 +106,7 @@ class TestImplementation:
     def test_corner(self, implementation, case):
         check(case, implementation)
 
-    @settings(coefficients.SWEEP, max_examples=12)
+    @sweeps.compiling(12)
     @given(case=coefficients.cases())
     def test_sweep(self, implementation, case):
         check(case, implementation)

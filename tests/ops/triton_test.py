@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import triton_interpreter
+from support import triton_interpreter
 
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
@@ -119,6 +119,8 @@ def test_noise_that_it_does_not_take(monkeypatch, dtype):
 # -- Steps that are none ------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("clock", [-1, -2])
 def test_a_negative_step_stays_in_the_ring(clock):
     """And its noise is NaN. The interpreter sees to what is written beside a result."""
@@ -175,6 +177,8 @@ def last_samples(key, start, count):
     return np.asarray(jax.random.normal(at, (count,)))
 
 
+@pytest.mark.interpreted
+@pytest.mark.triton
 @pytest.mark.parametrize("coef", [(2.0,), (1.0, 0.5, 0.25)])
 def test_offsets_are_long(coef):
     if reason := triton_interpreter.unavailable():

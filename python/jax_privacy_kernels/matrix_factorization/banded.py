@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_coef, check_int, is_concrete
+from jax_privacy_kernels._checks import check_coef, check_int, check_real, is_concrete
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, prefix_sum
@@ -39,8 +39,17 @@ class ColumnNormalizedBanded(Mirrored):
 
     Entries marked ``*`` lie outside of C and do not matter. A pytree, with one leaf.
 
+        >>> C = ColumnNormalizedBanded(jnp.array([[4.0, 3.0], [1.0, 0.0], [5.0, 0.0]]))
+        >>> print(C.materialize().round(3))
+        [[0.8 0.  0. ]
+         [0.6 1.  0. ]
+         [0.  0.  1. ]]
+        >>> print(per_query_error(C).round(4))  # of prefix sums
+        [1.5625 1.25   2.25  ]
+
     Attributes:
-      params: ``[n, b]`` floating array, ``params[:, 0] != 0``, ``1 <= b <= n``.
+      params: ``[n, b]`` array of real numbers, ``params[:, 0] != 0``, ``1 <= b <= n``. Integers
+        stand for default floats.
     """
 
     params: jax.Array
@@ -61,13 +70,15 @@ class ColumnNormalizedBanded(Mirrored):
 
         Args:
           n: The size of C.
-          coefs: ``[b]`` Toeplitz coefficients, ``coefs[0] != 0`` and ``b <= n``.
+          coefs: ``[b]`` or ``[1, b]`` Toeplitz coefficients, the first not 0, ``b <= n``.
 
         Raises:
-          ValueError: If ``coefs`` is not 1-D, empty or not finite, starts with 0, or is longer than
-            n; or n < 1.
+          ValueError: If ``coefs`` is of another shape, empty or not finite, starts with 0, or is
+            longer than n; or n < 1.
           TypeError: If n is not an integer, or ``coefs`` is not real.
         """
+        if np.shape(coefs)[:-1] == (1,):
+            coefs = coefs[0]
         n, coefs = check_int("n", n), check_coef("coefs", coefs, invertible=True)
         if coefs.size > n:
             raise ValueError(f"expected at most n={n} coefs, found {coefs.size}")
@@ -88,7 +99,8 @@ class ColumnNormalizedBanded(Mirrored):
 
     def materialize(self) -> jax.Array:
         """Returns C as an ``[n, n]`` array. O(n^2) time and memory."""
-        scaled = (_entries(self) / _column_norms(self)[:, None]).astype(self.params.dtype)
+        entries = _entries(self)
+        scaled = (entries / _column_norms(self)[:, None]).astype(entries.dtype)
         lag = jnp.arange(self.n)[:, None] - jnp.arange(self.n)
         column = jnp.broadcast_to(jnp.arange(self.n), lag.shape)
         entries = scaled[column, jnp.clip(lag, 0, self.bands - 1)]
@@ -103,11 +115,11 @@ class ColumnNormalizedBanded(Mirrored):
 
         Raises:
           ValueError: If ``params`` is not as the class says.
-          TypeError: If its dtype is not floating.
+          TypeError: If it does not hold real numbers.
         """
-        params = _checked(self).params
-        bands = self.bands
-        rows, norms = _rows(self), _column_norms(self)
+        C = _checked(self)
+        bands, params = C.bands, C.params
+        rows, norms = _rows(C), _column_norms(C)
 
         def init_multiply(abstract_value: Any) -> tuple[jax.Array, jax.Array]:
             dtype = jnp.promote_types(abstract_value.dtype, params.dtype)
@@ -132,9 +144,8 @@ class ColumnNormalizedBanded(Mirrored):
 
 
 def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
-    """C, if its parameters are what they should be."""
-    if not jnp.issubdtype(jnp.result_type(C.params), jnp.floating):
-        raise TypeError(f"expected floating params, found dtype {jnp.result_type(C.params)}")
+    """C, if its parameters are what they should be; integers as floats."""
+    real = _real(C)
     shape = jnp.shape(C.params)
     if len(shape) != 2 or not 1 <= shape[1] <= shape[0]:
         raise ValueError(f"expected params of shape [n, b], 1 <= b <= n, found {shape}")
@@ -149,7 +160,11 @@ def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
                 "expected params to be finite, and not 0 in the first column, "
                 f"found params{list(at)} = {params[at]}"
             )
-    return C
+    return real
+
+
+def _real(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
+    return ColumnNormalizedBanded(check_real("floating params", jnp.asarray(C.params)))
 
 
 def _inside(n: int, bands: int) -> jax.Array:
@@ -159,7 +174,7 @@ def _inside(n: int, bands: int) -> jax.Array:
 
 def _entries(C: ColumnNormalizedBanded) -> jax.Array:
     """The parameters, with 0 for those outside of C."""
-    return jnp.where(_inside(C.n, C.bands), C.params, 0)
+    return jnp.where(_inside(C.n, C.bands), _real(C).params, 0)
 
 
 def _column_norms(C: ColumnNormalizedBanded) -> jax.Array:
@@ -234,9 +249,9 @@ def per_query_error(
 
     Raises:
       ValueError: If the parameters of C are not as its class says.
-      TypeError: If their dtype is not floating, or ``scan_fn`` is not a function.
+      TypeError: If they are not real numbers, or ``scan_fn`` is not a function.
     """
-    _checked(C)
+    C = _checked(C)
     _check_scan(scan_fn)
     A = prefix_sum() if A is None else A
     structure = getattr(A, "structure", None)

@@ -1,6 +1,11 @@
 """Checks that the matrices of a factorization ``A = B C`` are what the library takes them for.
 
 Inside a trace, where values are not known, only shapes are checked.
+
+    >>> check(A=jnp.tri(3), C=jnp.eye(3))
+    >>> check(A=jnp.tri(3), C=jnp.ones((3, 3)))
+    Traceback (most recent call last):
+    ValueError: expected matrix C to be lower-triangular, found entry (0, 1) = 1.0
 """
 
 from __future__ import annotations
@@ -89,8 +94,11 @@ def check(
             check_lower_triangular(M, name, **allclose_kwargs)
 
     sizes = {shape[1] if name == "C" else shape[0] for name, shape in shapes.items()}
-    if len(sizes) > 1 or ("B" in shapes and "C" in shapes and shapes["B"][1] != shapes["C"][0]):
-        raise ValueError(f"expected shapes A [n, n], B [n, k], C [k, n], X [n, n], found {shapes}")
+    found = f"expected shapes A [n, n], B [n, k], C [k, n], X [n, n], found {shapes}"
+    if "B" in shapes and "C" in shapes and shapes["B"][1] != shapes["C"][0]:
+        raise ValueError(f"B and C shapes do not match: {found}")
+    if len(sizes) > 1:
+        raise ValueError(f"Expected matrix shapes to match: {found}")
 
 
 def _check_entries(M: Any, are_valid: Any, name: str, expected: str) -> None:

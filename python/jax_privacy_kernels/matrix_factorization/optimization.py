@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,14 @@ from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import check_int
 from jax_privacy_kernels._mirrored import Mirrored
 
-__all__ = ["DEFAULT_OPTIMIZER", "CallbackArgs", "ParamT", "jax_enable_x64", "optimize"]
+__all__ = [
+    "DEFAULT_OPTIMIZER",
+    "CallbackArgs",
+    "CallbackFnType",
+    "ParamT",
+    "jax_enable_x64",
+    "optimize",
+]
 
 ParamT = TypeVar("ParamT")
 
@@ -46,6 +53,10 @@ class CallbackArgs(Mirrored):
     grad: Any
     params: Any
     state: Any
+
+
+CallbackFnType: TypeAlias = Callable[[CallbackArgs], bool | None]
+"""Of a callback: whether to stop; None goes on."""
 
 
 def jax_enable_x64(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,6 +113,11 @@ def optimize(
     L-BFGS, the default, works well on the losses of factorizations: see
     https://arxiv.org/abs/2106.12118, https://arxiv.org/abs/2306.08153,
     https://arxiv.org/abs/2405.15913.
+
+        >>> def loss(x):
+        ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+        >>> print(optimize(loss, jnp.zeros(2)).round(4))
+        [1. 1.]
 
     Args:
       loss_fn: gives the loss at parameters, a scalar; or, with ``grad``, the loss and its gradient.

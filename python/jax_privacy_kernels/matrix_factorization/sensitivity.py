@@ -5,6 +5,14 @@ apart, at most k = ``max_participations`` of them. The sensitivity of a strategy
 norm of a sum of its columns over a pattern, each column times a contribution of norm at most 1. It
 depends on C through the Gram matrix ``X = C^T C`` only.
 
+    >>> minsep_true_max_participations(n=10, min_sep=4)
+    3
+    >>> prefix_sums = jnp.tri(4)
+    >>> print(f"{get_min_sep_sensitivity_upper_bound(prefix_sums, min_sep=2):.4f}")
+    3.1623
+    >>> print(f"{fixed_epoch_sensitivity(prefix_sums, epochs=2):.4f}")
+    3.1623
+
 Matrices are JAX or NumPy arrays of real numbers.
 """
 
@@ -252,6 +260,7 @@ def get_sensitivity_banded_for_X(
         if reached.any():
             i, j = (int(index) for index in jnp.argwhere(reached, size=1)[0])
             raise ValueError(
+                "columns must be orthogonal: "
                 f"expected columns at least min_sep={min_sep} apart to be orthogonal, "
                 f"found X[{i}, {j}] = {X[i, j]}"
             )
@@ -309,7 +318,9 @@ def fixed_epoch_sensitivity_for_X(X: jax.Array, epochs: int) -> float:
     checks.check(X=X)
     n, epochs = len(X), check_int("epochs", epochs)
     if n % epochs:
-        raise ValueError(f"expected epochs to divide n={n}, found epochs={epochs}")
+        raise ValueError(
+            f"epochs must divide n: expected epochs to divide n={n}, found epochs={epochs}"
+        )
     by_epoch = jnp.abs(X).reshape(epochs, n // epochs, epochs, n // epochs)
     return math.sqrt(float(jnp.einsum("siti->i", by_epoch).max()))
 

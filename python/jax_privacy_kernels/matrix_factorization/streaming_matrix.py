@@ -4,27 +4,38 @@ Row t of ``A x`` depends on ``x_0 .. x_t`` only, so a stream x can be multiplied
 :class:`StreamingMatrix` is a pair of functions that does this with as little state as the matrix
 allows (none for the identity, one slot for prefix sums, b - 1 slots for the inverse of a b-banded
 matrix), and never holds A or x. The matrices have no fixed size: n is how many rows you ask for.
+
+    >>> A = momentum_sgd_matrix(momentum=0.5) @ prefix_sum()
+    >>> print(A.materialize(3))
+    [[1.   0.   0.  ]
+     [2.5  1.   0.  ]
+     [4.25 2.5  1.  ]]
+    >>> print(A @ jnp.array([1.0, 0.0, -1.0]))
+    [1.   2.5  3.25]
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, check_vector
+from jax_privacy_kernels._checks import check_int, check_memory, check_vector
 from jax_privacy_kernels._mirrored import Mirrored
-from jax_privacy_kernels.ops.correlated_noise._matrices import (
+from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
+from jax_privacy_kernels.ops import (
     BandedRecurrence,
     Momentum,
     NoisingMatrix,
 )
 
 __all__ = [
+    "Shape",
+    "ShapePyTree",
     "State",
     "StreamingMatrix",
     "T",
@@ -39,6 +50,12 @@ __all__ = [
 
 State = TypeVar("State")
 """What a :class:`StreamingMatrix` carries from row to row: any pytree of arrays."""
+
+Shape: TypeAlias = tuple[int, ...]
+"""Of an array."""
+
+ShapePyTree: TypeAlias = Any
+"""A pytree of shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +130,9 @@ class StreamingMatrix(Mirrored, Generic[State]):
           ValueError: if n < 1.
           TypeError: if n is not an integer.
         """
-        return multiply_array(self, jnp.eye(check_int("n", n)))
+        n = check_int("n", n)
+        check_memory("n", n, 8 * n * n)
+        return multiply_array(self, jnp.eye(n, dtype=jnp.result_type(float)))
 
     def row_norms_squared(self, n: int, scan_fn: Callable[..., Any] = jax.lax.scan) -> jax.Array:
         """Returns the squared L2 norms of the first n rows, as an array ``[n]``.
@@ -134,11 +153,15 @@ class StreamingMatrix(Mirrored, Generic[State]):
           ValueError: if n < 1.
           TypeError: if n is not an integer.
         """
-        zero = jnp.zeros(check_int("n", n))
+        n = check_int("n", n)
+        check_memory("n", n, 32 * n)
+        zero = jnp.zeros(n, jnp.result_type(float))
 
         def step(state: State, t: jax.Array) -> tuple[State, jax.Array]:
             row, state = self.multiply_next(zero.at[t].set(1), state)
-            return state, jnp.sum(row * row)
+            values, scale = scaled(row)
+            squared = jnp.sum(values * values)
+            return state, restored("the squared norm", squared, squared.dtype, (scale, 2))
 
         return scan_fn(step, self.init_multiply(zero), jnp.arange(n))[1]
 
@@ -331,7 +354,7 @@ def momentum_sgd_matrix(
     """
     rates = check_vector(
         "learning_rates",
-        jnp.ones(1) if learning_rates is None else learning_rates,
+        jnp.ones(1, jnp.result_type(float)) if learning_rates is None else learning_rates,
         lambda values: np.isfinite(values) & (values > 0),
         "learning rates to be positive and finite",
     )

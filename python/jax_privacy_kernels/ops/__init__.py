@@ -1,25 +1,22 @@
 """The hot paths: one public op each, and its implementations."""
 
 from jax_privacy_kernels.ops._dispatch import asked, implementation
-from jax_privacy_kernels.ops._shards import sharding_of
-from jax_privacy_kernels.ops._shards import zeros as zeros_on_mesh
-from jax_privacy_kernels.ops.banded_error import banded_error
+from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
+from jax_privacy_kernels.ops._partition import sharding_of
+from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
+from jax_privacy_kernels.ops.banded_error import Momentum, banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
     NoiseState,
-    check_noise_dtype,
-    check_shared,
     correlated_noise,
-    dense_kind,
-    dense_noise,
     init_correlated_noise,
 )
 from jax_privacy_kernels.ops.correlated_noise._matrices import (
     BandedRecurrence,
-    Buffers,
-    Momentum,
+    BufferedToeplitz,
     MovingAverage,
     NoisingMatrix,
 )
+from jax_privacy_kernels.ops.dense_noise import dense_kind, dense_noise
 from jax_privacy_kernels.ops.min_sep_norm import min_sep_norm
 from jax_privacy_kernels.ops.participation_max import participation_max
 from jax_privacy_kernels.ops.privacy_loss_sums import privacy_loss_sums
@@ -28,7 +25,7 @@ from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
 __all__ = [
     "BandedRecurrence",
-    "Buffers",
+    "BufferedToeplitz",
     "Momentum",
     "MovingAverage",
     "NoiseState",

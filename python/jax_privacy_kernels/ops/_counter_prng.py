@@ -26,7 +26,8 @@ __all__ = ["at", "looks_ahead", "normal"]
 
 def looks_ahead(key_impl: Any) -> bool:
     """Whether keys of this type take the look-ahead schedule, in the current JAX config."""
-    return str(key_impl) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)
+    config: Any = jax.config
+    return str(key_impl) == "threefry2x32" and bool(config.jax_threefry_partitionable)
 
 
 _UINT = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}

@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.extend.core
@@ -35,25 +35,28 @@ ENVIRONMENT = "JAX_PRIVACY_KERNELS_IMPLEMENTATION"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-class Implementation(NamedTuple):
+_Run = TypeVar("_Run", bound=Callable[..., Any])
+
+
+class Implementation(NamedTuple, Generic[_Run]):
     """One implementation of an op; a table of them, fastest first, is the op's.
 
     Attributes:
       platforms: the XLA platforms it runs on.
-      run: the implementation; its contract is the op's.
+      run: the implementation, of the type that is the contract of the op.
       unavailable: says why it cannot run in this process, or gives None.
       refuse: says why it cannot take some arguments, or gives None; its parameters are the op's.
       limits: what it leaves to the next in the table, for the capability report.
     """
 
     platforms: tuple[str, ...]
-    run: Callable[..., Any]
+    run: _Run
     unavailable: Callable[[], str | None] = lambda: None
     refuse: Callable[..., str | None] = lambda *_, **__: None
     limits: str = ""
 
 
-Table = Mapping[str, Implementation]
+Table = Mapping[str, Implementation[Any]]
 
 _block: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
 

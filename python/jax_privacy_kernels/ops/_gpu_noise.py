@@ -1,4 +1,4 @@
-"""What the implementations of correlated noise for GPUs share: shards and coefficients."""
+"""What the noise ops for GPUs share: which shards they take, and how kernels see them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels.kernels import _runs
 from jax_privacy_kernels.ops import _shards
+from jax_privacy_kernels.ops._leaves import TILE, Leaf, tile_of
 from jax_privacy_kernels.ops._shards import Shard
-from jax_privacy_kernels.ops.correlated_noise._matrices import Layout
-from jax_privacy_kernels.ops.correlated_noise._schedule import Leaf, tile_of
 
-__all__ = ["factors", "refuse", "runs"]
+__all__ = ["refuse_pallas", "refuse_triton", "runs", "tiles_of_run"]
 
 SHORTEST = 256  # elements of a run, if there are several: a program works on one at a time
 
 
-def refuse(leaf: Leaf, layout: Layout) -> str | None:
+def _refuse(leaf: Leaf, ahead: bool) -> str | None:
     """Why no kernel takes what is here of the leaf, or None."""
-    if not layout.ahead:
+    if not ahead:
         return "it samples threefry2x32 keys with jax_threefry_partitionable only"
     if leaf.shard.axes and leaf.shard.run < SHORTEST:
         return (
@@ -29,12 +29,28 @@ def refuse(leaf: Leaf, layout: Layout) -> str | None:
     return None
 
 
-def runs(leaf: Leaf, first: jax.Array, slots: int) -> jax.Array:
-    """The runs of what is here of a leaf, ``[runs, 4]`` uint32.
+def refuse_triton(leaf: Leaf, ahead: bool) -> str | None:
+    """Why no kernel in Triton takes what is here of the leaf, or None."""
+    if reason := _refuse(leaf, ahead):
+        return reason
+    if leaf.noise_dtype != jnp.float32:
+        return f"it samples float32, not {leaf.noise_dtype}"
+    return None
 
-    Of each the index in the leaf of its first element, the high and the low word; and of the tile
-    that this is in, which is one of S that have all phases, the phase of the first of those S, and
-    its place among them.
+
+def refuse_pallas(leaf: Leaf, ahead: bool) -> str | None:
+    """Why no kernel in Pallas takes what is here of the leaf, or None."""
+    if reason := _refuse(leaf, ahead):
+        return reason
+    if leaf.noise_dtype not in (jnp.float32, jnp.float64):
+        return f"it samples float32 and float64, not {leaf.noise_dtype}"
+    if leaf.shard.size > 2**31 - TILE:
+        return f"{leaf.shard.size} elements, but its indices are 32 bits wide"
+    return None
+
+
+def runs(leaf: Leaf, first: jax.Array, slots: int) -> jax.Array:
+    """The runs of what is here of a leaf, as kernels take them (kernels/_runs.py).
 
     Args:
       leaf: static.
@@ -42,30 +58,25 @@ def runs(leaf: Leaf, first: jax.Array, slots: int) -> jax.Array:
       slots: static, S.
     """
     slots = max(slots, 1)
-    return _runs(leaf.shard.axes, slots, first, jnp.uint32(leaf.first_tile % slots))
+    return _of_axes(leaf.shard.axes, slots, first, jnp.uint32(leaf.first_tile % slots))
+
+
+def tiles_of_run(leaf: Leaf) -> int:
+    """How many tiles a run can have elements of; the first may begin before it."""
+    return -(-(leaf.shard.run + (0 if leaf.whole else TILE - 1)) // TILE)
 
 
 # Jitted, so that it is traced once for all whole leaves.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _runs(
+def _of_axes(
     axes: tuple[tuple[int, int], ...], slots: int, first: jax.Array, first_phase: jax.Array
 ) -> jax.Array:
-    hi, lo = _shards.indices(Shard(1, axes), (first[0], first[1]))
-    tile = tile_of((hi, lo))
-    phase, place = (tile // slots % slots + first_phase) % slots, tile % slots
-    return jnp.stack([hi, lo, phase, place], axis=1)
-
-
-def factors(layout: Layout, step: jax.Array, coef: jax.Array) -> jax.Array:
-    """The coefficients as kernels take them.
-
-    Recurrences: ``[rows, slots + 1]``, the factors of z_t, x_{t-1} .. in x_t. Sums of samples: one
-    for each of them, in the order of time. Buffers: as they are.
-    """
-    if layout.filter == "recurrence":
-        return jnp.concatenate([jnp.ones_like(coef[:, :1]), -coef[:, 1:]], axis=1) / coef[:, :1]
-    if layout.filter == "moving_average":
-        # Nothing came before step 0; with slots, the kernel sees to that.
-        happened = step - layout.behind + jnp.arange(layout.behind + 1) >= 0
-        return coef[0] if layout.slots else jnp.where(happened, coef[0], 0)
-    return coef[0] if layout.filter == "row" else coef
+    high, low = _shards.indices(Shard(1, axes), (first[0], first[1]))
+    tile = tile_of((high, low))
+    columns = {
+        _runs.HIGH: high,
+        _runs.LOW: low,
+        _runs.PHASE: (tile // slots % slots + first_phase) % slots,
+        _runs.PLACE: tile % slots,
+    }
+    return jnp.stack([columns[i] for i in range(_runs.COLUMNS)], axis=1)

@@ -26,7 +26,9 @@ def test_samples_are_the_least_that_do(base, ratio):
     assert ours.get_overall_delta(found, ours.get_base_delta(found, target)) <= target
 
 
-@pytest.mark.parametrize(("samples", "base"), [(1, 0.5), (1000, 0.01), (10**7, 5e-6), (10**9, 1e-9)])
+@pytest.mark.parametrize(
+    ("samples", "base"), [(1, 0.5), (1000, 0.01), (10**7, 5e-6), (10**9, 1e-9)]
+)
 def test_overall_delta_is_the_least_over_t(samples, base):
     found = ours.get_overall_delta(samples, base)
     t = np.geomspace(base, 1 - 1e-9, 100_000)

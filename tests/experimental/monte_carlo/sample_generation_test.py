@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import privacy_losses
 import pytest
 from scipy import stats
+from support import privacy_losses
 
 from jax_privacy_kernels import monte_carlo, ops
 from jax_privacy_kernels.experimental.monte_carlo import sample_generation as ours
@@ -118,9 +118,7 @@ def test_sums_have_the_law_of_jax_privacys(sign):
     ):
         losses, _ = peer.get_privacy_loss_sample(strategy, 1.5, c, 5, sign == 0, 4000)
         epsilons = np.quantile(losses, [0.1, 0.3, 0.5, 0.7, 0.9])
-        scheme = (
-            BallsInBins(64, 10) if hasattr(strategy, "cycle_length") else BMinSep(64, 4, 0.1)
-        )
+        scheme = BallsInBins(64, 10) if hasattr(strategy, "cycle_length") else BMinSep(64, 4, 0.1)
         sums = ops.privacy_loss_sums(
             scheme, c, 1.5, epsilons, key=np.array([1, 2], np.uint32), num_samples=100_000
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +12,40 @@ import jax.numpy as jnp
 from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi
 from jax_privacy_kernels.ops.banded_error import _cpp, _jax
 
-__all__ = ["IMPLEMENTATIONS", "banded_error"]
+__all__ = ["IMPLEMENTATIONS", "Momentum", "Run", "banded_error"]
 
-# Fastest first. An implementation is a module with a function
-#
-#   run(rows, scale, rates, momentum, g=None) -> the errors [n]; or, given g [n], the derivatives of
-#       <g, errors> with respect to the four others
-#
-#   rows      [n, b]; all are float32 or all float64
-#   scale     [n]
-#   rates     [n]
-#   momentum  []
-IMPLEMENTATIONS: _dispatch.Table = {
+
+class Run(Protocol):
+    """An implementation, of ``rows, scale, rates, momentum`` or of those and ``g``.
+
+    It gives the errors ``[n]``; or, given g ``[n]``, the derivatives of <g, errors> with respect to
+    the four others. rows are ``[n, b]``, scale and rates ``[n]``, momentum is a scalar; all are
+    float32 or all are float64.
+    """
+
+    def __call__(self, *arrays: jax.Array) -> Any: ...
+
+
+# Fastest first.
+IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "cpp": _dispatch.Implementation(platforms=("cpu",), run=_cpp.run, unavailable=_ffi.unavailable),
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=_jax.run),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    """The rows of a momentum workload, prefix sums among them.
+
+    Row t of ``y = A x`` is ``y_t = y_{t-1} + r_t m_t`` with ``m_t = beta m_{t-1} + x_t``.
+
+    Attributes:
+      momentum: beta, a real scalar.
+      learning_rates: ``[m]`` floating array r, whose last entry goes on; None for all ones.
+    """
+
+    momentum: jax.typing.ArrayLike = 0.0
+    learning_rates: jax.Array | None = None
 
 
 def banded_error(

@@ -10,7 +10,7 @@ __all__ = ["run"]
 
 
 def run(*arrays: jax.Array) -> Any:
-    """Errors or derivatives; the contract stands in the op, above its table."""
+    """Errors or derivatives."""
     if len(arrays) == 4:
         name, shapes = "jpk_banded_error", arrays[1]
         out: Any = jax.ShapeDtypeStruct(shapes.shape, shapes.dtype)

@@ -14,7 +14,7 @@ __all__ = ["run"]
 
 @_coefficients.in_float64
 def run(*arrays: jax.Array) -> Any:
-    """Errors or derivatives; the contract stands in the op, above its table."""
+    """Errors or derivatives."""
     if len(arrays) == 4:
         return _errors(*arrays)
     *operands, g = arrays

@@ -1,4 +1,4 @@
-"""What ops need to know about streaming matrices: noising matrices, and workloads.
+"""What ops need to know about noising matrices.
 
 A noising matrix makes the terms x of correlated noise from independent samples z, row by row. Those
 with a fused kernel are described by the dataclasses below, which are pytrees. Each has
@@ -6,48 +6,27 @@ with a fused kernel are described by the dataclasses below, which are pytrees. E
     row_scale       ``[n]`` floating array, or None for all ones; row t of the matrix gives
                     ``row_scale[min(t, n - 1)] x_t``
     dtype           of its coefficients
-    layout(ahead)   the `Layout` of its state, with or without look-ahead
-    coef_at(step, layout)   its coefficients at a step, as implementations take them
+    filter(ahead)   the `Filter` that makes its terms, with or without look-ahead
+    coef_at(step, filter)   its coefficients at a step, of one of ``filter.coef_shapes``
     invertible(coef)        whether the matrix with those coefficients is
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["BandedRecurrence", "Buffers", "Layout", "Momentum", "MovingAverage", "NoisingMatrix"]
+from jax_privacy_kernels.ops.correlated_noise._filters import (
+    BufferedFilter,
+    Filter,
+    InverseBufferedFilter,
+    MovingAverageFilter,
+    RecurrenceFilter,
+)
 
-
-class Layout(NamedTuple):
-    """How x is made of z, and what of it the state keeps. Static.
-
-    Attributes:
-      filter: "recurrence", "moving_average", "row", "buffers" or "inverse_buffers".
-      ahead: whether terms are made ahead, tile by tile (see _schedule.py).
-      slots: S, how many slots of terms there are in a ring.
-      hidden: how many rows of a ring come before its slots.
-      behind: how many samples before z_t there are in x_t.
-    """
-
-    filter: str
-    ahead: bool
-    slots: int
-    hidden: int = 0
-    behind: int = 0
-
-    @property
-    def rows(self) -> int:
-        """The rows of a ring."""
-        return self.hidden + self.slots
-
-    @property
-    def steps(self) -> int:
-        """How many terms a visit to a tile makes, at most."""
-        return max(self.slots, 1) if self.ahead else 1
+__all__ = ["BandedRecurrence", "BufferedToeplitz", "MovingAverage", "NoisingMatrix"]
 
 
 @jax.tree_util.register_dataclass
@@ -71,14 +50,14 @@ class BandedRecurrence:
     def dtype(self) -> jnp.dtype:
         return self.coef.dtype
 
-    def layout(self, ahead: bool) -> Layout:
-        return Layout("recurrence", ahead, slots=self.coef.shape[-1] - 1)
+    def filter(self, ahead: bool) -> Filter:
+        return RecurrenceFilter(ahead, self.coef.shape[-1] - 1)
 
-    def coef_at(self, step: jax.Array, layout: Layout) -> jax.Array:
-        """``[1, b]``, or ``[layout.steps, b]`` for the steps from this one on."""
+    def coef_at(self, step: jax.Array, filter: Filter) -> jax.Array:
+        """``[1, b]``, or ``[filter.steps, b]`` for the steps from this one on."""
         if self.coef.ndim == 1:
             return self.coef[None]
-        return self.coef.at[step + jnp.arange(layout.steps)].get(mode="clip")
+        return self.coef.at[step + jnp.arange(filter.steps)].get(mode="clip")
 
     def invertible(self, coef: jax.Array) -> jax.Array:
         return (coef[:, 0] != 0).all()
@@ -107,13 +86,12 @@ class MovingAverage:
     def dtype(self) -> jnp.dtype:
         return self.coef.dtype
 
-    def layout(self, ahead: bool) -> Layout:
-        slots = self.slots if ahead else 0
-        return Layout("moving_average", ahead, slots, behind=self.coef.shape[0] - 1)
+    def filter(self, ahead: bool) -> Filter:
+        return MovingAverageFilter(ahead, self.slots if ahead else 0, self.coef.shape[0])
 
-    def coef_at(self, step: jax.Array, layout: Layout) -> jax.Array:
+    def coef_at(self, step: jax.Array, filter: Filter) -> jax.Array:
         """``[1, p]``, the weights of z_{t-p+1} .. z_t."""
-        del step, layout
+        del step, filter
         return self.coef[None, ::-1]
 
     def invertible(self, coef: jax.Array) -> jax.Array:
@@ -122,7 +100,7 @@ class MovingAverage:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Buffers:
+class BufferedToeplitz:
     """The rows of a buffered linear Toeplitz matrix (BLT), or of its inverse.
 
     With m buffers u, all zero at first, a BLT is ``x_t = z_t + sum_i w_i u_{t,i}`` with
@@ -147,13 +125,14 @@ class Buffers:
     def dtype(self) -> jnp.dtype:
         return jnp.result_type(self.buf_decay, self.output_scale)
 
-    def layout(self, ahead: bool) -> Layout:
-        name = "inverse_buffers" if self.inverse else "buffers"
-        return Layout(name, ahead, self.slots if ahead else 0, hidden=self.buf_decay.shape[0])
+    def filter(self, ahead: bool) -> Filter:
+        slots = self.slots if ahead else 0
+        kind = InverseBufferedFilter if self.inverse else BufferedFilter
+        return kind(ahead, slots, self.buf_decay.shape[0])
 
-    def coef_at(self, step: jax.Array, layout: Layout) -> jax.Array:
+    def coef_at(self, step: jax.Array, filter: Filter) -> jax.Array:
         """``[2, m]``, the decays and the output scales."""
-        del step, layout
+        del step, filter
         return jnp.stack([self.buf_decay, self.output_scale])
 
     def invertible(self, coef: jax.Array) -> jax.Array:
@@ -161,19 +140,4 @@ class Buffers:
         return jnp.array(True)  # the diagonal is 1
 
 
-NoisingMatrix = BandedRecurrence | MovingAverage | Buffers
-
-
-@dataclasses.dataclass(frozen=True)
-class Momentum:
-    """The rows of a momentum workload, prefix sums among them.
-
-    Row t of ``y = A x`` is ``y_t = y_{t-1} + r_t m_t`` with ``m_t = beta m_{t-1} + x_t``.
-
-    Attributes:
-      momentum: beta, a real scalar.
-      learning_rates: ``[m]`` floating array r, whose last entry goes on; None for all ones.
-    """
-
-    momentum: jax.typing.ArrayLike = 0.0
-    learning_rates: jax.Array | None = None
+NoisingMatrix = BandedRecurrence | MovingAverage | BufferedToeplitz

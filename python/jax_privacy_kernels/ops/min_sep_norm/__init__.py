@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,30 @@ import jax.numpy as jnp
 from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi, _jax_pallas, _jax_triton
 from jax_privacy_kernels.ops.min_sep_norm import _cpp, _jax, _pallas, _triton
 
-__all__ = ["IMPLEMENTATIONS", "min_sep_norm"]
+__all__ = ["IMPLEMENTATIONS", "Run", "min_sep_norm"]
 
-# Fastest first. An implementation is a module with a function
-#
-#   run(coef, *, n, min_sep, max_participations, differentiate) -> (value,) or (value, gradient)
-#
-#   coef                [m], float32 or float64, 1 <= m <= n
-#   n, min_sep          1 <= min_sep <= n (static)
-#   max_participations  at least 1 (static)
-#   differentiate       whether the gradient is wanted (static)
-IMPLEMENTATIONS: _dispatch.Table = {
+
+class Run(Protocol):
+    """An implementation: it gives the value, or value and gradient if asked to ``differentiate``.
+
+    coef is ``[m]``, float32 or float64, 1 <= m <= n. All others are static: 1 <= min_sep <= n and
+    max_participations >= 1.
+    """
+
+    def __call__(
+        self,
+        coef: jax.Array,
+        /,
+        *,
+        n: int,
+        min_sep: int,
+        max_participations: int,
+        differentiate: bool,
+    ) -> Sequence[jax.Array]: ...
+
+
+# Fastest first.
+IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "cpp": _dispatch.Implementation(platforms=("cpu",), run=_cpp.run, unavailable=_ffi.unavailable),
     # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
     "triton": _dispatch.Implementation(

@@ -12,7 +12,7 @@ __all__ = ["run"]
 def run(
     coef: jax.Array, *, n: int, min_sep: int, max_participations: int, differentiate: bool
 ) -> Sequence[jax.Array]:
-    """Value and gradient; the contract stands in the op, above its table."""
+    """Value and gradient."""
     shapes = [(), coef.shape][: 1 + differentiate]
     outs = [jax.ShapeDtypeStruct(shape, coef.dtype) for shape in shapes]
     call = jax.ffi.ffi_call("jpk_min_sep_norm", outs, vmap_method="broadcast_all")

@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 @_coefficients.in_float64
 def run(coef: jax.Array, **static: Any) -> list[jax.Array]:
-    """Value and gradient; the contract stands in the op, above its table."""
+    """Value and gradient."""
     return _jax.norm(_window_sums, coef, **static)
 
 

@@ -39,5 +39,5 @@ def _window_sums(x: jax.Array, min_sep: int, k: int) -> jax.Array:
 
 @_coefficients.in_float64
 def run(coef: jax.Array, **static: Any) -> list[jax.Array]:
-    """Value and gradient; the contract stands in the op, above its table."""
+    """Value and gradient."""
     return _jax.norm(_window_sums, coef, **static)

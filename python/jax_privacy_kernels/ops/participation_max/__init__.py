@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 
 from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi
 from jax_privacy_kernels.ops.participation_max import _cpp, _jax
 
-__all__ = ["IMPLEMENTATIONS", "participation_max"]
+__all__ = ["IMPLEMENTATIONS", "Run", "participation_max"]
 
-# Fastest first. An implementation is a module with a function
-#
-#   run(x, *, min_sep, max_participations, differentiate) -> (value,) or (value, gradient)
-#
-#   x                   [..., n], float32 or float64, n >= 1; the value is [...]
-#   min_sep             at least 1 (static)
-#   max_participations  at least 0 (static)
-#   differentiate       whether the gradient is wanted (static)
-IMPLEMENTATIONS: _dispatch.Table = {
+
+class Run(Protocol):
+    """An implementation: it gives the value, or value and gradient if asked to ``differentiate``.
+
+    x is ``[..., n]``, float32 or float64, n >= 1, and the value ``[...]``. All others are static:
+    min_sep >= 1 and max_participations >= 0.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        /,
+        *,
+        min_sep: int,
+        max_participations: int,
+        differentiate: bool,
+    ) -> Sequence[jax.Array]: ...
+
+
+# Fastest first.
+IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "cpp": _dispatch.Implementation(platforms=("cpu",), run=_cpp.run, unavailable=_ffi.unavailable),
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=_jax.run),
 }

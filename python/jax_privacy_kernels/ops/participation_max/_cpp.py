@@ -12,7 +12,7 @@ __all__ = ["run"]
 def run(
     x: jax.Array, *, min_sep: int, max_participations: int, differentiate: bool
 ) -> Sequence[jax.Array]:
-    """Value and gradient; the contract stands in the op, above its table."""
+    """Value and gradient."""
     shapes = [x.shape[:-1], x.shape][: 1 + differentiate]
     outs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes]
     call = jax.ffi.ffi_call("jpk_participation_max", outs, vmap_method="broadcast_all")

@@ -16,7 +16,7 @@ __all__ = ["run"]
 def run(
     x: jax.Array, *, min_sep: int, max_participations: int, differentiate: bool
 ) -> list[jax.Array]:
-    """Value and gradient; the contract stands in the op, above its table."""
+    """Value and gradient."""
     value = functools.partial(_value, min_sep=min_sep, max_participations=max_participations)
     nan = jnp.isnan(x).any(axis=-1)
     if not differentiate:

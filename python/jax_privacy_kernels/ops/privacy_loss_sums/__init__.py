@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +30,44 @@ __all__ = [
     "CyclicPoisson",
     "PrivacyLossSums",
     "Problem",
+    "Run",
     "Scheme",
     "check_c_col",
     "privacy_loss_sums",
     "problem",
 ]
 
-# Fastest first. An implementation is a module with a function
-#
-#   run(key, span, operands, sigmas, margins, epsilons, *, scheme, n, period, p)
-#     -> (sums, counts, maxima), float64 [2, s, e]
-#
-#   key       uint32 [2], the words of a threefry2x32 key
-#   span      int64 [2], the first sample and the number of samples, at least 1
-#   operands  what the scheme makes of the strategy, float64 (`_schemes.Problem`)
-#   sigmas    float64 [s], noise multipliers; margins, float64 [s], is added to their losses
-#   epsilons  float64 [e]
-#   scheme    "bins", "min_sep", "min_sep_warm" or "cyclic" (static)
-#   n         steps; period, the separation, the cycle or the modes; p, a probability (static)
-#
-# and sample i is the function of the key and of i that csrc/privacy_loss_sums.h says.
-IMPLEMENTATIONS: _dispatch.Table = {
+
+class Run(Protocol):
+    """An implementation: it gives sums, counts and maxima, float64 ``[2, s, e]``.
+
+    key is uint32 ``[2]``, the words of a threefry2x32 key, span int64 ``[2]``, the first sample and
+    the number of samples, at least 1; sample i is the function of the key and of i that
+    csrc/privacy_loss_sums.h says. operands is what the scheme makes of the strategy (`Problem`);
+    sigmas, margins (what is added to their losses) ``[s]`` and epsilons ``[e]`` are float64. All
+    others are static: scheme is "bins", "min_sep", "min_sep_warm" or "cyclic"; n the number of
+    steps; period that of modes, the separation or the cycle; p the probability to take part.
+    """
+
+    def __call__(
+        self,
+        key: jax.Array,
+        span: jax.Array,
+        operands: tuple[jax.Array, ...],
+        sigmas: jax.Array,
+        margins: jax.Array,
+        epsilons: jax.Array,
+        /,
+        *,
+        scheme: str,
+        n: int,
+        period: int,
+        p: float,
+    ) -> Sequence[jax.Array]: ...
+
+
+# Fastest first.
+IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "cpp": _dispatch.Implementation(platforms=("cpu",), run=_cpp.run, unavailable=_ffi.unavailable),
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=_jax.run),
 }

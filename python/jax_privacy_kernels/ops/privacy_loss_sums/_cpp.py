@@ -20,13 +20,14 @@ def run(
     sigmas: jax.Array,
     margins: jax.Array,
     epsilons: jax.Array,
+    /,
     *,
     scheme: str,
     n: int,
     period: int,
     p: float,
 ) -> Any:
-    """Sums, counts and maxima; the contract stands in the op, above its table."""
+    """Sums, counts and maxima."""
     out = [jax.ShapeDtypeStruct((2, sigmas.size, epsilons.size), jnp.float64)] * 3
     arrays = (key, span, *operands, sigmas, margins, epsilons)
     if scheme == "bins":

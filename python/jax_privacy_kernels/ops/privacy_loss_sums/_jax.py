@@ -27,13 +27,14 @@ def run(
     sigmas: jax.Array,
     margins: jax.Array,
     epsilons: jax.Array,
+    /,
     *,
     scheme: str,
     n: int,
     period: int,
     p: float,
 ) -> Any:
-    """Sums, counts and maxima; the contract stands in the op, above its table."""
+    """Sums, counts and maxima."""
     if scheme == "bins":
         losses = _bins(key, *operands, sigmas)
         width = period

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,24 @@ import jax.numpy as jnp
 from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi, _jax_pallas, _jax_triton
 from jax_privacy_kernels.ops.toeplitz_multiply import _cpp, _jax, _pallas, _triton
 
-__all__ = ["IMPLEMENTATIONS", "toeplitz_multiply"]
+__all__ = ["IMPLEMENTATIONS", "Run", "toeplitz_multiply"]
 
-# Fastest first. An implementation is a module with a function
-#
-#   run(coef, rhs, *, transpose, rows) -> the first rows of T rhs, or T^T rhs
-#
-#   coef       [m], float32 or float64, 1 <= m <= n
-#   rhs        [n, columns], float32 or float64; the result has the common dtype
-#   transpose  T^T in place of T (static)
-#   rows       how many rows of the result are wanted, 1 <= rows <= n (static)
-IMPLEMENTATIONS: _dispatch.Table = {
+
+class Run(Protocol):
+    """An implementation: it gives the first rows of T rhs, or of T^T rhs.
+
+    coef is ``[m]``, 1 <= m <= n, and rhs ``[n, columns]``, both float32 or float64; the result
+    ``[rows, columns]`` has their common dtype, 1 <= rows <= n. ``transpose`` (T^T in place of T)
+    and ``rows`` are static.
+    """
+
+    def __call__(
+        self, coef: jax.Array, rhs: jax.Array, /, *, transpose: bool, rows: int
+    ) -> jax.Array: ...
+
+
+# Fastest first.
+IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "cpp": _dispatch.Implementation(platforms=("cpu",), run=_cpp.run, unavailable=_ffi.unavailable),
     # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
     "triton": _dispatch.Implementation(

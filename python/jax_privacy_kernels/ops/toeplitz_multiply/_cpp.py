@@ -16,7 +16,7 @@ FFT_FROM = 2**14
 
 
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool, rows: int) -> jax.Array:
-    """The product; the contract stands in the op, above its table."""
+    """The product."""
     if min(coef.shape[0], rows) >= FFT_FROM and rhs.shape[1] == 1:
         x = rhs[::-1, 0] if transpose else rhs[:, 0]
         y = _multiply_by_fft(coef, x)

@@ -15,7 +15,7 @@ BLOCK = 256
 
 @_coefficients.in_float64
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool, rows: int) -> jax.Array:
-    """The product; the contract stands in the op, above its table.
+    """The product.
 
     Cut into blocks of L rows, T is made of the matrices K_p with ``K_p[i, j] = coef[p L + i - j]``,
     0 <= i < 2 L: the upper half takes block q of rhs to block q + p, the lower half to the next.

@@ -11,7 +11,7 @@ __all__ = ["run"]
 
 @_coefficients.in_float64
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool, rows: int) -> jax.Array:
-    """The product; the contract stands in the op, above its table."""
+    """The product."""
     from jax_privacy_kernels.kernels.toeplitz_multiply_pallas import toeplitz_multiply
 
     *batch, n, columns = rhs.shape

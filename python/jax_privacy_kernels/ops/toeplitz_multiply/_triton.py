@@ -17,7 +17,7 @@ LAGS = 64
 
 @_coefficients.in_float64
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool, rows: int) -> jax.Array:
-    """The product; the contract stands in the op, above its table."""
+    """The product."""
     *batch, n, columns = rhs.shape
     out = jax.ShapeDtypeStruct((*batch, rows, columns), rhs.dtype)
     if math.prod(out.shape) == 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 
@@ -12,16 +13,21 @@ from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi, _jax_pallas,
 from jax_privacy_kernels.ops.toeplitz_multiply import coefficients_bar
 from jax_privacy_kernels.ops.toeplitz_solve import _cpp, _jax, _pallas, _triton
 
-__all__ = ["IMPLEMENTATIONS", "toeplitz_solve"]
+__all__ = ["IMPLEMENTATIONS", "Run", "toeplitz_solve"]
 
-# Fastest first. An implementation is a module with a function
-#
-#   run(coef, rhs, *, transpose) -> x with T x = rhs, or T^T x = rhs
-#
-#   coef       [m], float32 or float64, 1 <= m <= n
-#   rhs        [n, columns], float32 or float64; the result has the common dtype
-#   transpose  T^T in place of T (static)
-IMPLEMENTATIONS: _dispatch.Table = {
+
+class Run(Protocol):
+    """An implementation: it gives x with T x = rhs, or with T^T x = rhs.
+
+    coef is ``[m]``, 1 <= m <= n, and rhs ``[n, columns]``, both float32 or float64; x is like rhs
+    and has their common dtype. ``transpose`` (T^T in place of T) is static.
+    """
+
+    def __call__(self, coef: jax.Array, rhs: jax.Array, /, *, transpose: bool) -> jax.Array: ...
+
+
+# Fastest first.
+IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "cpp": _dispatch.Implementation(platforms=("cpu",), run=_cpp.run, unavailable=_ffi.unavailable),
     # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
     "triton": _dispatch.Implementation(

@@ -9,7 +9,7 @@ __all__ = ["run"]
 
 
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool) -> jax.Array:
-    """The solution; the contract stands in the op, above its table."""
+    """The solution."""
     out = jax.ShapeDtypeStruct(rhs.shape, jnp.result_type(coef, rhs))
     call = jax.ffi.ffi_call("jpk_toeplitz_solve", out, vmap_method="broadcast_all")
     return call(coef, rhs, transpose=transpose)

@@ -15,7 +15,7 @@ BLOCK = 128
 
 @_coefficients.in_float64
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool) -> jax.Array:
-    """The solution; the contract stands in the op, above its table.
+    """The solution.
 
     Forward substitution by blocks of L rows: what lies before a block goes to the right-hand side,
     and the block itself is a triangular system. The scan carries the last m - 1 rows of x, rounded

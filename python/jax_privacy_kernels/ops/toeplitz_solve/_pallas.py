@@ -11,7 +11,7 @@ __all__ = ["run"]
 
 @_coefficients.in_float64
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool) -> jax.Array:
-    """The solution; the contract stands in the op, above its table."""
+    """The solution."""
     from jax_privacy_kernels.kernels.toeplitz_solve_pallas import toeplitz_solve
 
     *batch, n, columns = rhs.shape

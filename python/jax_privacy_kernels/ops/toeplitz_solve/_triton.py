@@ -17,7 +17,7 @@ LAGS = 64
 
 @_coefficients.in_float64
 def run(coef: jax.Array, rhs: jax.Array, *, transpose: bool) -> jax.Array:
-    """The solution; the contract stands in the op, above its table."""
+    """The solution."""
     *batch, n, columns = rhs.shape
     if rhs.size == 0:
         return rhs

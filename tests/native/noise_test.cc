@@ -1,7 +1,6 @@
-// correlated_noise against the definitions of its filters, evaluated one element at a time in
-// double, with nothing looked ahead and nothing forgotten. Shares no code with the kernel.
-#include "correlated_noise.h"
-
+// correlated_noise and dense_noise against the definitions of filters and rows, evaluated one
+// element at a time in double, with nothing looked ahead and nothing forgotten. Shares no code with
+// them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,6 +10,8 @@
 #include <vector>
 
 #include "check.h"
+#include "correlated_noise.h"
+#include "dense_noise.h"
 #include "thread_pool.h"
 
 namespace {
@@ -208,14 +209,13 @@ struct Definition {
   Filter filter;
   int64_t slots;
   bool by_row = false;  // a recurrence of coefficients that differ from row to row
-  int64_t terms = 0;    // of a moving average or a row; or the number of buffers
+  int64_t terms = 0;    // of a moving average or a dense row; or the number of buffers
+  bool dense = false;   // a row of samples with keys of their own: dense_noise, of one step
 
-  int64_t hidden() const {
+  int64_t buffers() const {
     return filter == Filter::kBuffers || filter == Filter::kInverseBuffers ? terms : 0;
   }
-  int64_t behind() const {
-    return filter == Filter::kMovingAverage || filter == Filter::kRow ? terms - 1 : 0;
-  }
+  int64_t behind() const { return filter == Filter::kMovingAverage ? terms - 1 : 0; }
   // C[t, t - lag]: sum_l |c_l| < 0.9 c_0.
   double coef(int64_t t, int64_t lag) const {
     const double c_0 = by_row ? 1.25 + 0.125 * (t % 5) : 1.25;
@@ -242,7 +242,7 @@ struct Definition {
       for (int64_t lag = terms - 1; lag >= 0; --lag) numbers.push_back(weight(lag));
       jpk::set_moving_average(made, numbers.data(), terms - 1);
     }
-    if (hidden()) {
+    if (buffers()) {
       numbers.clear();
       for (int64_t i = 0; i < terms; ++i) numbers.push_back(decay(i));
       for (int64_t i = 0; i < terms; ++i) numbers.push_back(scale(i));
@@ -251,18 +251,27 @@ struct Definition {
     return made;
   }
 
-  // x and the buffers before every step, [steps] and [steps + 1][hidden], from z.
+  // What dense_noise is told.
+  jpk::Row row(Key key, double output_scale, bool accurate) const {
+    jpk::Row made{key, {}, accurate};
+    for (int64_t lag = terms - 1; lag >= 0; --lag) {
+      made.weights.push_back(output_scale * weight(lag));
+    }
+    return made;
+  }
+
+  // x and the buffers before every step, [steps] and [steps + 1][buffers], from z.
   void apply(const std::vector<double>& z, std::vector<double>& x,
              std::vector<std::vector<double>>& u) const {
     const int64_t steps = static_cast<int64_t>(z.size());
     x.assign(z.size(), 0.0);
-    u.assign(z.size() + 1, std::vector<double>(hidden(), 0.0));
+    u.assign(z.size() + 1, std::vector<double>(buffers(), 0.0));
     for (int64_t t = 0; t < steps; ++t) {
       if (filter == Filter::kRecurrence) {
         double sum = z[t];
         for (int64_t lag = 1; lag <= std::min(t, slots); ++lag) sum -= coef(t, lag) * x[t - lag];
         x[t] = sum / coef(t, 0);
-      } else if (hidden()) {
+      } else if (buffers()) {
         double read = 0;
         for (int64_t i = 0; i < terms; ++i) read += scale(i) * u[t][i];
         const bool inverse = filter == Filter::kInverseBuffers;
@@ -304,9 +313,9 @@ std::vector<uint64_t> indices(const jpk::Shard& shard, int64_t size) {
 
 void run(ThreadPool& pool, const Problem& problem) {
   const Definition& definition = problem.definition;
-  const int64_t slots = definition.slots, hidden = definition.hidden(), rows = hidden + slots;
+  const int64_t slots = definition.slots, buffers = definition.buffers(), rows = buffers + slots;
   const int64_t ahead = std::max<int64_t>(slots, 1), behind = definition.behind();
-  const bool row = definition.filter == Filter::kRow;
+  const bool row = definition.dense;
   const int64_t steps = row ? 1 : 3 * slots + 2;
   const int64_t workers[] = {1, 2, 5};
 
@@ -329,12 +338,12 @@ void run(ThreadPool& pool, const Problem& problem) {
   auto index = [](size_t l) { return static_cast<uint32_t>(3 * l + 1); };
 
   // x[l][t * size + i], also of the steps that the last ring looks ahead to, and the buffers
-  // u[l][(t * hidden + m) * size + i].
+  // u[l][(t * buffers + m) * size + i].
   std::vector<std::vector<double>> x(leaves), u(leaves);
   for (size_t l = 0; l < leaves; ++l) {
     const int64_t size = problem.sizes[l], horizon = row ? definition.terms : steps + slots;
     x[l].resize(horizon * size);
-    u[l].resize((horizon + 1) * hidden * size);
+    u[l].resize((horizon + 1) * buffers * size);
     std::vector<Key> keys;
     for (int64_t t = 0; t < horizon; ++t) {
       uint32_t key[2] = {0, index(l)};
@@ -344,15 +353,15 @@ void run(ThreadPool& pool, const Problem& problem) {
       keys.push_back(row ? Key{folded[0], folded[1]} : Key{key[0], key[1]});
     }
     std::vector<double> z(horizon), of_element;
-    std::vector<std::vector<double>> buffers;
+    std::vector<std::vector<double>> of_buffers;
     for (int64_t i = 0; i < size; ++i) {
       for (int64_t t = 0; t < horizon; ++t)
         z[t] = normal(keys[t], place[l][i], problem.types[l].noise);
-      definition.apply(z, of_element, buffers);
+      definition.apply(z, of_element, of_buffers);
       for (int64_t t = 0; t < horizon; ++t) x[l][t * size + i] = of_element[t];
       if (row) x[l][i] = of_element.back();  // all of its samples are there at once
       for (int64_t t = 0; t <= horizon; ++t) {
-        for (int64_t m = 0; m < hidden; ++m) u[l][(t * hidden + m) * size + i] = buffers[t][m];
+        for (int64_t m = 0; m < buffers; ++m) u[l][(t * buffers + m) * size + i] = of_buffers[t][m];
       }
     }
   }
@@ -394,7 +403,12 @@ void run(ThreadPool& pool, const Problem& problem) {
                    problem.types[l].ring,
                    problem.shards.empty() ? jpk::Shard{} : problem.shards[l]};
       }
-      jpk::correlated_noise(pool, workers[w], step, list);
+      if (row) {
+        const jpk::Row weights = definition.row(keys[0], scale, problem.accurate);
+        jpk::dense_noise(pool, workers[w], weights, list);
+      } else {
+        jpk::correlated_noise(pool, workers[w], step, list);
+      }
       for (size_t l = 0; l < leaves; ++l) {
         const LeafMemory& one = memory[w][l];
         CHECK(one.guards_intact(), "slots %d leaf %zu", int(slots), l);
@@ -430,18 +444,18 @@ void run(ThreadPool& pool, const Problem& problem) {
           const int64_t tau = t < phase ? slot : r + (slot - r % slots + slots) % slots;
           const double want = t < phase && slot > t ? 0 : x[l][tau * size + i];
           x_error.update(
-              std::fabs(read(one.ring.data(), types.ring, (hidden + slot) * size + i) - want) /
+              std::fabs(read(one.ring.data(), types.ring, (buffers + slot) * size + i) - want) /
                   tolerance,
               i);
         }
       }
-      for (int64_t m = 0; m < hidden; ++m) {
+      for (int64_t m = 0; m < buffers; ++m) {
         for (int64_t i = 0; i < size; ++i) {
           // The buffers stand where the terms made so far end.
           const int64_t phase = phase_of(l, i);
           const int64_t refreshed = t - (slots ? (t - phase) % slots : 0);
           const int64_t made = t < phase ? t + 1 : refreshed + ahead;
-          const double want = u[l][(made * hidden + m) * size + i];
+          const double want = u[l][(made * buffers + m) * size + i];
           x_error.update(
               std::fabs(read(one.ring.data(), types.ring, m * size + i) - want) / tolerance, i);
         }
@@ -549,8 +563,8 @@ int main() {
       {Filter::kMovingAverage, 1, false, 2},
       {Filter::kMovingAverage, 3, false, 7},
       {Filter::kMovingAverage, 7, false, 3},
-      {Filter::kRow, 0, false, 1},
-      {Filter::kRow, 0, false, 9},
+      {Filter::kMovingAverage, 0, false, 1, true},
+      {Filter::kMovingAverage, 0, false, 9, true},
       {Filter::kBuffers, 0, false, 1},
       {Filter::kBuffers, 3, false, 4},
       {Filter::kInverseBuffers, 0, false, 3},

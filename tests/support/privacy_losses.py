@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from scipy import integrate, special, stats
 
-from jax_privacy_kernels.monte_carlo import BallsInBins, BMinSep, CyclicPoisson
+from jax_privacy_kernels.monte_carlo import BallsInBins, CyclicPoisson
 
 
 def strategy(c, n):

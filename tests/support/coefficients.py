@@ -13,21 +13,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from implementations import CUDA_CALLS, first_on_cuda
 
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import _dispatch, _ffi
+from support.implementations import CUDA_CALLS, first_on_cuda
 
 UNIT = 2.0**-53  # the relative error of one operation in float64
-
-SWEEP = settings(
-    deadline=None,  # every example compiles
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],  # shrinking would compile for minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 
 # Sizes around those of the kernels' tiles and of the oracle's blocks.
 sizes = st.one_of(

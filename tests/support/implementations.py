@@ -9,12 +9,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-import triton_interpreter
 
-from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS as CORRELATED_NOISE
-from jax_privacy_kernels.ops.min_sep_norm import IMPLEMENTATIONS as MIN_SEP_NORM
-from jax_privacy_kernels.ops.toeplitz_multiply import IMPLEMENTATIONS as TOEPLITZ_MULTIPLY
-from jax_privacy_kernels.ops.toeplitz_solve import IMPLEMENTATIONS as TOEPLITZ_SOLVE
+from jax_privacy_kernels.ops import _registry
+from support import triton_interpreter
 
 # What XLA calls the kernels of each. Pallas leaves the compiling to XLA, jax-triton does it itself.
 CUDA_CALLS = {"triton": "triton_kernel_call", "pallas": "__gpu$xla.gpu.triton"}
@@ -43,7 +40,7 @@ def _interpreted_pallas():
         stack.enter_context(patch)
         # Programs run one after the other, as one thread.
         stack.enter_context(mock.patch.object(triton, "debug_barrier", return_value=None))
-        for table in (CORRELATED_NOISE, MIN_SEP_NORM, TOEPLITZ_MULTIPLY, TOEPLITZ_SOLVE):
+        for table in filter(lambda table: "pallas" in table, map(_registry.table, _registry.OPS)):
             entry = table["pallas"]._replace(platforms=("cpu",))
             stack.enter_context(mock.patch.dict(table, pallas=entry))
         yield
@@ -51,6 +48,10 @@ def _interpreted_pallas():
 
 
 INTERPRETERS = {"triton": triton_interpreter.interpreted, "pallas": _interpreted_pallas}
+MARKS = {
+    "triton": (pytest.mark.interpreted, pytest.mark.triton),
+    "pallas": pytest.mark.interpreted,
+}
 
 
 def is_interpreted(table, name):
@@ -78,7 +79,11 @@ def fixture(table):
     Kernels for GPUs run on one in the tests marked so, and are interpreted, on CPUs, in others.
     """
     kernels = [name for name, entry in table.items() if entry.platforms == ("cuda",)]
-    params = [name for name in table if name in INTERPRETERS or name not in kernels]
+    params = [
+        pytest.param(name, marks=MARKS.get(name, ()))
+        for name in table
+        if name in INTERPRETERS or name not in kernels
+    ]
     params += [pytest.param((n, "cuda"), marks=pytest.mark.gpu, id=f"{n}-gpu") for n in kernels]
 
     @pytest.fixture(scope="class", params=params)

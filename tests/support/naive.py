@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from support import golden_schedule
+
 TILE = 1024
 
 
@@ -96,9 +98,9 @@ def scaled(row_scale, stddev, x):
 def terms(slots, size, first_tile, step, *, ahead=True):
     """Which x stands in each slot of each element before a step: ``[S, size]``, -1 for zero."""
     tiles = np.full((slots, -(-size // TILE)), -1)
+    phases = golden_schedule.phases(slots, first_tile, tiles.shape[1])
     for t in range(step):
-        for q in range(tiles.shape[1]):
-            phase = (q + q // slots + first_tile) % slots
+        for q, phase in enumerate(phases):
             if not ahead:
                 tiles[t % slots, q] = t
             elif phase == t % slots:
@@ -109,23 +111,23 @@ def terms(slots, size, first_tile, step, *, ahead=True):
     return np.repeat(tiles, TILE, axis=1)[:, :size]
 
 
-def ring(x, slots, first_tile, step, *, ahead=True, hidden=None):
+def ring(x, slots, first_tile, step, *, ahead=True, buffers=None):
     """The ring of a leaf before a step, from its x_0 .. x_{step + S - 1}.
 
-    ``hidden`` holds the rows before the slots, as they are before every step.
+    ``buffers`` holds the rows before the slots, as they are before every step.
     """
     shape = x.shape[1:]
     size = math.prod(shape)
-    hidden = np.zeros((len(x) + 1, 0, *shape)) if hidden is None else hidden
+    buffers = np.zeros((len(x) + 1, 0, *shape)) if buffers is None else buffers
     if size == 0:
-        return np.zeros((hidden.shape[1] + slots, *shape))
+        return np.zeros((buffers.shape[1] + slots, *shape))
     if slots == 0:
-        return hidden[step]
+        return buffers[step]
     index = terms(slots, size, first_tile, step, ahead=ahead)
     flat = np.concatenate([x.reshape(len(x), size), np.zeros((1, size))])  # row -1
     in_slots = flat[index, np.arange(size)]
     made = index.max(axis=0) + 1  # the first step that each element has not made
-    before = hidden.reshape(len(hidden), -1, size)[made, :, np.arange(size)].T
+    before = buffers.reshape(len(buffers), -1, size)[made, :, np.arange(size)].T
     return np.concatenate([before, in_slots]).reshape(-1, *shape)
 
 

@@ -1,0 +1,51 @@
+# mypy: ignore-errors
+# Triton's language looks like Python, and has other types.
+"""Weighted sums of samples added to one leaf, in Triton: dense noise, and filters without slots."""
+
+import triton
+import triton.language as tl
+
+from jax_privacy_kernels.kernels._noise_triton import COLUMNS, emit, normal, place
+
+__all__ = ["weighted_samples"]
+
+
+@triton.jit
+def weighted_samples(
+    keys,
+    weights,
+    scale,
+    grad,
+    runs,
+    first_key,
+    samples,
+    units,
+    programs,
+    out,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+    ACCURATE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """out = grad + scale sum_j w_j z_j, by a program for every tile.
+
+    Args:
+      keys: of every leaf for each sample, two words each.
+      weights: ``[samples]`` w; a sample whose weight is zero is not made.
+      scale: of the sum in what is added to the gradients.
+      grad, runs, first_key, units, programs, out, WHOLE: as of `recurrence` in
+        correlated_noise_triton.py.
+      samples: how many there are.
+    """
+    run, length = tl.program_id(0) // programs, tl.cast(units, tl.int64) * UNIT
+    first = tl.cast(tl.program_id(0) % programs, tl.int64) * TILE
+    start, index, left = place(first, run, runs + COLUMNS * run, length, TILE, TILE, WHOLE)
+    lane = tl.arange(0, TILE)
+    mask = lane < tl.minimum(left, TILE).to(tl.int32)
+    x = tl.zeros_like(lane).to(weights.dtype.element_ty)
+    for j in range(samples):
+        weight = tl.load(weights + j)
+        if weight != 0:
+            z = normal(keys + first_key + 2 * j, index, lane, ACCURATE)
+            x = tl.fma(z.to(weights.dtype.element_ty), weight, x)
+    emit(grad + start + lane, out + start + lane, scale, x, mask)

@@ -1,0 +1,285 @@
+"""The optimization of Toeplitz strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels.matrix_factorization import _amplification, optimization
+from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
+    banded_inverse_square_root_noising_coefs,
+    compute_banded_inverse_sensitivity_squared,
+    inverse_coef,
+    loss,
+    pad_coefs_to_n,
+    per_query_error,
+    reconcile,
+    reduction,
+    sqrt_prefix_sum,
+)
+
+__all__ = [
+    "optimize_banded_inverse_toeplitz",
+    "optimize_banded_toeplitz",
+    "optimize_coefs_for_amplifications",
+]
+
+
+def optimize_banded_toeplitz(
+    n: int,
+    bands: int,
+    strategy_coef: jax.Array | None = None,
+    max_optimizer_steps: int = 250,
+    reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
+) -> jax.Array:
+    """Minimizes :func:`loss` over the strategies C of b bands.
+
+    The result is optimal for one participation, and for any number of them at least b steps apart
+    (https://arxiv.org/abs/2306.08153). For less separation, compute the sensitivity afterwards with
+    :func:`minsep_sensitivity_squared`.
+
+    About 20 steps of O(n b) in float64, in one compiled loop. It is compiled once per n, b and
+    ``reduction_fn``: pass the same function, not a new lambda.
+
+    Args:
+      n: The size of C, that is, the number of steps of the workload.
+      bands: The number b of coefficients.
+      strategy_coef: ``[b]`` coefficients to start from, by default
+        :func:`optimal_max_error_strategy_coefs`.
+      max_optimizer_steps: The most steps of L-BFGS.
+      reduction_fn: As for :func:`loss`.
+
+    Returns:
+      ``[b]`` coefficients of L2 norm 1, of the dtype of ``strategy_coef`` or the default.
+
+    Raises:
+      ValueError: if ``strategy_coef`` does not have b finite entries, or starts with 0, or n or b
+        is below 1, or ``max_optimizer_steps`` below 0.
+      TypeError: if one of those is not an integer, or the coefficients are not real.
+    """
+    n, bands = check_int("n", n), check_int("bands", bands)
+    if strategy_coef is None:
+        dtype = jnp.dtype(jnp.result_type(float))
+        init = sqrt_prefix_sum(bands)
+    else:
+        coef, _ = reconcile(strategy_coef, name="strategy_coef", invertible=True)
+        if coef.size != bands:
+            raise ValueError(f"expected strategy_coef of shape ({bands},), found {coef.shape}")
+        dtype = coef.dtype
+        init = np.array(coef, np.float64)
+    init[n:] = 0  # outside of C: they change no loss, and should not count in the norm
+    with jax.enable_x64(True):
+        coef = optimization.optimize(
+            _banded_loss(n, reduction(reduction_fn)),
+            jnp.asarray(init),
+            max_optimizer_steps=max_optimizer_steps,
+        )
+        return (coef / jnp.linalg.norm(coef)).astype(dtype)
+
+
+@optimization.compiled_once
+def _banded_loss(
+    n: int, reduction_fn: Callable[[jax.Array], jax.Array]
+) -> Callable[[jax.Array], jax.Array]:
+    return lambda coef: loss(coef, n, reduction_fn)
+
+
+def optimize_banded_inverse_toeplitz(
+    n: int,
+    min_sep: int,
+    num_bands: int,
+    *,
+    noising_coef: jax.Array | None = None,
+    strategy_coef: jax.Array | None = None,
+    workload_coef: jax.Array | None = None,
+    max_participations: int | None = None,
+    max_optimizer_steps: int = 1000,
+    reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
+) -> jax.Array:
+    """Minimizes error times squared sensitivity over noising matrices ``C^-1`` of p bands.
+
+    BandInvMF, of https://arxiv.org/abs/2505.12128. The sensitivity is that of
+    :func:`compute_banded_inverse_sensitivity_squared`. Steps of O(n p) in float64, in one compiled
+    loop. It is compiled once per shape, workload and ``reduction_fn``: pass the same function, not
+    a new lambda.
+
+    Args:
+      n: The number of steps of the workload.
+      min_sep: Minimum separation of a user's participations.
+      num_bands: The number p of coefficients.
+      noising_coef: Coefficients of ``C^-1`` to start from, cut off or filled with zeros to p; by
+        default those of ``strategy_coef`` if that is given, otherwise
+        :func:`banded_inverse_square_root_noising_coefs`.
+      strategy_coef: Coefficients of the C to start from.
+      workload_coef: ``[n]`` coefficients of the workload, by default ones: prefix sums.
+      max_participations: The most rounds a user takes part in, or None for no limit.
+      max_optimizer_steps: The most steps of L-BFGS.
+      reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`,
+        `jax.numpy.max`, ``lambda v: v[-1]``.
+
+    Returns:
+      ``[p]`` coefficients of ``C^-1``, the first of them 1, of the dtype of the coefficients given
+      to start from or the default.
+
+    Raises:
+      ValueError: if ``workload_coef`` does not have shape [n], coefficients are not 1-D, empty or
+        not finite, those to start from begin with 0, or an argument is out of range.
+      TypeError: if an integer argument is not one, or coefficients are not real.
+    """
+    n, p = check_int("n", n), check_int("num_bands", num_bands)
+    min_sep = check_int("min_sep", min_sep)
+    if max_participations is not None:
+        max_participations = check_int("max_participations", max_participations)
+    strategy, init, dtype = None, None, jnp.dtype(jnp.result_type(float))
+    if noising_coef is not None:
+        init, _ = reconcile(noising_coef, p, name="noising_coef", invertible=True)
+        dtype = init.dtype
+    elif strategy_coef is not None:
+        strategy, _ = reconcile(strategy_coef, name="strategy_coef", invertible=True)
+        dtype = strategy.dtype
+    with jax.enable_x64(True):
+        workload = None
+        if workload_coef is not None:
+            A, _ = reconcile(workload_coef, name="workload_coef")
+            if A.size != n:
+                raise ValueError(f"expected workload_coef of shape ({n},), found ({A.size},)")
+            workload = np.asarray(A, np.float64)
+        if strategy is not None:
+            init = inverse_coef(strategy.astype(jnp.float64), p)
+        elif init is None:
+            init = banded_inverse_square_root_noising_coefs(p, workload)
+        coef = optimization.optimize(
+            _banded_inverse_loss(
+                n,
+                min_sep,
+                max_participations,
+                None if workload is None else workload.tobytes(),
+                reduction(reduction_fn),
+            ),
+            pad_coefs_to_n(init, p),
+            max_optimizer_steps=max_optimizer_steps,
+        )
+    values = np.asarray(coef)
+    return jnp.asarray(values / values[0], dtype)
+
+
+@optimization.compiled_once
+def _banded_inverse_loss(
+    n: int,
+    min_sep: int,
+    max_participations: int | None,
+    workload: bytes | None,
+    reduction_fn: Callable[[jax.Array], jax.Array],
+) -> Callable[[jax.Array], jax.Array]:
+    A: Any = None if workload is None else np.frombuffer(workload)
+
+    def loss_fn(coef: jax.Array) -> jax.Array:
+        error = reduction_fn(per_query_error(noising_coef=coef, n=n, workload_coef=A))
+        sensitivity_squared = compute_banded_inverse_sensitivity_squared(
+            n, coef, min_sep, max_participations
+        )
+        return error * sensitivity_squared
+
+    return loss_fn
+
+
+def _progress_bar(iterable: Iterable[Any]) -> Iterable[Any]:
+    """Shows itself on a terminal, after two seconds."""
+    return tqdm(iterable, desc="optimizing bands", delay=2, disable=None, leave=False)
+
+
+def optimize_coefs_for_amplifications(
+    n: int,
+    *,
+    dataset_size: int,
+    expected_batch_size: int,
+    epsilon: float,
+    delta: float,
+    max_optimizer_steps: int = 250,
+    reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = _progress_bar,
+) -> tuple[jax.Array, float]:
+    """Chooses bands and coefficients of the least error at a privacy target, with amplification.
+
+    Sampling is block-cyclic Poisson sampling (Algorithm 2 and Theorem 4 of
+    https://arxiv.org/abs/2306.08153): the data are cut into b parts, and step t samples from part t
+    mod b. More bands correlate noise better, fewer amplify privacy more. Candidates are the b that
+    divide ``dataset_size`` and leave parts of at least a batch, up to the first of n or more; each
+    is optimized by :func:`optimize_banded_toeplitz`. dp-accounting's RDP accountant, for adding or
+    removing one example, gives the noise multiplier of the candidates that may still win.
+
+    Args:
+      n: The number of steps of the workload.
+      dataset_size: The number of examples.
+      expected_batch_size: The expected number of examples in a step.
+      epsilon: The privacy target is (epsilon, delta)-DP; positive and finite.
+      delta: Strictly between 0 and 1.
+      max_optimizer_steps: The most steps of L-BFGS for each b.
+      reduction_fn: As for :func:`loss`.
+      progress: Wraps the list of candidates while they are optimized, as `tqdm.tqdm` does; by
+        default a progress bar, if it takes longer than two seconds and there is a terminal. None
+        shows nothing.
+
+    Returns:
+      coef: ``[b]`` coefficients of L2 norm 1, of the default float dtype; b is the number of bands
+        chosen.
+      stddev: standard deviation of the independent noise to privatize sums of examples with, if
+        each is clipped to norm 1. The sensitivity of C is part of it.
+
+    Raises:
+      ValueError: if an argument is out of range, ``expected_batch_size > dataset_size``, or no
+        noise reaches the target.
+      TypeError: if an integer argument is not one.
+    """
+    target = _amplification.Target(n, dataset_size, expected_batch_size, epsilon, delta)
+    coefs, errors = {}, {}
+    bands = target.candidates()
+    with jax.enable_x64(True):
+        for b in progress(bands) if progress else bands:
+            coefs[b], error_squared = _optimize_few_bands(
+                target.n, b, max_optimizer_steps, reduction(reduction_fn)
+            )
+            errors[b] = error_squared**0.5
+    b, noise_multiplier = target.best(errors)
+    coef = jnp.asarray(coefs[b] / np.linalg.norm(coefs[b]), jnp.result_type(float))
+    # Of the coefficients as they are given out, rounded.
+    norm = float(np.linalg.norm(np.asarray(coef, np.float64)))
+    return coef, noise_multiplier * norm
+
+
+def _optimize_few_bands(
+    n: int, b: int, steps: int, reduction_fn: Callable[[jax.Array], jax.Array]
+) -> tuple[np.ndarray, float]:
+    """Optimized coefficients ``[b]`` and their loss, without compiling for every b anew."""
+    free = min(b, n)
+    size = 128
+    while size < free:
+        size *= 4
+    size = min(size, n)
+    loss_fn = _masked_loss(n, reduction_fn)
+    coef = np.zeros(size)
+    coef[:free] = sqrt_prefix_sum(free)
+    params = {"coef": jnp.asarray(coef), "mask": jnp.asarray(coef != 0)}
+    params = optimization.optimize(loss_fn, params, max_optimizer_steps=steps)
+    error = loss(params["coef"], n, reduction_fn)
+    result = np.zeros(b)
+    result[:free] = np.asarray(params["coef"])[:free]
+    return result, float(error)
+
+
+@optimization.compiled_once
+def _masked_loss(
+    n: int, reduction_fn: Callable[[jax.Array], jax.Array]
+) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    """The loss of the coefficients that a mask of ones and zeros lets through."""
+
+    def loss_fn(params: dict[str, jax.Array]) -> jax.Array:
+        return loss(params["coef"] * jax.lax.stop_gradient(params["mask"]), n, reduction_fn)
+
+    return loss_fn

@@ -1,0 +1,66 @@
+"""What the C++ implementations of the noise ops share: leaves as attributes of a custom call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_privacy_kernels.ops._leaves import Leaf
+from jax_privacy_kernels.ops._noise import NoiseInputs, NoiseOutputs
+
+__all__ = ["call", "refuse"]
+
+
+def refuse(leaf: Leaf, ahead: bool) -> str | None:
+    """Why C++ cannot take the leaf, or None."""
+    if not ahead:
+        return "it samples threefry2x32 keys with jax_threefry_partitionable only"
+    if leaf.noise_dtype not in (jnp.float32, jnp.float64):
+        return f"it samples float32 and float64, not {leaf.noise_dtype}"
+    return None
+
+
+def call(
+    target: str, operands: list[jax.Array], inputs: NoiseInputs, **static: Any
+) -> NoiseOutputs:
+    """Calls a handler of csrc/ on all leaves.
+
+    Its operands are ``operands``, the leaves' base, then the gradient and the ring of each leaf;
+    its results the output and the ring of each, in the memory of the ring that went in. Rings that
+    have no rows do not travel.
+
+    Args:
+      target: the name of the handler.
+      operands: those that the leaves share.
+      inputs: the leaves.
+      **static: attributes that the leaves share.
+    """
+    assert inputs.base is not None
+    operands = [*operands, inputs.base]
+    per_leaf = [inputs.grads, inputs.rings] if inputs.rings else [inputs.grads]
+    buffers = [buffer for leaf in zip(*per_leaf, strict=True) for buffer in leaf]
+    stride, first = len(per_leaf), len(operands)
+    leaves = inputs.leaves
+    shards = [leaf.shard for leaf in leaves]
+    results = jax.ffi.ffi_call(
+        target,
+        [jax.ShapeDtypeStruct(buffer.shape, buffer.dtype) for buffer in buffers],
+        input_output_aliases={first + i: i for i in range(1, len(buffers), 2) if inputs.rings},
+        vmap_method="sequential",
+    )(
+        *operands,
+        *buffers,
+        leaf_index=np.array([leaf.index for leaf in leaves], np.int64),
+        first_tile=np.array([leaf.first_tile for leaf in leaves], np.int64),
+        run=np.array([shard.run for shard in shards], np.int64),
+        axis_count=np.array([len(shard.axes) for shard in shards], np.int64),
+        axes=np.array([x for shard in shards for axis in shard.axes for x in axis], np.int64),
+        noise_bits=np.array([8 * leaf.noise_dtype.itemsize for leaf in leaves], np.int64),
+        ring_bits=np.array([8 * leaf.dtype.itemsize for leaf in leaves], np.int64),
+        accurate=bool(getattr(jax.config, "jax_accurate_erf_inv", False)),
+        **static,
+    )
+    return NoiseOutputs(list(results[::stride]), list(results[1::2]) if inputs.rings else [])

@@ -1,0 +1,1 @@
+"""What tests share: definitions, devices, interpreters and checks."""

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
@@ -243,13 +244,12 @@ def calibrate(
     with _bar(progress, least + 2 * (count // 8) + count) as bar:
         center = unamplified
         # Each finds the noise multiplier more closely: the first may miss it by a lot.
-        for samples, reach, size in ((least, 1e3, 25), (count // 8, 3.0, 17), (count // 8, 1.1, 9)):
+        pilots = ((least, 1e3, 25), (count // 8, 3.0, 17), (count // 8, 1.1, 9))
+        for own_key, (samples, reach, size) in zip(_split(pilot_key, 3), pilots, strict=True):
             if samples:
                 sigmas = np.minimum(center * np.geomspace(reach, 1 / reach, size), unamplified)
-                center = _crossing(
-                    run, np.unique(sigmas)[::-1], base_delta, pilot_key, samples, bar
-                )
-                pilot_key = _next(pilot_key)
+                sigmas = np.unique(sigmas)[::-1]
+                center = _crossing(run, sigmas, base_delta, own_key, samples, bar)
         steps = np.concatenate([[1.25, 1.12], 1.05 * 1.005 ** -np.arange(18.0)])
         sweep = center * steps
         sweep = sweep[sweep < unamplified]
@@ -434,13 +434,12 @@ def _keys(seed: int | None, count: int) -> tuple[int, list[np.ndarray]]:
     if seed >= 2**64:
         raise ValueError(f"expected seed < 2^64, found seed={seed}")
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    keys = jax.random.split(jax.random.wrap_key_data(words, impl="threefry2x32"), count)
-    return seed, list(np.asarray(jax.random.key_data(keys)))
+    return seed, _split(words, count)
 
 
-def _next(key: np.ndarray) -> np.ndarray:
-    typed = jax.random.wrap_key_data(key, impl="threefry2x32")
-    return np.asarray(jax.random.key_data(jax.random.split(typed, 1)))[0]
+def _split(words: np.ndarray, count: int) -> list[np.ndarray]:
+    key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    return list(np.asarray(jax.random.key_data(jax.random.split(key, count))))
 
 
 # -- Sums of samples --------------------------------------------------------------------------
@@ -463,8 +462,8 @@ class _Run:
     implementation: str | None
 
     def chunks(self, sigma_count: int, samples: int) -> Iterator[tuple[int, int]]:
-        bins = isinstance(self.scheme, BallsInBins)
-        width = self.scheme.cycle_length if bins else self.scheme.iterations
+        scheme = self.scheme
+        width = scheme.cycle_length if isinstance(scheme, BallsInBins) else scheme.iterations
         work = width * (16 + sigma_count) + sigma_count * len(self.epsilons)
         size = max(_WORK // work // 4096, 1) * 4096
         for first in range(0, samples, size):

@@ -1,8 +1,9 @@
 """From samples of the privacy loss to delta, and to noise that is verified to be enough.
 
-Verification works with two deltas. A mechanism passes if the mean of ``X = (1 - e^(epsilon - L))_+``
-over the samples is at most ``base_delta``; the pipeline as a whole, which may be lucky to let pass
-what it should not, is then ``(epsilon, overall_delta)``-DP for a somewhat larger ``overall_delta``.
+Verification works with two deltas. A mechanism passes if the mean over the samples of
+``X = (1 - e^(epsilon - L))_+`` is at most ``base_delta``; the pipeline as a whole, which may let
+pass by chance what it should not, is then ``(epsilon, overall_delta)``-DP for a somewhat larger
+``overall_delta``.
 The argument is that of Appendix A of https://arxiv.org/abs/2602.09338, with the Chernoff bound of
 https://arxiv.org/abs/2412.16802 (Fact 4.2); ``docs/amplified_accounting.md`` spells it out.
 """
@@ -251,7 +252,7 @@ def perform_calibration_from_samples(
     else:
         others = [other_event and _as_accountant(other_event)] * size
 
-    signs = [(positive_samples, positive_counts)]
+    signs: list[tuple[Any, Any]] = [(positive_samples, positive_counts)]
     if negative_samples is not None:
         signs.append((negative_samples, negative_counts))
     least = min(
@@ -263,7 +264,7 @@ def perform_calibration_from_samples(
     for i in range(size):
         for samples, counts in signs:
             estimate = delta_from_epsilon_and_samples(
-                epsilon, samples[i], counts and counts[i], others[i]
+                epsilon, samples[i], None if counts is None else counts[i], others[i]
             )
             if not estimate <= base_delta:
                 return (True, i - 1) if i else (False, base_delta)

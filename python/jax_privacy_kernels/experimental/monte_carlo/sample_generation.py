@@ -71,6 +71,7 @@ def generate_sample(
         if dataset_size is None:
             raise ValueError("expected dataset_size with truncated batches, found None")
         dataset_size = check_int("dataset_size", dataset_size)
+        assert isinstance(scheme, BMinSep)
         rest = _other_examples(scheme, dataset_size, rng, count)
     elif dataset_size is not None:
         raise ValueError(

@@ -36,10 +36,12 @@ def run(
 ) -> Any:
     """Sums, counts and maxima."""
     if scheme == "bins":
-        losses = _bins(key, *operands, sigmas)
+        gram, factor = operands
+        losses = _bins(key, gram, factor, sigmas)
         width = period
     else:
-        losses = _steps(key, *operands, sigmas, scheme=scheme, n=n, period=period, p=p)
+        (c,) = operands
+        losses = _steps(key, c, sigmas, scheme=scheme, n=n, period=period, p=p)
         width = n + period
     size = max(16, min(1024, _NUMBERS // width))
     shape = (2, sigmas.size, epsilons.size)

@@ -298,12 +298,11 @@ class StepsBlocks {
         draw_key_(split(key, 2)),
         ahead_((steps.taps - 1 + kRows - 1) / kRows * kRows),
         normals_(static_cast<size_t>((ahead_ + kTile) * kLanes)),
-        means_(normals_.size()),
         states_(static_cast<size_t>(2 * targets.sigma_count * (steps.period + 2) * kLanes)),
-        c_(steps.c, steps.c + steps.taps) {
-    c_.push_back(0);
-    double sum = 0;
-    for (int64_t k = 0; k < steps.taps; ++k) half_.push_back((sum += c_[k] * c_[k]) / 2);
+        products_(static_cast<size_t>(steps.taps)) {
+    const int64_t taps = steps.taps;
+    for (int64_t d = 0; d < taps; ++d) products_[d] = product(d, taps - d);
+    for (int64_t k = 1; k <= taps; ++k) half_.push_back(product(0, k) / 2);
     for (int64_t s = 0; s < targets.sigma_count; ++s) {
       interval_.push_back(steps.interval(targets.sigmas[s]));
     }
@@ -312,22 +311,23 @@ class StepsBlocks {
   JPK_TARGET_CLONES void run(uint64_t sample, int count, Tally& tally) {
     const Targets& targets = tally.targets;
     auto rows = [](std::vector<double>& v) { return reinterpret_cast<Row*>(v.data()); };
-    Row *normals = rows(normals_), *means = rows(means_), *states = rows(states_);
+    Row *normals = rows(normals_), *states = rows(states_);
     const int64_t n = steps_.n, each = steps_.period + 2;
     const double log_p = steps_.p > 0 ? std::log(steps_.p) : kNever;
     const double log_rest = steps_.p < 1 ? std::log1p(-steps_.p) : kNever;
 
-    begin(sample, states, targets.sigma_count, log_p);
-    for (int64_t i = 0; i < ahead_; i += kRows) extend(sample, i, normals + i, means + i);
+    begin(states, targets.sigma_count, log_p);
+    participate(sample);
+    for (int64_t i = 0; i < ahead_; i += kRows) extend(sample, i, normals + i);
     Row noise[kTile], signal[kTile];
     for (int64_t first = 0; first < n; first += kTile) {
       const int64_t tile = std::min<int64_t>(kTile, n - first);
       for (int64_t i = 0; i < kTile; i += kRows) {
-        extend(sample, first + ahead_ + i, normals + ahead_ + i, means + ahead_ + i);
+        extend(sample, first + ahead_ + i, normals + ahead_ + i);
       }
-      for (int64_t i = 0; i < tile; ++i) correlate(normals + i, means + i, noise[i], signal[i]);
+      for (int64_t i = 0; i < tile; ++i) correlate(normals + i, noise[i]);
+      overlap(first, tile, signal);
       std::memmove(normals, normals + kTile, static_cast<size_t>(ahead_) * sizeof(Row));
-      std::memmove(means, means + kTile, static_cast<size_t>(ahead_) * sizeof(Row));
       for (int64_t s = 0; s < targets.sigma_count; ++s) {
         const double a = 1 / targets.sigmas[s], v = a * a;
         for (int sign = 0; sign < 2; ++sign) {
@@ -360,7 +360,7 @@ class StepsBlocks {
   // The state of one sigma and sign: row 0 is F_i, or its logarithm; row 1 + i % period, what F_i
   // will get once it is reached; the last row, the power of two that was taken out of all of them.
   // For a cycle, row 1 + j is the sum of residue j.
-  JPK_INLINE void begin(uint64_t sample, Row* states, int64_t sigma_count, double log_p) {
+  JPK_INLINE void begin(Row* states, int64_t sigma_count, double log_p) const {
     const int64_t period = steps_.period;
     const double likely = std::log1p(static_cast<double>(period - 1) * steps_.p);
     const bool cyclic = steps_.scheme == Steps::kCyclic, warm = steps_.scheme == Steps::kMinSepWarm;
@@ -374,65 +374,85 @@ class StepsBlocks {
         ++states;
       }
     }
+  }
+
+  // The steps of participations, row by row: the first of every lane, the second, ..., n if there
+  // is none. Waiting times are geometric, in steps, or in turns of the cycle.
+  JPK_INLINE void participate(uint64_t sample) {
+    const int64_t n = steps_.n;
+    const bool cyclic = steps_.scheme == Steps::kCyclic, warm = steps_.scheme == Steps::kMinSepWarm;
+    const double period = static_cast<double>(steps_.period), end = static_cast<double>(n);
+    const double unspent = 1 / (1 + (period - 1) * steps_.p);  // the probability to be open
+    const double turn = cyclic ? period : 1, scale = 1 / std::log1p(-steps_.p);
+    Row at;
     for (int l = 0; l < kLanes; ++l) {
       const double u = unit(choice_key_, sample + static_cast<uint64_t>(l));
-      const double unspent = std::exp(-likely);  // the probability to be open at once
-      last_[l] = kNever;
-      if (cyclic) {
-        open_[l] =
-            std::min(std::floor(u * static_cast<double>(period)), static_cast<double>(period - 1));
-      } else if (warm && u >= unspent) {
-        open_[l] = std::min(1 + std::floor((u - unspent) / (steps_.p * unspent)),
-                            static_cast<double>(period - 1));
-      } else {
-        open_[l] = 0;
+      const double bin = std::floor(u * period);
+      const double wait = u < unspent ? 0 : 1 + std::floor((u - unspent) / (steps_.p * unspent));
+      at[l] = std::min(cyclic ? bin : warm ? wait : 0.0, period - 1);
+      passed_[l] = 0;
+    }
+    events_.clear();
+    for (uint64_t number = 0, some = 1; some != 0; ++number) {
+      for (int l = 0; l < kLanes; ++l) {
+        const uint64_t counter = (sample + static_cast<uint64_t>(l)) * static_cast<uint64_t>(n + 1);
+        const double u = unit(draw_key_, counter + number);
+        const double waits = std::floor(log_lane(1.0 - u) * scale);
+        const double next = at[l] + waits * turn;
+        at[l] = next < end ? next : end;  // without a probability to wait for, too
       }
+      some = 0;
+      for (int l = 0; l < kLanes; ++l) some |= at[l] < end;
+      events_.insert(events_.end(), at, at + kLanes);
+      for (int l = 0; l < kLanes; ++l) at[l] += period;
     }
   }
 
-  // z and C x of the steps from `first` on, kRows of them.
-  JPK_INLINE void extend(uint64_t sample, int64_t first, Row* normals, Row* means) {
-    const int64_t n = steps_.n, taps = steps_.taps, period = steps_.period;
-    if (first >= n) {
-      std::memset(normals, 0, kRows * sizeof(Row));
-      std::memset(means, 0, kRows * sizeof(Row));
-      return;
+  // z of the steps from `first` on, kRows of them.
+  JPK_INLINE void extend(uint64_t sample, int64_t first, Row* normals) const {
+    if (first < steps_.n) {
+      const uint64_t stride = static_cast<uint64_t>(steps_.n);
+      normal_rows(normal_key_, sample, stride, static_cast<uint64_t>(first), normals);
     }
-    const uint64_t stride = static_cast<uint64_t>(n);
-    normal_rows(normal_key_, sample, stride, static_cast<uint64_t>(first), normals);
-    for (int i = 0; i < kRows; ++i) {
-      const double now = static_cast<double>(first + i);
-      Row chance;
-      for (int l = 0; l < kLanes; ++l) {
-        chance[l] = unit(draw_key_, (sample + static_cast<uint64_t>(l)) * stride +
-                                        static_cast<uint64_t>(first + i));
-      }
-      // In a cycle every turn passes, taken or not; else only a participation closes.
-      const bool cyclic = steps_.scheme == Steps::kCyclic;
-      for (int l = 0; l < kLanes; ++l) {
-        const bool open = now >= open_[l], on = open & (chance[l] < steps_.p);
-        last_[l] = on ? now : last_[l];
-        open_[l] = (cyclic ? open : on) ? now + static_cast<double>(period) : open_[l];
-      }
-      for (int l = 0; l < kLanes; ++l) {
-        const double lag = std::min(now - last_[l], static_cast<double>(taps));
-        means[i][l] = c_[static_cast<size_t>(lag)];
-      }
-      if (first + i >= n) {  // there is no such step
-        for (int l = 0; l < kLanes; ++l) normals[i][l] = means[i][l] = 0;
-      }
+    for (int64_t i = std::max<int64_t>(steps_.n - first, 0); i < kRows; ++i) {
+      for (int l = 0; l < kLanes; ++l) normals[i][l] = 0;  // there is no such step
     }
   }
 
-  // <c_i, z> and <c_i, C x>.
-  JPK_INLINE void correlate(const Row* normals, const Row* means, double* __restrict noise,
-                            double* __restrict signal) const {
-    Row x = {}, y = {};
+  // <c_i, z>.
+  JPK_INLINE void correlate(const Row* normals, double* __restrict noise) const {
+    Row sum = {};
     for (int64_t k = 0; k < steps_.taps; ++k) {
-      for (int l = 0; l < kLanes; ++l) x[l] += c_[k] * normals[k][l];
-      for (int l = 0; l < kLanes; ++l) y[l] += c_[k] * means[k][l];
+      for (int l = 0; l < kLanes; ++l) sum[l] += steps_.c[k] * normals[k][l];
     }
-    for (int l = 0; l < kLanes; ++l) noise[l] = x[l], signal[l] = y[l];
+    for (int l = 0; l < kLanes; ++l) noise[l] = sum[l];
+  }
+
+  // sum_{k < count} c_k c_{k + d}: two columns of C, d apart, with so many steps in common.
+  double product(int64_t d, int64_t count) const {
+    double sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += steps_.c[k] * steps_.c[k + d];
+    return sum;
+  }
+
+  // <c_i, C x> of a tile: the columns at participations that meet c_i.
+  JPK_INLINE void overlap(int64_t first, int64_t tile, Row* signal) {
+    const int64_t n = steps_.n, taps = steps_.taps;
+    std::memset(signal, 0, static_cast<size_t>(tile) * sizeof(Row));
+    for (int l = 0; l < kLanes; ++l) {
+      const double* event = events_.data() + passed_[l] * kLanes + l;
+      for (; *event < static_cast<double>(n); event += kLanes) {
+        const int64_t at = static_cast<int64_t>(*event);
+        if (at - taps + 1 >= first + tile) break;
+        if (at + taps <= first) ++passed_[l];
+        const int64_t from = std::max(first, at - taps + 1);
+        const int64_t to = std::min(first + tile, at + taps);
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t d = i < at ? at - i : i - at, left = n - std::max(i, at);
+          signal[i - first][l] += left >= taps - d ? products_[d] : product(d, left);
+        }
+      }
+    }
   }
 
   JPK_INLINE void advance(int64_t first, int64_t tile, const Row* noise, const Row* signal,
@@ -526,11 +546,13 @@ class StepsBlocks {
   const Steps& steps_;
   Key normal_key_, choice_key_, draw_key_;
   int64_t ahead_;
-  std::vector<double> normals_, means_;  // z and C x of the tile and of `ahead_` steps more
-  std::vector<double> states_;           // [sigma, sign, period + 2, kLanes]
-  std::vector<double> c_, half_;         // c and one zero more; half the squared norms of its heads
-  std::vector<int64_t> interval_;        // of every sigma
-  Row last_, open_;  // the last participation, and the first step where there may be another
+  std::vector<double> normals_;    // z of the tile and of `ahead_` steps more
+  std::vector<double> states_;     // [sigma, sign, period + 2, kLanes]
+  std::vector<double> products_;   // of whole columns, by their distance
+  std::vector<double> half_;       // half the squared norms of columns that are cut off
+  std::vector<int64_t> interval_;  // of every sigma
+  std::vector<double> events_;     // [participations, kLanes]
+  int64_t passed_[kLanes];         // participations that no later step meets
 };
 
 // -- Both ---------------------------------------------------------------------------------------

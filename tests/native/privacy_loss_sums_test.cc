@@ -184,10 +184,15 @@ Sequence draw(const Steps& steps, uint64_t sample) {
     open = 1 + std::floor((u - unspent) / (steps.p * unspent));
   }
   Sequence x(steps.n);
-  for (int64_t t = 0; t < steps.n; ++t) {
-    if (t < open) continue;
-    x[t] = unit(split(kKey, 2), sample * steps.n + t) < steps.p;
-    if (x[t] || steps.scheme == Steps::kCyclic) open = t + b;
+  double at = open;
+  for (uint64_t e = 0; steps.p > 0; ++e) {
+    // P(waits >= k) = (1 - p)^k
+    const double chance = 1 - unit(split(kKey, 2), sample * (steps.n + 1) + e);
+    const double waits = steps.p == 1 ? 0 : std::floor(std::log(chance) / std::log1p(-steps.p));
+    at += waits * (steps.scheme == Steps::kCyclic ? b : 1);
+    if (at >= static_cast<double>(steps.n)) break;
+    x[static_cast<size_t>(at)] = 1;
+    at += b;
   }
   return x;
 }

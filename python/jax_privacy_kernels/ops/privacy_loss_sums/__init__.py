@@ -150,10 +150,11 @@ def privacy_loss_sums(
     eps = _vector("epsilons", epsilons, -1e6, 1e6)
     num_samples = check_int("num_samples", num_samples)
     first_sample = check_int("first_sample", first_sample, 0)
-    if first_sample + num_samples > _MOST:
-        raise ValueError(
-            f"expected first_sample + num_samples <= 2^53, found {first_sample + num_samples}"
-        )
+    last = first_sample + num_samples
+    # Every sample has n + 1 counters of its own at most, or one for every mode.
+    most = min(_MOST, 2**63 // (prepared.static["n"] + prepared.static["period"] + 1))
+    if last > most:
+        raise ValueError(f"expected first_sample + num_samples <= {most}, found {last}")
     span = np.array([first_sample, num_samples], np.int64)
     name = _dispatch.requested("privacy_loss_sums", IMPLEMENTATIONS, implementation)
     with jax.enable_x64(True):

@@ -134,7 +134,6 @@ def _steps(
 ) -> Callable[[jax.Array], jax.Array]:
     taps = c.size
     norms = jnp.cumsum(c**2)[jnp.minimum(taps, n - jnp.arange(n)) - 1]
-    padded = jnp.concatenate([c, jnp.zeros(1)])
     log_p, log_rest = jnp.log(jnp.float64(p)), jnp.log1p(-jnp.float64(p))
     log_start = jnp.log1p((period - 1) * jnp.float64(p))
 
@@ -144,28 +143,39 @@ def _steps(
         tap = lambda k, total: total + c[k] * jax.lax.dynamic_slice_in_dim(y, k, n)  # noqa: E731
         return jax.lax.fori_loop(0, taps, tap, jnp.zeros((n, y.shape[1])))
 
-    def signal(u: jax.Array, drawn: jax.Array) -> jax.Array:
-        """C x [n, samples] from uniform numbers [samples] and draws [n, samples]."""
+    def multiply(x: jax.Array) -> jax.Array:
+        """C x."""
+        x = jnp.concatenate([jnp.zeros((taps - 1, x.shape[1])), x])
+        start = taps - 1
+        tap = lambda k, y: y + c[k] * jax.lax.dynamic_slice_in_dim(x, start - k, n)  # noqa: E731
+        return jax.lax.fori_loop(0, taps, tap, jnp.zeros((n, x.shape[1])))
+
+    def participations(sample: jax.Array, choice_key: Key, draw_key: Key) -> jax.Array:
+        """x [n, samples]."""
+        u = _unit(choice_key, sample)
+        unspent = 1 / (1 + (period - 1) * p)  # the probability to be open at the start
         if scheme == "cyclic":
-            first = jnp.minimum(jnp.floor(u * period), period - 1)
-        elif scheme == "min_sep_warm":
-            unspent = jnp.exp(-log_start)
-            waiting = 1 + jnp.floor((u - unspent) / (p * unspent))
-            first = jnp.where(u >= unspent, jnp.minimum(waiting, period - 1), 0)
+            first = jnp.floor(u * period)
+        elif scheme == "min_sep_warm" and p > 0:
+            first = jnp.where(u < unspent, 0, 1 + jnp.floor((u - unspent) / (p * unspent)))
         else:
             first = jnp.zeros(u.shape)
+        turn = period if scheme == "cyclic" else 1
 
-        def step(carry: Any, now: Any) -> Any:
-            last, first = carry
-            t, drawn = now
-            is_open = t >= first
-            on = is_open & drawn
-            last = jnp.where(on, t, last)
-            first = jnp.where(is_open if scheme == "cyclic" else on, t + period, first)
-            return (last, first), padded[jnp.minimum(t - last, taps).astype(jnp.int64)]
+        def wait(carry: Any) -> Any:
+            number, at, x = carry
+            index = sample * jnp.uint64(n + 1) + number
+            waits = jnp.floor(jnp.log1p(-_unit(draw_key, index)) / log_rest)
+            at = jnp.minimum(at + waits * turn, n)
+            x = x.at[at.astype(jnp.int64), jnp.arange(at.size)].set(1, mode="drop")
+            return number + jnp.uint64(1), at + period, x
 
-        start = (jnp.full(u.shape, -1e200), first)
-        return jax.lax.scan(step, start, (jnp.arange(n, dtype=jnp.float64), drawn))[1]
+        x = jnp.zeros((n, u.size))
+        if p == 0:
+            return x
+        start = (jnp.uint64(0), jnp.minimum(first, period - 1), x)
+        # What is past the end by a period has waited once too often.
+        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] < n), wait, start)[2]
 
     def log_ratio(r: jax.Array) -> jax.Array:
         """log P(y) / Q(y) [samples] from r_i [n, samples]."""
@@ -191,8 +201,8 @@ def _steps(
         index = sample * jnp.uint64(n) + jnp.arange(n, dtype=jnp.uint64)[:, None]
         normal_key, choice_key, draw_key = _split(key)
         noise = correlate(_normal(_unit(normal_key, index)))
-        drawn = _unit(draw_key, index) < p
-        signals = correlate(signal(_unit(choice_key, sample), drawn))
+        x = participations(sample, choice_key, draw_key)
+        signals = correlate(multiply(x))
 
         def loss(sigma: jax.Array, signal: jax.Array) -> jax.Array:
             return log_ratio(noise / sigma + (signal - norms[:, None] / 2) / sigma**2)

@@ -49,6 +49,7 @@ __all__ = [
     "CyclicPoisson",
     "DeltaBound",
     "EpsilonBound",
+    "Scheme",
     "calibrate",
     "delta",
     "epsilon",

@@ -22,6 +22,7 @@ from jax_privacy_kernels._checks import (
     check_one_given,
     check_real,
     is_concrete,
+    owned,
 )
 from jax_privacy_kernels.matrix_factorization import sensitivity
 from jax_privacy_kernels.matrix_factorization._certified import bounded_inverse
@@ -257,7 +258,7 @@ def solve_banded(coef: jax.Array, rhs: jax.Array) -> jax.Array:
       TypeError: if one is not real.
     """
     coef, _ = reconcile(coef, invertible=True)
-    rhs = jnp.asarray(rhs)
+    rhs = owned("rhs", rhs)
     if rhs.ndim == 0 or rhs.shape[0] == 0:
         raise ValueError(f"expected rhs of shape [n, ...], n >= 1, found shape {rhs.shape}")
     return ops.toeplitz_solve(coef, check_real("rhs to hold real numbers", rhs))

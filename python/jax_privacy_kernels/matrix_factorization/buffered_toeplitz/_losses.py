@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, is_concrete
+from jax_privacy_kernels._checks import check_instance, check_int, is_concrete
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization._scaling import as_dtype
@@ -371,6 +371,7 @@ class LossFn(Mirrored):
           ValueError: If C is of float64 when JAX is not in 64-bit mode.
         """
         check_float64_dtype(blt)
+        check_instance("inv_blt", inv_blt, BufferedToeplitz)
         positive: dict[str, Array] = {
             "buf_decay>0": blt.buf_decay,
             "buf_decay<1": 1 - blt.buf_decay,

@@ -12,9 +12,11 @@ import numpy as np
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import (
+    check_instance,
     check_int,
     check_memory,
     check_real,
+    check_scalar,
     is_concrete,
     owned,
 )
@@ -48,6 +50,7 @@ MIN_GAP = 1e-9
 
 def check_float64_dtype(blt: BufferedToeplitz) -> None:
     """Raises a ValueError if the BLT is of float64 and JAX is not in its 64-bit mode."""
+    check_instance("the BLT", blt, BufferedToeplitz)
     if blt.dtype == np.float64 and not jax.config.jax_enable_x64:
         raise ValueError(
             "expected JAX's 64-bit mode for a BLT of dtype float64, which optimize() returns: call "
@@ -218,7 +221,7 @@ class BufferedToeplitz(Mirrored):
             JAX is not in 64-bit mode.
           TypeError: If they are not real numbers, or ``dtype`` is not floating.
         """
-        dtype = np.dtype(dtype)
+        dtype = np.dtype(dtype)  # a TypeError if it is none
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"expected a floating dtype, found {dtype}")
         if dtype == np.float64 and not jax.config.jax_enable_x64:
@@ -271,8 +274,9 @@ class BufferedToeplitz(Mirrored):
             ("max_pillutla_score", max_pillutla_score),
             ("buf_decay_scale", buf_decay_scale),
         ):
-            if bound is not None and not 0 < bound < np.inf:
-                raise ValueError(f"expected {name} to be positive and finite, found {bound}")
+            if bound is not None:
+                check_scalar(name, bound, lambda x: 0 < x < np.inf, "positive and finite")
+        check_scalar("buf_decay_shift", buf_decay_shift)
         half = (m + 1) // 2
         spacing = buf_decay_scale * np.pi / np.sqrt(2 * (half + 1))
         x = spacing * (np.arange(m) + 1 - half + buf_decay_shift)
@@ -474,6 +478,7 @@ def _blt(theta: Array, omega: Array, dtype: np.dtype) -> BufferedToeplitz:
 
 def values_of(blt: BufferedToeplitz, *others: object) -> tuple[Array, Array, Arithmetic]:
     """Decays and scales of a valid BLT, and how to compute with them and others."""
+    check_instance("the BLT", blt, BufferedToeplitz)
     blt.validate()
     if is_concrete((blt, others)):
         return (
@@ -521,7 +526,7 @@ def min_buf_decay_gap(buf_decay: jax.typing.ArrayLike) -> jax.Array:
     Raises:
       ValueError: If ``buf_decay`` is not 1-D.
     """
-    theta = jnp.asarray(buf_decay)
+    theta = check_real("buf_decay to hold real numbers", owned("buf_decay", buf_decay))
     if theta.ndim != 1:
         raise ValueError(f"expected buf_decay to be 1-D, found shape {theta.shape}")
     return jnp.asarray(min_gap(theta, TRACED))

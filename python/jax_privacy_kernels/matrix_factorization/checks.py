@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels._checks import is_concrete, owned
 
 __all__ = [
     "check",

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_instance, check_int, is_concrete
+from jax_privacy_kernels._checks import (
+    check_instance,
+    check_int,
+    is_concrete,
+    promote_types,
+)
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization._scaling import as_dtype
@@ -58,7 +63,7 @@ def _scalar(
     x: jax.typing.ArrayLike, blt: BufferedToeplitz, name: str = "", *, upward: bool = False
 ) -> jax.Array:
     """x in the dtype of a result of the BLT; given a name, a ValueError if it does not hold it."""
-    dtype = jnp.promote_types(blt.dtype, jnp.float32)
+    dtype = promote_types(blt.dtype, jnp.float32)
     if name and is_concrete(x):
         return as_dtype(name, x, dtype, upward=upward)
     return result(x, dtype)

@@ -19,6 +19,7 @@ from jax_privacy_kernels._checks import (
     check_scalar,
     is_concrete,
     owned,
+    promote_types,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import toeplitz
@@ -126,7 +127,7 @@ class StreamingMatrixBuilder(Mirrored):
         )
 
     def _init(self, abstract_value: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        dtype = jnp.promote_types(abstract_value.dtype, self.dtype)
+        dtype = promote_types(abstract_value.dtype, self.dtype)
         # zeros_like keeps the sharding of the value, zeros would not.
         zero = jnp.zeros_like(abstract_value, dtype=dtype)
         return jnp.broadcast_to(zero, (len(self.buf_decay), *zero.shape))
@@ -486,7 +487,7 @@ def values_of(blt: BufferedToeplitz, *others: object) -> tuple[Array, Array, Ari
             np.asarray(blt.output_scale, np.float64),
             KNOWN,
         )
-    dtype = jnp.promote_types(blt.dtype, jnp.result_type(float))
+    dtype = promote_types(blt.dtype, jnp.result_type(float))
     return jnp.asarray(blt.buf_decay, dtype), jnp.asarray(blt.output_scale, dtype), TRACED
 
 
@@ -516,7 +517,8 @@ def scales_of(theta: Array, theta_hat: Array, on: Arithmetic) -> Array:
 def min_gap(theta: Array, on: Arithmetic) -> Array:
     """The least distance of two decays, infinity if there are fewer than two."""
     xp = on.xp
-    gaps = xp.where(np.eye(len(theta), dtype=bool), xp.inf, xp.abs(theta[:, None] - theta))
+    gaps = xp.abs(theta[:, None] - theta[None, :])
+    gaps = xp.where(np.eye(len(theta), dtype=bool), xp.inf, gaps)
     return xp.min(gaps, initial=xp.inf)
 
 

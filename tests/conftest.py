@@ -25,6 +25,14 @@ def eight_devices():
         pytest.skip(f"needs eight devices, found {jax.devices()}: set JAX_PLATFORMS=cpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at markers
+def pytest_collection_modifyitems(items):
+    """The fixture `run` of tests of benchmarks and examples runs a whole program."""
+    for item in items:
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 # -- Memory -----------------------------------------------------------------------------------
 
 GROWTH = 2**30  # bytes

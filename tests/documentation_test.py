@@ -71,6 +71,7 @@ def test_links():
     assert missing == []
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("name", pages_with_python())
 def test_pages(name, tmp_path):
     """The blocks of a page are one program, which has a process of its own: it may set a mesh."""

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import sweeps
 
 from jax_privacy_kernels import noise_addition
 from jax_privacy_kernels.matrix_factorization import banded as banded_strategies
@@ -168,13 +169,18 @@ def theirs(reference):
 # -- The same noise as jax_privacy ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize(
+    "matrix", sweeps.some(list(MATRICES), quick=["banded", "product", "dense"])
+)
 def test_noise_of_the_reference(theirs, matrix):
     assert_same_noise(run(build(Ours, matrix)), run(build(theirs, matrix)))
 
 
 @pytest.mark.filterwarnings("ignore:column_normalize_for_n")
-@pytest.mark.parametrize("matrix", ["identity", "column-normalized", "product", "dense"])
+@pytest.mark.parametrize(
+    "matrix",
+    sweeps.some(["identity", "column-normalized", "product", "dense"], quick=["column-normalized"]),
+)
 @pytest.mark.parametrize(
     ("grads", "noise"),
     [
@@ -236,7 +242,9 @@ FUSED = ["banded", "column-normalized", "general banded", "buffers", *BEYOND_THE
 
 
 @pytest.mark.parametrize("scale", [None, (0.5,), (1.0, 3.0, 0.2)])
-@pytest.mark.parametrize("matrix", FUSED)
+@pytest.mark.parametrize(
+    "matrix", sweeps.some(FUSED, quick=["column-normalized", "general banded", "buffers"])
+)
 def test_fused_noise_is_that_of_the_streaming_matrix(matrix, scale):
     """The description that kernels take describes what the two functions of the matrix do."""
     fused = (MATRICES | BEYOND_THE_REFERENCE)[matrix](Ours)
@@ -320,7 +328,10 @@ def test_noise_without_state_takes_the_memory_of_independent_noise():
 
 # -- How it is used ---------------------------------------------------------------------------
 
-KINDS = ["identity", "banded", "product", "dense", "general banded", "banded inverse", "buffers"]
+KINDS = sweeps.some(
+    ["identity", "banded", "product", "dense", "general banded", "banded inverse", "buffers"],
+    quick=["identity", "banded", "dense"],
+)
 
 
 @pytest.mark.parametrize("matrix", KINDS)

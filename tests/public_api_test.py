@@ -68,10 +68,12 @@ def described(name: str, value: Any) -> Iterator[str]:
     """A public name of a module."""
     if isinstance(value, types.ModuleType):
         yield f"module {name}"
-    elif isinstance(value, type):
-        yield from described_class(name, value)
     elif isinstance(value, typing.TypeVar):
         yield f"type variable {name}"
+    elif value is Any or typing.get_origin(value) is not None:
+        yield f"type alias {name}"
+    elif isinstance(value, type):
+        yield from described_class(name, value)
     elif callable(value):
         yield from described_function("def", name, value)
     else:

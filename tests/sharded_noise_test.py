@@ -165,13 +165,27 @@ def collectives(hlo):
     ]
 
 
-def cases():
-    """Every mechanism and mesh compiled; a few in plain JAX, which takes long to compile."""
+def on_every_mesh():
+    """Every mechanism on every mesh: in quick runs one mechanism on all, and all on one."""
     for matrix in MATRICES:
         for axes in MESHES:
-            yield pytest.param("cpp", matrix, axes, marks=needs_cpp)
-    yield from (("jax", matrix, "xy") for matrix in ("banded", "inverse banded", "buffered"))
-    yield from (("jax", matrix, "x") for matrix in ("dense", "prefix"))
+            quick = matrix == "banded" or axes == "xy"
+            yield matrix, axes, () if quick else (pytest.mark.slow,)
+
+
+def cases():
+    """Every mechanism and mesh compiled; a few in plain JAX, which takes long to compile."""
+    for matrix, axes, slow in on_every_mesh():
+        yield pytest.param("cpp", matrix, axes, marks=(needs_cpp, *slow))
+    for matrix in ("banded", "inverse banded", "buffered"):
+        yield pytest.param("jax", matrix, "xy", marks=pytest.mark.slow)
+    for matrix in ("dense", "prefix"):
+        yield pytest.param("jax", matrix, "x", marks=pytest.mark.slow)
+
+
+all_on_all = pytest.mark.parametrize(
+    ("matrix", "axes"), [pytest.param(*names, marks=slow) for *names, slow in on_every_mesh()]
+)
 
 
 @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
@@ -192,7 +206,7 @@ class TestEightDevices:
     # -- The same noise -----------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize(("implementation", "matrix", "axes"), cases())
+    @pytest.mark.parametrize(("implementation", "matrix", "axes"), list(cases()))
     def test_noise_is_that_of_one_device(self, implementation, matrix, axes, kind):
         names = tuple(SHAPES) if implementation == "cpp" else SMALL
         mesh = mesh_of(axes, kind)
@@ -384,8 +398,7 @@ class TestEightDevices:
 
     @needs_cpp
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("axes", MESHES)
-    @pytest.mark.parametrize("matrix", MATRICES)
+    @all_on_all
     def test_nothing_is_communicated(self, matrix, axes, kind):
         mesh = mesh_of(axes, kind)
         with within(mesh):
@@ -452,8 +465,7 @@ class TestEightDevices:
 
     # -- ZeRO ---------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("axes", MESHES)
-    @pytest.mark.parametrize("matrix", MATRICES)
+    @all_on_all
     def test_zero_is_the_same_noise_elsewhere(self, matrix, axes):
         """Over all steps: what a parameter gets is the series of noise of one parameter."""
         mechanism, mesh = privatizer(matrix, strategy="ZERO"), mesh_of(axes)

@@ -87,7 +87,7 @@ def test_microbatches_take_examples_in_order(microbatch_size):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 1), (1, None), (12, None), (12, 3), (np.int64(8), np.int32(2))]
+    "sizes", [(1, 1), (1, None), (12, None), (12, 3), (0, None), (0, 4), (np.int64(8), np.int32(2))]
 )
 def test_order_is_that_of_the_reference(reference, sizes):
     order, expected = (
@@ -101,16 +101,15 @@ def test_order_is_that_of_the_reference(reference, sizes):
 @pytest.mark.parametrize(
     ("sizes", "error", "message"),
     [
-        ((0, None), ValueError, "expected batch_size >= 1, found batch_size=0"),
-        ((-4, 2), ValueError, "expected batch_size >= 1, found batch_size=-4"),
+        ((-4, 2), ValueError, "expected batch_size >= 0, found batch_size=-4"),
         ((4, 0), ValueError, "expected microbatch_size >= 1, found microbatch_size=0"),
         (
             (10, 4),
             ValueError,
             "multiple of microbatch_size, found batch_size=10, microbatch_size=4",
         ),
-        ((4.0, 2), TypeError, "expected batch_size to be an integer, found 4.0"),
-        ((4, 2.0), TypeError, "expected microbatch_size to be an integer, found 2.0"),
+        ((4.5, 2), TypeError, "expected batch_size to be an integer, found 4.5"),
+        ((4, 2.5), TypeError, "expected microbatch_size to be an integer, found 2.5"),
     ],
 )
 def test_order_of_wrong_sizes(sizes, error, message):

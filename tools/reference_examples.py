@@ -48,6 +48,9 @@ ARGUMENTS = {
         )
     ],
 }
+VARIABLES = {
+    "distributed_noise_generation.py": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+}
 # A line that says how long something took.
 TIMES = re.compile(r"\b(time|took|seconds?|sec|ms|elapsed|speed|throughput)\b|\d\s?m?s\b", re.I)
 LOGGED = re.compile(r"^[IWE]\d{4} \S+\s+\d+ \S+\] ")  # absl's prefix
@@ -97,7 +100,7 @@ def run(options: argparse.Namespace, program: pathlib.Path, arguments: list[str]
     try:
         done = subprocess.run(
             command,
-            env=_checkout.environment(options.checkout),
+            env=_checkout.environment(options.checkout, **VARIABLES.get(program.name, {})),
             timeout=options.timeout,
             capture_output=True,
             text=True,

@@ -56,11 +56,11 @@ def main() -> int:
     print(f"{'file':<44} {'tests':>6} {'passed':>7} {'skipped':>8} {'swap':>5} {'seconds':>8}")
     for file in files:
         start = time.perf_counter()
-        outcomes = run(options.checkout, file, swapped=True, timeout=options.timeout)
+        outcomes = run(options.checkout, file, [], swapped=True, timeout=options.timeout)
         failed = [name for name, outcome in outcomes.items() if outcome in FAILED]
         blamed = []
         if failed:
-            plain = run(options.checkout, file, swapped=False, timeout=options.timeout)
+            plain = run(options.checkout, file, failed, swapped=False, timeout=options.timeout)
             blamed = [name for name in failed if plain.get(name) not in FAILED]
         counts = collections.Counter(outcomes.values())
         counts["blamed"] = len(blamed)
@@ -77,13 +77,14 @@ def main() -> int:
 
 
 def run(
-    checkout: pathlib.Path, file: pathlib.Path, *, swapped: bool, timeout: float
+    checkout: pathlib.Path, file: pathlib.Path, tests: list[str], *, swapped: bool, timeout: float
 ) -> dict[str, str]:
-    """The outcome of every test of a file: passed, skipped, failure or error."""
+    """The outcome of those tests of a file, or of all: passed, skipped, failure or error."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         how = "swapped" if swapped else "plain"
-        arguments = [str(file), "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        chosen = [f"{file}::{test.replace('.', '::', 1)}" for test in tests] or [str(file)]
+        arguments = [*chosen, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command = [sys.executable, "-c", RUN, how, *arguments]
         environment = _checkout.environment(checkout)
         try:
@@ -97,10 +98,10 @@ def run(
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"(the file)": "error"}
+            return {"no end in sight": "error"}
         if not report.exists():  # the process died
             print(done.stdout[-3000:], done.stderr[-3000:], sep="\n")
-            return {"(the file)": "error"}
+            return {"the process died": "error"}
         if os.environ.get("SHOW_FAILURES"):
             print(done.stdout)
         return {

@@ -29,6 +29,7 @@ __all__ = [
     "check_scalar",
     "check_vector",
     "is_concrete",
+    "is_tracing",
     "leaf_name",
     "owned",
 ]
@@ -37,6 +38,11 @@ __all__ = [
 def is_concrete(x: Any) -> bool:
     """Whether ``x``, a value or a nest of values, holds no tracer."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+
+
+def is_tracing() -> bool:
+    """Whether what is computed now becomes part of a program."""
+    return isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
 
 
 def leaf_name(path: Any) -> str:

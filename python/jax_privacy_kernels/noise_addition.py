@@ -26,9 +26,12 @@ clipping norm times the sensitivity of the strategy C.
 from __future__ import annotations
 
 import enum
+import math
 import operator
 import secrets
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +40,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels import sharding_utils
-from jax_privacy_kernels._checks import check_like, is_concrete, leaf_name
+from jax_privacy_kernels._checks import check_like, is_concrete, is_tracing, leaf_name
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
     NoiseState,
@@ -45,9 +48,9 @@ from jax_privacy_kernels.ops import (
     check_noise_dtype,
     check_shared,
     correlated_noise,
-    dense_kind,
     dense_noise,
     init_correlated_noise,
+    init_dense_noise,
     sharding_of,
     zeros_on_mesh,
 )
@@ -79,30 +82,6 @@ class SupportedStrategies(enum.Enum):
         return isinstance(other, enum.Enum) and str(self) == str(other)
 
     __hash__ = enum.Enum.__hash__
-
-
-class _StreamingState(NamedTuple):
-    """State of a privatizer whose noising matrix has no fused kernel."""
-
-    noise: NoiseState  # of the independent noise
-    matrix: Any  # of StreamingMatrix.multiply_next
-
-
-class _ZeroState(NamedTuple):
-    """State of a privatizer whose noise is flat, and split evenly over all devices."""
-
-    shards: Any  # mirrors the parameters; (0,) + the number of shards along every dimension
-    noise: Any  # of the privatizer of the flat noise
-
-
-class _DenseState(NamedTuple):
-    """State of a privatizer with a dense noising matrix."""
-
-    step: jax.Array  # int32 scalar, the row to come
-    key: jax.Array  # [kw] uint32, the data of the key that every row regenerates its noise from
-    # Nothing but shapes and dtypes, of all that the regenerated noise depends on beside the key.
-    kind: jax.Array  # of the key
-    buffers: Any  # (0,) + shape, the dtype of the noise
 
 
 def matrix_factorization_privatizer(
@@ -177,7 +156,7 @@ def matrix_factorization_privatizer(
             f"found {intermediate_strategy!r}"
         )
     stddev = _check_stddev(stddev)
-    key = _as_key(prng_key)
+    key = _Keys(prng_key)
     if hasattr(noising_matrix, "multiply_next"):
         structure = getattr(noising_matrix, "structure", None)
         if isinstance(structure, NoisingMatrix):
@@ -221,12 +200,12 @@ def gaussian_privatizer(
 def _fused(
     matrix: NoisingMatrix,
     stddev: Any,
-    key: jax.Array,
+    keys: _Keys,
     dtype: Any,
     implementation: str | None,
 ) -> optax.GradientTransformation:
     def init(model: Any) -> NoiseState:
-        return init_correlated_noise(model, matrix, key=key, dtype=dtype)
+        return init_correlated_noise(model, matrix, key=keys.draw(), stddev=stddev, dtype=dtype)
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
@@ -237,7 +216,7 @@ def _fused(
             noise_state,
             matrix,
             stddev=stddev,
-            key_impl=jax.random.key_impl(key),
+            key_impl=keys.impl,
             dtype=dtype,
             implementation=implementation,
         )
@@ -246,35 +225,39 @@ def _fused(
 
 
 def _streaming(
-    matrix: Any, stddev: Any, key: jax.Array, dtype: Any, implementation: str | None
+    matrix: Any, stddev: Any, keys: _Keys, dtype: Any, implementation: str | None
 ) -> optax.GradientTransformation:
-    independent = _fused(streaming_matrix.identity().structure, 1.0, key, dtype, implementation)
+    independent = _fused(streaming_matrix.identity().structure, 1.0, keys, dtype, implementation)
 
     def wide(path: Any, leaf: Any) -> Any:
         # In 16 bits, small noise rounds to none.
         z_dtype = jnp.promote_types(check_noise_dtype(path, leaf, dtype), jnp.float32)
         return jax.ShapeDtypeStruct(leaf.shape, z_dtype, sharding=sharding_of(leaf))
 
-    def init(model: Any) -> _StreamingState:
-        z = jax.tree_util.tree_map_with_path(wide, model)
-        return _StreamingState(independent.init(model), matrix.init_multiply(z))
+    def init_inner(model: Any) -> Any:
+        return matrix.init_multiply(jax.tree_util.tree_map_with_path(wide, model))
+
+    def init(model: Any) -> NoiseState:
+        return independent.init(model)._replace(inner=init_inner(model))
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
-    ) -> tuple[Any, _StreamingState]:
+    ) -> tuple[Any, NoiseState]:
         del params
-        # The independent noise checks its own state; a matrix may promote the dtype of its own.
-        expected = jax.eval_shape(init, sum_of_clipped_grads)
-        check_like("noise_state", noise_state, expected, dtypes=False)
-        check_shared(sum_of_clipped_grads, noise_state.noise.clock.key)
         zeros = jax.tree_util.tree_map_with_path(
             lambda path, g: jnp.zeros_like(g, dtype=check_noise_dtype(path, g, dtype)),
             sum_of_clipped_grads,
         )
-        unit, noise = independent.update(zeros, noise_state.noise)
+        if not isinstance(noise_state, NoiseState):
+            noise_state = NoiseState(noise_state, ())  # which the independent noise refuses
+        # The independent noise checks its own state; a matrix may promote the dtype of its own.
+        unit, noise = independent.update(zeros, noise_state._replace(inner=()))
+        expected = jax.eval_shape(init_inner, sum_of_clipped_grads)
+        check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
+        check_shared(sum_of_clipped_grads, noise_state.clock.keys)
         z = jax.tree.map(lambda u: stddev * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
-        x, state = matrix.multiply_next(z, noise_state.matrix)
-        return jax.tree.map(_add, sum_of_clipped_grads, x), _StreamingState(noise, state)
+        x, inner = matrix.multiply_next(z, noise_state.inner)
+        return jax.tree.map(_add, sum_of_clipped_grads, x), noise._replace(inner=inner)
 
     return optax.GradientTransformation(init, update)
 
@@ -282,11 +265,10 @@ def _streaming(
 def _dense(
     matrix: jax.typing.ArrayLike,
     stddev: Any,
-    key: jax.Array,
+    keys: _Keys,
     dtype: Any,
     implementation: str | None,
 ) -> optax.GradientTransformation:
-    # Approach 2 of Section 4.4.5 of https://arxiv.org/abs/2506.08201.
     rows = jnp.asarray(matrix)
     if rows.ndim != 2 or rows.size == 0:
         raise ValueError(
@@ -295,43 +277,27 @@ def _dense(
         )
     if jnp.issubdtype(rows.dtype, jnp.complexfloating):
         raise TypeError(f"expected noising_matrix to be real, found dtype {rows.dtype}")
-    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    # A copy: memory of NumPy may be shared, and is the caller's.
+    rows = jnp.array(rows, jnp.promote_types(rows.dtype, jnp.float32))
     if is_concrete(matrix) and not np.isfinite(np.asarray(matrix, float)).all():
         raise ValueError("expected noising_matrix to be finite, found NaN or infinite entries")
-    n = rows.shape[0]
 
-    def empty(path: Any, leaf: Any) -> jax.Array:
-        noise_dtype = check_noise_dtype(path, leaf, dtype)
-        return jnp.zeros((0, *leaf.shape), noise_dtype)
-
-    def init(model: Any) -> _DenseState:
-        return _DenseState(
-            jnp.zeros((), jnp.int32),
-            jnp.copy(jax.random.key_data(key)),
-            dense_kind(jax.random.key_impl(key)),
-            jax.tree_util.tree_map_with_path(empty, model),
-        )
+    def init(model: Any) -> NoiseState:
+        return init_dense_noise(model, rows, key=keys.draw(), dtype=dtype)
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
-    ) -> tuple[Any, _DenseState]:
+    ) -> tuple[Any, NoiseState]:
         del params
-        check_like("noise_state", noise_state, jax.eval_shape(init, sum_of_clipped_grads))
-        step = noise_state.step
-        if is_concrete(step) and not 0 <= int(step) < n:
-            raise ValueError(
-                f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
-            )
-        # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
-        row = jnp.where((step >= 0) & (step < n), rows[step] * stddev, jnp.nan)
-        noisy = dense_noise(
+        return dense_noise(
             sum_of_clipped_grads,
-            row,
-            key=jax.random.wrap_key_data(noise_state.key, impl=jax.random.key_impl(key)),
+            noise_state,
+            rows,
+            stddev=stddev,
+            key_impl=keys.impl,
             dtype=dtype,
             implementation=implementation,
         )
-        return noisy, noise_state._replace(step=step + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -370,48 +336,79 @@ def _zero_redundancy(
         sharding = NamedSharding(known.mesh, like.sharding.spec)
         return jax.ShapeDtypeStruct(like.shape, noise_dtype, sharding=sharding)
 
-    def shards(leaf: Any) -> jax.Array:
-        """Which noise a parameter gets depends on them, so they have to stay as they are."""
-        sharding = jax.typeof(leaf).sharding
-        local = sharding.shard_shape(leaf.shape)
-        counts = (1 if not n else n // m for n, m in zip(leaf.shape, local, strict=True))
-        return jnp.zeros((0, *counts))
+    def suffix(model: Any) -> str:
+        """How many shards the leaves have: which noise a parameter gets depends on them."""
+        counts = []
+        for leaf in jax.tree.leaves(model):
+            local = jax.typeof(leaf).sharding.shard_shape(leaf.shape)
+            counts.append([n // m if n else 1 for n, m in zip(leaf.shape, local, strict=True)])
+        return f"_zero_{zlib.crc32(repr(counts).encode()):08x}"
 
-    def init(model: Any) -> _ZeroState:
-        noise = privatizer.init(jax.tree_util.tree_map_with_path(flat, model))
-        return _ZeroState(jax.tree.map(shards, model), noise)
+    def init(model: Any) -> NoiseState:
+        state = privatizer.init(jax.tree_util.tree_map_with_path(flat, model))
+        return _renamed(state, lambda name: name + suffix(model))
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
-    ) -> tuple[Any, _ZeroState]:
+    ) -> tuple[Any, NoiseState]:
         del params
         likes = jax.tree_util.tree_map_with_path(flat, sum_of_clipped_grads)
-        check_like("noise_state", noise_state, jax.eval_shape(init, sum_of_clipped_grads))
+        ending = suffix(sum_of_clipped_grads)
+        # Without the ending that it expects, the name stays, and the privatizer refuses it.
+        inner = _renamed(noise_state, lambda name: name.removesuffix(ending))
         zeros = jax.tree.map(
             lambda like: zeros_on_mesh(like.shape, like.dtype, like.sharding), likes
         )
-        noise, state = privatizer.update(zeros, noise_state.noise)
+        noise, state = privatizer.update(zeros, inner)
         noisy = jax.tree.map(sharding_utils.local_reshape_add, sum_of_clipped_grads, noise)
-        return noisy, noise_state._replace(noise=state)
+        return noisy, _renamed(state, lambda name: name + ending)
 
     return optax.GradientTransformation(init, update)
+
+
+def _renamed(state: Any, rename: Callable[[str], str]) -> Any:
+    """The state with another name of its kind; what is no such state stays as it is."""
+    if not isinstance(state, NoiseState) or not isinstance(state.clock.kind, dict):
+        return state
+    kind = {rename(name): fingerprint for name, fingerprint in state.clock.kind.items()}
+    return state._replace(clock=state.clock._replace(kind=kind))
 
 
 def _add(value: jax.Array, noise: jax.Array) -> jax.Array:
     return (value + noise).astype(value.dtype)
 
 
-def _as_key(prng_key: Any) -> jax.Array:
-    """A typed key of shape () from what users may give."""
-    if prng_key is None:
-        if isinstance(jnp.zeros(()) + 0, jax.core.Tracer):
+class _Keys:
+    """Where the states of a privatizer begin: at the key that was given, or each at a new one."""
+
+    def __init__(self, prng_key: Any) -> None:
+        if prng_key is None and is_tracing():
             raise ValueError(
                 "expected a prng_key inside a trace, found None: a key drawn now would become a "
                 "constant of the compiled program, and every call would add the same noise"
             )
-        words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).size
-        entropy = np.frombuffer(secrets.token_bytes(4 * words), np.uint32)
-        return jax.random.wrap_key_data(jnp.asarray(entropy))
+        self._given = None if prng_key is None else _as_key(prng_key)
+        like = jax.random.key(0) if self._given is None else self._given
+        self.impl = jax.random.key_impl(like)
+
+    def draw(self) -> jax.Array:
+        """The key that was given, or one from the entropy of the operating system."""
+        if self._given is not None:
+            return self._given
+        if jax.process_count() > 1:
+            raise ValueError(
+                "expected a prng_key where several processes work together, found None: each would "
+                "draw its own, and replicas of a parameter would get different noise. Draw a key "
+                "in one process and share it, by jax.experimental.multihost_utils."
+                "broadcast_one_to_all for instance"
+            )
+        shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+        entropy = np.frombuffer(secrets.token_bytes(4 * math.prod(shape)), np.uint32)
+        return jax.random.wrap_key_data(jnp.asarray(entropy.reshape(shape)), impl=self.impl)
+
+
+def _as_key(prng_key: Any) -> jax.Array:
+    """A typed key of shape () from what users may give."""
     if not isinstance(prng_key, jax.Array | np.ndarray):
         try:
             return jax.random.key(operator.index(prng_key))
@@ -434,7 +431,8 @@ def _as_key(prng_key: Any) -> jax.Array:
 
 def _check_stddev(stddev: Any) -> Any:
     if not is_concrete(stddev):
-        if stddev.shape or not jnp.issubdtype(stddev.dtype, jnp.floating):
+        kinds = (jnp.floating, jnp.integer)
+        if stddev.shape or not any(jnp.issubdtype(stddev.dtype, kind) for kind in kinds):
             raise TypeError(
                 f"expected stddev to be a real number, found dtype {stddev.dtype}, "
                 f"shape {stddev.shape}"

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, is_tracing
 
 __all__ = [
     "PartitionSpecPyTree",
@@ -140,7 +140,7 @@ def compute_early_stopping_order(batch_size: int, microbatch_size: int | None) -
         [0 2 4 1 3 5]
 
     Args:
-      batch_size: the number of examples, padding included.
+      batch_size: the number of examples, padding included. Poisson sampling makes it 0 at times.
       microbatch_size: how many are processed at a time; None for all, in the order they have.
 
     Returns:
@@ -149,9 +149,10 @@ def compute_early_stopping_order(batch_size: int, microbatch_size: int | None) -
 
     Raises:
       TypeError: a size that is not an integer.
-      ValueError: a size below 1, or a batch that does not divide into microbatches.
+      ValueError: ``batch_size`` below 0, ``microbatch_size`` below 1, or a batch that does not
+        divide into microbatches.
     """
-    batch_size = check_int("batch_size", batch_size)
+    batch_size = check_int("batch_size", batch_size, minimum=0)
     order = np.arange(batch_size)
     if microbatch_size is None:
         return order
@@ -202,7 +203,7 @@ def parallel_sample_pytree(
       RuntimeError: a mesh axis is not explicit; called inside a trace, where samples would become
         constants, the same at every call.
     """
-    if isinstance(jnp.zeros(()) + 0, jax.core.Tracer):
+    if is_tracing():
         raise RuntimeError(
             "expected to be called outside of jit and other traces: samples would be constants"
         )

@@ -11,7 +11,8 @@ import pytest
 from support import implementations
 from support.parts import PARTS, base_of, leaves_of
 
-from jax_privacy_kernels.ops import _leaves, dense_noise
+from jax_privacy_kernels.ops import _leaves, init_dense_noise
+from jax_privacy_kernels.ops import dense_noise as dense_noise_step
 from jax_privacy_kernels.ops.dense_noise import IMPLEMENTATIONS
 from jax_privacy_kernels.ops.dense_noise._contract import Inputs
 
@@ -28,6 +29,14 @@ ROWS = {
 }
 
 implementation = implementations.fixture(IMPLEMENTATIONS)
+
+
+def dense_noise(grads, row, *, key, dtype=None, implementation=None):
+    """The first step of a matrix of one row."""
+    matrix, key_impl = jnp.asarray(row)[None], jax.random.key_impl(key)
+    state = init_dense_noise(grads, matrix, key=key, dtype=dtype)
+    options = {"dtype": dtype, "implementation": implementation}
+    return dense_noise_step(grads, state, matrix, stddev=1.0, key_impl=key_impl, **options)[0]
 
 
 def definition(grads, row, key, noise_dtype=None):

@@ -60,6 +60,7 @@ def check(actual, coef, n, min_sep, k):
         coefficients.close(out, expected, units * np.abs(expected))
 
 
+@functools.cache  # one function for all implementations
 def plain(n, min_sep, k):
     """The definition for coefficients that are not increasing, for JAX to differentiate."""
 

@@ -45,6 +45,7 @@ def patterns(n, min_sep, k):
                 yield list(rounds)
 
 
+@functools.cache  # one function for all implementations
 def dynamic_program(min_sep, k):
     """F(0, k), element by element, for JAX to differentiate."""
 

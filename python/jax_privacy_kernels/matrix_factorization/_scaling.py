@@ -17,7 +17,16 @@ import numpy as np
 
 from jax_privacy_kernels._checks import is_concrete
 
-__all__ = ["ORDINARY", "Scale", "Scaled", "as_dtype", "restored", "scaled", "within_range"]
+__all__ = [
+    "ORDINARY",
+    "Scale",
+    "Scaled",
+    "as_dtype",
+    "ending_in_nan",
+    "restored",
+    "scaled",
+    "within_range",
+]
 
 Scale = int | jax.Array
 """The exponent of a power of two, where values are known; a factor that is traced otherwise."""
@@ -80,6 +89,8 @@ def restored(
     out = jnp.asarray(x).astype(dtype)
     is_nonzero = out > 0
     for scale, power in powers:
+        if isinstance(scale, int) and scale == 0:
+            continue
         factor = jnp.asarray(math.ldexp(1.0, scale) if isinstance(scale, int) else scale, dtype)
         for _ in range(abs(power)):
             out = out * factor if power > 0 else out / factor
@@ -125,6 +136,17 @@ def as_dtype(
             f"{jnp.finfo(dtype).max:.3g}, found {found}: scale the strategy, or use float64"
         )
     return jnp.asarray(out, dtype)
+
+
+def ending_in_nan(scale: jax.Array | np.ndarray, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A scale of rows of which there are no more: the last entry of a scale goes on.
+
+    Where JAX looks for NaN, in its debug mode, this one is no fault.
+    """
+    with jax.debug_nans(False):
+        if is_concrete(scale):
+            return jnp.asarray(np.append(np.asarray(scale), np.nan).astype(dtype))
+        return jnp.append(scale.astype(dtype), jnp.asarray(jnp.nan, dtype))
 
 
 # Strategies whose largest entries are within these bounds are taken as they are.

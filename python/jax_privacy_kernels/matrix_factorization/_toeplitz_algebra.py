@@ -233,8 +233,8 @@ def materialize_lower_triangular(coef: jax.Array, n: int | None = None) -> jax.A
     coef, n = reconcile(coef, n)
     check_memory("n", n, 8 * n * n)
     coef = pad_coefs_to_n(coef, n)
-    row = np.arange(n, dtype=np.int32)
-    lag = row[:, None] - row
+    row = jnp.arange(n)
+    lag = row[:, None] - row[None, :]
     return jnp.where(lag >= 0, coef[lag], jnp.zeros((), coef.dtype))
 
 
@@ -281,6 +281,7 @@ def multiply(lhs_coef: jax.Array, rhs_coef: jax.Array, n: int | None = None) -> 
         numbers of coefficients differ.
       TypeError: if n is not an integer, or coefficients are not real.
     """
+    n = n if n is None else check_int("n", n)
     lhs, _ = reconcile(lhs_coef, n, name="lhs_coef")
     rhs, _ = reconcile(rhs_coef, n, name="rhs_coef")
     if n is None and lhs.size != rhs.size:
@@ -491,14 +492,14 @@ def per_query_error(
         c = jnp.asarray(c)
         if strategy_coef is not None:
             ones = jnp.ones(n, jnp.result_type(float))
-            B = ops.toeplitz_solve(c, ones if A is None else pad_coefs_to_n(A, n))
+            B = ops.toeplitz_solve(c, ones if A is None else pad_coefs_to_n(jnp.asarray(A), n))
         elif A is None:
             B = _cumsum(pad_coefs_to_n(c, n))
         else:
-            B = multiply(c, A, n)
+            B = multiply(c, jnp.asarray(A), n)
         errors = _cumsum(B * B)
-        # Where squares vanished, the sum of sizes did not.
-        errors = jnp.where((errors == 0) & (_cumsum(jnp.abs(B)) > 0), jnp.nan, errors)
+        vanished = (errors == 0) & (B != 0)
+        errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
     power = -2 if strategy_coef is not None else 2
     return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
 

@@ -255,7 +255,8 @@ def _scale_structure(structure: Any, scale: jax.Array) -> NoisingMatrix | None:
     old = structure.row_scale
     if old is not None:
         rows = jnp.arange(max(old.size, scale.size))
-        scale = old.at[rows].get(mode="clip") * scale.at[rows].get(mode="clip")
+        with jax.debug_nans(False):  # which may be the last entry
+            scale = old.at[rows].get(mode="clip") * scale.at[rows].get(mode="clip")
     return dataclasses.replace(structure, row_scale=scale)
 
 

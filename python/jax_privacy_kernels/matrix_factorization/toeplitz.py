@@ -37,7 +37,7 @@ from jax_privacy_kernels._checks import (
     check_memory,
     is_concrete,
 )
-from jax_privacy_kernels.matrix_factorization._scaling import within_range
+from jax_privacy_kernels.matrix_factorization._scaling import ending_in_nan, within_range
 from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
     banded_inverse_square_root_noising_coefs,
     compute_banded_inverse_sensitivity_squared,
@@ -222,13 +222,10 @@ def _row_scale(coef: jax.Array, n: int) -> jax.Array:
     if is_concrete(coef):
         # Of hypotenuses no square vanishes, however small the first coefficients are.
         norms = np.hypot.accumulate(np.abs(np.asarray(coef, np.float64)))
-        scale = np.full(n + 1, norms[-1])
-        scale[n - coef.size : n] = norms[::-1]
-        scale[n] = np.nan
-        return jnp.asarray(scale, dtype)
+        norms = np.pad(norms, (0, n - coef.size), mode="edge")
+        return ending_in_nan(norms[::-1], dtype)
     traced = jax.lax.associative_scan(jnp.hypot, jnp.abs(coef).astype(dtype))
-    traced = jnp.pad(traced, (0, n - coef.size), mode="edge")[::-1]
-    return jnp.append(traced, jnp.asarray(jnp.nan, dtype))
+    return ending_in_nan(jnp.pad(traced, (0, n - coef.size), mode="edge")[::-1], dtype)
 
 
 # Pickles name this module, whichever file a function is written in.

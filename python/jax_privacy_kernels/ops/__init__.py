@@ -4,9 +4,9 @@ from jax_privacy_kernels.ops._dispatch import asked, implementation
 from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
 from jax_privacy_kernels.ops._partition import sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
+from jax_privacy_kernels.ops._state import NoiseState
 from jax_privacy_kernels.ops.banded_error import Momentum, banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
-    NoiseState,
     correlated_noise,
     init_correlated_noise,
 )
@@ -16,7 +16,7 @@ from jax_privacy_kernels.ops.correlated_noise._matrices import (
     MovingAverage,
     NoisingMatrix,
 )
-from jax_privacy_kernels.ops.dense_noise import dense_kind, dense_noise
+from jax_privacy_kernels.ops.dense_noise import dense_noise, init_dense_noise
 from jax_privacy_kernels.ops.min_sep_norm import min_sep_norm
 from jax_privacy_kernels.ops.participation_max import participation_max
 from jax_privacy_kernels.ops.privacy_loss_sums import privacy_loss_sums
@@ -35,10 +35,10 @@ __all__ = [
     "check_noise_dtype",
     "check_shared",
     "correlated_noise",
-    "dense_kind",
     "dense_noise",
     "implementation",
     "init_correlated_noise",
+    "init_dense_noise",
     "min_sep_norm",
     "participation_max",
     "privacy_loss_sums",

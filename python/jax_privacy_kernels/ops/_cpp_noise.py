@@ -17,7 +17,10 @@ __all__ = ["call", "refuse"]
 def refuse(leaf: Leaf, ahead: bool) -> str | None:
     """Why C++ cannot take the leaf, or None."""
     if not ahead:
-        return "it samples threefry2x32 keys with jax_threefry_partitionable only"
+        return (
+            "it looks ahead, which takes threefry2x32 keys with jax_threefry_partitionable and a "
+            "stddev that is not traced"
+        )
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
         return f"it samples float32 and float64, not {leaf.noise_dtype}"
     return None

@@ -20,7 +20,10 @@ SHORTEST = 256  # elements of a run, if there are several: a program works on on
 def _refuse(leaf: Leaf, ahead: bool) -> str | None:
     """Why no kernel takes what is here of the leaf, or None."""
     if not ahead:
-        return "it samples threefry2x32 keys with jax_threefry_partitionable only"
+        return (
+            "it looks ahead, which takes threefry2x32 keys with jax_threefry_partitionable and a "
+            "stddev that is not traced"
+        )
     if leaf.shard.axes and leaf.shard.run < SHORTEST:
         return (
             f"a shard in runs of {leaf.shard.run} elements, but it takes no shorter ones than "

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 from jax_privacy_kernels.ops import _dispatch, _partition, _shards
 from jax_privacy_kernels.ops._leaves import Leaf
 
-__all__ = ["NoiseInputs", "NoiseOutputs", "register", "run"]
+__all__ = ["NoiseInputs", "NoiseOutputs", "differentiable", "register", "run"]
 
 _Inputs = TypeVar("_Inputs", bound="NoiseInputs")
 
@@ -81,6 +82,50 @@ class NoiseOutputs(NamedTuple):
 
     outs: list[jax.Array]
     rings: list[jax.Array]
+
+
+def differentiable(
+    add: Callable[[list[jax.Array], jax.Array, Any], NoiseOutputs],
+    grads: list[jax.Array],
+    scale: jax.Array,
+    rest: Any,
+) -> NoiseOutputs:
+    """``add(grads, scale, rest)``, which adds scale times noise that depends on ``rest`` alone.
+
+    The derivative with respect to the gradients is the identity, the one with respect to the scale
+    the noise itself. There is none with respect to the rest, a tree of arrays. ``add`` closes over
+    no arrays.
+    """
+
+    @jax.custom_jvp
+    def call(grads: list[jax.Array], scale: jax.Array, rest: Any) -> Any:
+        return tuple(add(grads, scale, rest))
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        (grads, scale, rest), (grads_dot, scale_dot, rest_dot) = primals, tangents
+        if not all(map(_is_zero, jax.tree.leaves(rest_dot, is_leaf=_is_zero))):
+            raise NotImplementedError(
+                "noise is differentiated with respect to gradients and stddev only, not with "
+                "respect to the coefficients of a noising matrix"
+            )
+        results = call(grads, scale, rest)
+        if not _is_zero(scale_dot):
+            unit, _ = call([jnp.zeros_like(g) for g in grads], jnp.ones_like(scale), rest)
+            grads_dot = [
+                scale_dot.astype(noise.dtype) * noise + (0 if _is_zero(dot) else dot)
+                for noise, dot in zip(unit, grads_dot, strict=True)
+            ]
+        return results, (grads_dot, [SymbolicZero(jax.typeof(ring)) for ring in results[1]])
+
+    call.defjvp(rule, symbolic_zeros=True)
+    return NoiseOutputs(*call(grads, scale, rest))
+
+
+def _is_zero(tangent: Any) -> bool:
+    """Whether a tangent is known to be zero, as those of integers are."""
+    return isinstance(tangent, SymbolicZero) or (
+        getattr(tangent, "dtype", None) == jax.dtypes.float0
+    )
 
 
 def run(op: str, table: _dispatch.Table, name: str | None, inputs: Any) -> NoiseOutputs:

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_int, is_concrete
+from jax_privacy_kernels._checks import (
+    check_int,
+    check_memory,
+    check_real,
+    is_concrete,
+    owned,
+)
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._sums import (
@@ -42,7 +48,7 @@ MIN_GAP = 1e-9
 
 def check_float64_dtype(blt: BufferedToeplitz) -> None:
     """Raises a ValueError if the BLT is of float64 and JAX is not in its 64-bit mode."""
-    if blt.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if blt.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "dtype=jnp.float64 needs 64-bit mode: "
             "expected JAX's 64-bit mode for a BLT of dtype float64, which optimize() returns: call "
@@ -68,6 +74,7 @@ class StreamingMatrixBuilder(Mirrored):
     output_scale: Array
 
     def __post_init__(self) -> None:
+        _own(self)
         BufferedToeplitz(self.buf_decay, self.output_scale).validate()
 
     @property
@@ -157,6 +164,9 @@ class BufferedToeplitz(Mirrored):
     buf_decay: Array
     output_scale: Array
 
+    def __post_init__(self) -> None:
+        _own(self)
+
     # Not those of a class that this one is paired with.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -217,19 +227,17 @@ class BufferedToeplitz(Mirrored):
         dtype = np.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"expected a floating dtype, found {dtype}")
-        if dtype == np.float64 and not jax.config.jax_enable_x64:
+        if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
             raise ValueError(
                 "dtype=jnp.float64 needs 64-bit mode: "
                 "expected JAX's 64-bit mode for dtype float64, the default: call this inside of "
                 "`with jax.enable_x64(True):`, or pass dtype=jnp.float32"
             )
-        for name, x in (("buf_decay", buf_decay), ("output_scale", output_scale)):
-            if not is_concrete(x):
-                continue
-            found = np.asarray(x).dtype
-            if not (np.issubdtype(found, np.integer) or jnp.issubdtype(found, jnp.floating)):
-                raise TypeError(f"expected {name} to hold real numbers, found dtype {found}")
-        return cls(jnp.asarray(buf_decay, dtype), jnp.asarray(output_scale, dtype)).canonicalize()
+        decay, scale = (
+            check_real(f"{name} to hold real numbers", owned(name, x))
+            for name, x in (("buf_decay", buf_decay), ("output_scale", output_scale))
+        )
+        return cls(decay.astype(dtype), scale.astype(dtype)).canonicalize()
 
     @classmethod
     def from_rational_approx_to_sqrt_x(
@@ -325,6 +333,7 @@ class BufferedToeplitz(Mirrored):
           TypeError: If n is not an integer.
         """
         n = check_int("n", n)
+        check_memory("n", n, 32 * n)
         theta, omega, on = values_of(self)
         return result(coefs(theta, omega, n, on), self.dtype)
 
@@ -450,6 +459,14 @@ class BufferedToeplitz(Mirrored):
             f"    output_scale={np.asarray(self.output_scale).tolist()},\n"
             f"    dtype=jnp.{self.dtype})\nInitial Toeplitz coefs=[{coefs}, ...]"
         )
+
+
+def _own(blt: BufferedToeplitz | StreamingMatrixBuilder) -> None:
+    """Copies parameters in NumPy's memory, where the caller may write later."""
+    for name in ("buf_decay", "output_scale"):
+        x = getattr(blt, name)
+        if isinstance(x, np.ndarray):
+            object.__setattr__(blt, name, x.copy())
 
 
 def _dtype(x: Array) -> np.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -328,7 +329,8 @@ def _minimize(
     if np.all(np.isfinite(np.stack([blt.buf_decay, blt.output_scale]))):
         blt = blt.canonicalize()
         if not min_gap(np.asarray(blt.buf_decay), KNOWN) < MIN_GAP:
-            loss = loss_fn.loss(blt)
+            with contextlib.suppress(ValueError):  # a loss that float64 does not hold
+                loss = loss_fn.loss(blt)
     return blt, loss if jnp.isfinite(loss) else jnp.asarray(jnp.inf), logits
 
 

@@ -10,25 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_like
+from jax_privacy_kernels._checks import check_like, is_concrete
 from jax_privacy_kernels.ops import (
     _counter_prng,
     _dispatch,
     _ffi,
+    _fingerprint,
     _jax_pallas,
     _jax_triton,
     _leaves,
     _noise,
+    _once,
     _partition,
 )
 from jax_privacy_kernels.ops._leaves import Leaf
+from jax_privacy_kernels.ops._noise import NoiseOutputs
+from jax_privacy_kernels.ops._state import Clock, NoiseState, check_kind
 from jax_privacy_kernels.ops.correlated_noise import _cpp, _jax, _pallas, _state, _triton
 from jax_privacy_kernels.ops.correlated_noise._contract import Inputs, Run
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
 from jax_privacy_kernels.ops.correlated_noise._matrices import NoisingMatrix
-from jax_privacy_kernels.ops.correlated_noise._state import Clock, NoiseState
 
-__all__ = ["IMPLEMENTATIONS", "NoiseState", "correlated_noise", "init_correlated_noise"]
+__all__ = ["IMPLEMENTATIONS", "correlated_noise", "init_correlated_noise"]
+
+LEAST = 1e-30  # the least stddev but 0: noise is kept and scaled in 32 bits
 
 # Fastest first; _contract.py says what an implementation is.
 IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
@@ -63,7 +68,12 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
 
 
 def init_correlated_noise(
-    model: Any, matrix: NoisingMatrix, *, key: jax.Array, dtype: Any = None
+    model: Any,
+    matrix: NoisingMatrix,
+    *,
+    key: jax.Array,
+    stddev: jax.typing.ArrayLike = 1.0,
+    dtype: Any = None,
 ) -> NoiseState:
     """The state before step 0.
 
@@ -71,18 +81,21 @@ def init_correlated_noise(
       model: tree of arrays or ShapeDtypeStructs, shaped and typed like the gradients.
       matrix: the rows of ``C^-1``.
       key: typed key, shape ().
+      stddev: as for `correlated_noise`; one that is traced may change from step to step.
       dtype: what noise is sampled as; None for each leaf's own dtype.
 
     Returns:
-      A `NoiseState`: the rows of the matrix's layout for every parameter (b - 1 slots for b bands),
+      A `NoiseState`: the rows of the matrix's filter for every parameter (b - 1 slots for b bands),
       the step, and one key more than steps are ahead or behind.
 
     Raises:
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
     """
-
+    filter = _filter(matrix, jax.random.key_impl(key), stddev)
+    matrix = jax.tree.map(_canonical, matrix)
+    fingerprint = _fingerprint_of(matrix, filter, stddev)
     leaves = _leaves.plan(model, matrix.dtype, dtype)
-    return _state.init_state(model, leaves, _filter(matrix, jax.random.key_impl(key)), key)
+    return _state.init_state(model, leaves, filter, key, fingerprint)
 
 
 def correlated_noise(
@@ -95,59 +108,70 @@ def correlated_noise(
     dtype: Any = None,
     implementation: str | None = None,
 ) -> tuple[Any, NoiseState]:
-    """Adds row t of ``C^-1 Z`` to the gradients, Z with i.i.d. rows of Gaussian noise.
+    """Adds row t of ``C^-1 diag(stddev) Z`` to the gradients, Z with i.i.d. N(0, 1) entries.
 
     The samples are those of ``jax.random.normal`` on keys split from the state's as jax_privacy
     splits them. What a step of a recurrence costs does not depend on the number of its bands (see
-    _schedule.py), if the state is donated; otherwise XLA first copies the state.
+    _schedule.py), if the state is donated and stddev is not traced. A stddev that is traced may
+    change from step to step; then no terms are made ahead, and a step reads all b - 1 of them.
+
+    The derivative of the noisy gradients with respect to the gradients is the identity, and the
+    one with respect to a traced stddev that of row t of ``C^-1 diag(stddev) Z``.
 
     Args:
       grads: tree of floating arrays.
-      state: from `init_correlated_noise` or the step before, for this tree, matrix and dtype.
+      state: from `init_correlated_noise` or the step before, for this tree, matrix, stddev and
+        dtype.
       matrix: the rows of ``C^-1``.
-      stddev: standard deviation of Z. May change from step to step: row t of ``C^-1 Z / stddev``
-        is scaled by that of step t.
+      stddev: standard deviation of the samples of this step. The same at every step if it is known,
+        as it is outside of traces.
       key_impl: `jax.random.key_impl` of the key that the state was made from.
       dtype: what noise is sampled as; None for each leaf's own dtype.
       implementation: "jax", "cpp", ..., or None for the fastest that takes the arguments.
 
     Returns:
-      The noisy gradients, of the gradients' dtypes, and the next state.
+      The noisy gradients, of the gradients' dtypes, and the next state. NaN for noise where a trace
+      has hidden that the state is of another matrix or stddev, or what is refused elsewhere.
 
     Raises:
       TypeError: as `init_correlated_noise`.
-      ValueError: the state is not one of this tree and matrix, or is laid out over another mesh or
-        in another way; or the implementation asked for cannot run here or cannot take a leaf.
+      ValueError: the state is not one of this tree, matrix and stddev, or is laid out over another
+        mesh or in another way; the implementation asked for cannot run here or cannot take a leaf;
+        gradients are mapped over an axis (vmap) that the state is not mapped over.
       NotImplementedError: when lowered, the implementation asked for does not run on the platform.
     """
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
-    filter = _filter(matrix, key_impl)
+    filter = _filter(matrix, key_impl, stddev)
     matrix = jax.tree.map(_canonical, matrix)
+    fingerprint = _fingerprint_of(matrix, filter, stddev)
+    matrix, unit = matrix.scaled()
     leaves = _leaves.plan(grads, matrix.dtype, dtype)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     expected = _state.abstract_state(tree, leaves, filter, key_impl)
-    kind = jnp.shape(getattr(state, "kind", expected.kind))
-    if kind != expected.kind.shape:
-        raise ValueError(
-            "expected noise_state to be of this kind of noising matrix and key, noise_state.kind "
-            f"of shape {expected.kind.shape}, found that of another, of shape {kind}"
-        )
+    ((kind, _),) = expected.clock.kind.items()
+    valid = check_kind(state, kind, fingerprint)
     check_like("noise_state", state, expected)
-    _leaves.check_shared(grads, state.clock.key)
-    jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.buffers)
+    _leaves.check_shared(grads, state.clock.keys)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        _partition.check_summed_up(path, grad)
+    if filter.rows:
+        jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
     outs, clock, rings = _step(
         leaves,
         name,
         filter,
         key_impl,
         matrix,
+        jnp.asarray(unit, jnp.result_type(float)),
         jnp.asarray(stddev, jnp.result_type(float)),
+        valid,
         grad_leaves,
-        state.clock,
-        jax.tree.leaves(state.buffers),
+        state.clock._replace(kind={}),
+        jax.tree.leaves(state.inner),
     )
-    return tree.unflatten(outs), state._replace(clock=clock, buffers=tree.unflatten(rings))
+    inner = tree.unflatten(rings) if filter.rows else ()
+    return tree.unflatten(outs), NoiseState(clock._replace(kind=state.clock.kind), inner)
 
 
 # Jitted, so that a call outside jit compiles once.
@@ -158,35 +182,58 @@ def _step(
     filter: Filter,
     key_impl: Any,
     matrix: NoisingMatrix,
+    unit: jax.Array,
     stddev: jax.Array,
+    valid: jax.Array,
     grads: list[jax.Array],
     clock: Clock,
     rings: list[jax.Array],
 ) -> tuple[list[jax.Array], Clock, list[jax.Array]]:
     step = clock.step
-    keys, clock = _state.tick(clock, key_impl, filter)
-    # The rings hold noise of standard deviation 1, so that a stddev that changes over time takes
-    # effect at once, also on the terms that are ahead.
-    row_scale = matrix.row_scale
-    scale = stddev if row_scale is None else stddev * row_scale.at[step].get(mode="clip")
+    clock = clock._replace(keys=_once.mark(clock.keys, grads))
+    keys, stddevs, clock = _state.tick(clock, key_impl, filter, stddev)
+    factors = [1 / unit] if filter.varying else [stddev / unit]
+    if matrix.row_scale is not None:
+        factors.append(matrix.row_scale.at[step].get(mode="clip").astype(stddev.dtype))
+    scale = functools.reduce(jnp.multiply, factors)
     coef = matrix.coef_at(step, filter)
-    # Either the step has overflowed, or it is not one; or traced coefficients hid what is refused
-    # where it is seen. NaN is seen; no noise would not be.
-    valid = (step >= 0) & jnp.isfinite(coef).all() & matrix.invertible(coef)
-    inputs = Inputs(
-        leaves=leaves,
-        base=None,
-        grads=grads,
-        rings=rings if filter.rows else [],
-        filter=filter,
-        step=step,
-        keys=keys,
-        # Kernels take coefficients of 32 or 64 bits; what the rings are of was settled before.
-        coef=coef.astype(jnp.promote_types(coef.dtype, jnp.float32)),
-        scale=jnp.where(valid, scale, jnp.nan),
-    )
-    outs, new_rings = _noise.run("correlated_noise", IMPLEMENTATIONS, name, inputs)
-    return outs, clock, new_rings or rings
+    # Either the step has overflowed, or it is not one; or traced coefficients or a traced state hid
+    # what is refused where it is seen. NaN is seen; no noise would not be.
+    valid &= (step >= 0) & jnp.isfinite(coef).all() & matrix.invertible(coef)
+    valid &= _is_stddev(stddev) & (_is_normal(scale) | _is_zero(stddev))
+    # Kernels take coefficients of 32 or 64 bits; what the rings are of was settled before. They
+    # refuse some that are not valid, and one lane of a vmap would fail the others.
+    coef = jnp.where(valid, coef, 1).astype(jnp.promote_types(coef.dtype, jnp.float32))
+
+    def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
+        step, keys, coef, stddevs, rings = rest
+        inputs = Inputs(leaves, None, grads, rings, filter, step, keys, coef, stddevs, scale)
+        return _noise.run("correlated_noise", IMPLEMENTATIONS, name, inputs)
+
+    scale = jnp.where(valid, scale, jnp.nan)
+    if filter.varying:  # rings depend on stddevs before: plain JAX is differentiated through
+        results = add(grads, scale, (step, keys, coef, stddevs, rings))
+    else:
+        rest = step, keys, coef, stddevs, jax.lax.stop_gradient(rings)
+        results = _noise.differentiable(add, grads, scale, rest)
+    return results.outs, clock, results.rings
+
+
+def _is_stddev(x: jax.Array) -> jax.Array:
+    """Whether x is 0, or large enough that noise of that standard deviation does not vanish."""
+    return _is_zero(x) | ((x >= LEAST) & (x <= np.finfo(np.float32).max))
+
+
+def _is_normal(x: jax.Array) -> jax.Array:
+    """Whether a number is finite and has not vanished."""
+    return (jnp.abs(x) >= np.finfo(np.float32).tiny) & (jnp.abs(x) <= np.finfo(np.float32).max)
+
+
+def _is_zero(x: jax.Array) -> jax.Array:
+    """Whether x is 0, and not so small that comparisons take it for 0."""
+    wide = x.dtype == jnp.float64
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint64 if wide else jnp.uint32)
+    return bits == 0
 
 
 def _canonical(x: Any) -> Any:
@@ -195,5 +242,19 @@ def _canonical(x: Any) -> Any:
     return np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)) if known else x
 
 
-def _filter(matrix: NoisingMatrix, key_impl: Any) -> Filter:
-    return matrix.filter(_counter_prng.looks_ahead(key_impl))
+def _filter(matrix: NoisingMatrix, key_impl: Any, stddev: Any) -> Filter:
+    counted, known = _counter_prng.looks_ahead(key_impl), is_concrete(stddev)
+    filter = matrix.filter(counted, counted=counted)
+    if known or not filter.remembers:
+        return filter
+    return matrix.filter(False, counted=counted, varying=True)
+
+
+def _fingerprint_of(matrix: NoisingMatrix, filter: Filter, stddev: Any) -> Any:
+    """The fingerprint of all that the terms of a state depend on, beside its keys."""
+    numbers = jax.tree.leaves(matrix)
+    if filter.remembers and not filter.varying:
+        # In two halves of 32 bits, which there are in any mode of JAX.
+        high = np.float32(stddev)
+        numbers.append(np.array([high, float(stddev) - float(high)], np.float32))
+    return _fingerprint.fingerprint(numbers)

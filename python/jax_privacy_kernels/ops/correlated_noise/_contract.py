@@ -26,6 +26,8 @@ class Inputs(NoiseInputs):
         steps t - behind .. t + steps - 1. The key of a leaf is the one of ``split(key, count)`` at
         its index.
       coef: the coefficients at step t, of one of ``filter.coef_shapes``, float32 or float64.
+      stddevs: those of the samples, one for each of the keys, if ``filter.varying``; else None, for
+        samples of variance 1.
       scale: scalar, of x_t in what is added to the gradients.
     """
 
@@ -34,6 +36,7 @@ class Inputs(NoiseInputs):
     step: jax.Array
     keys: jax.Array
     coef: jax.Array
+    stddevs: jax.Array | None
     scale: jax.Array
 
     @property
@@ -44,7 +47,7 @@ class Inputs(NoiseInputs):
 class Run(Protocol):
     """An implementation: one step, in the schedule of _schedule.py.
 
-    It gives ``grads + scale x_t``, and the rings after the step, which hold terms of variance 1.
+    It gives ``grads + scale x_t``, and the rings after the step.
     A ring is ``[filter.rows, *shape]`` of ``leaf.dtype``, the dtype that x is computed in; there
     are none if the filter has no rows.
     """

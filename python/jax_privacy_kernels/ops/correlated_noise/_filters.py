@@ -30,11 +30,17 @@ class Filter:
       name: what the C++ and Pallas kernels call it.
       ahead: whether terms are made ahead, tile by tile (see _schedule.py).
       slots: S, the number of terms in a ring.
+      counted: whether the bits of a sample are a function of the key and the index of its element.
+        Only then can terms be made ahead.
+      varying: whether the stddev of the samples may change from step to step. Then terms are of the
+        stddev of their samples, and none are made ahead; else they are of stddev 1.
     """
 
     name: ClassVar[str]
     ahead: bool
     slots: int
+    counted: bool = dataclasses.field(default=True, kw_only=True)
+    varying: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def buffers(self) -> int:
@@ -50,6 +56,11 @@ class Filter:
     def rows(self) -> int:
         """The number of rows of a ring: the buffers, then the slots."""
         return self.buffers + self.slots
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a term depends on samples of steps before."""
+        return self.rows > 0 or self.behind > 0
 
     @property
     def steps(self) -> int:

@@ -28,7 +28,7 @@ __all__ = ["refuse", "run"]
 
 def refuse(leaf: Leaf, filter: Filter) -> str | None:
     """Why this implementation cannot take what is here of the leaf, or None."""
-    return _jax_noise.refuse(leaf, filter.ahead)
+    return _jax_noise.refuse(leaf, filter.counted)
 
 
 def run(inputs: Inputs) -> NoiseOutputs:
@@ -36,7 +36,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
     filter, keys, base = inputs.filter, inputs.keys, inputs.base
     assert base is not None
     # Under a vmap, keys of type unsafe_rbg split otherwise.
-    over_keys = jax.vmap if filter.ahead else lambda f: functools.partial(jax.lax.map, f)
+    over_keys = jax.vmap if filter.counted else lambda f: functools.partial(jax.lax.map, f)
     leaf_keys = over_keys(lambda key: jax.random.split(key, inputs.leaves[0].count))(keys)
     matrices = None
     if filter.slots and filter.ahead:
@@ -49,12 +49,13 @@ def run(inputs: Inputs) -> NoiseOutputs:
             leaf.noise_dtype,
             leaf.dtype,
             None if leaf.whole else leaf.shard,
-            0 if filter.ahead else leaf.size,
+            0 if filter.counted else leaf.size,
             inputs.step,
             jnp.int32(leaf.first_tile % max(filter.slots, 1)),
             (first[0], first[1]),
             leaf_keys[:, leaf.index],
             inputs.coef,
+            inputs.stddevs,
             matrices,
             inputs.scale,
             grad,
@@ -78,6 +79,7 @@ def _leaf_step(
     first: Words,
     keys: jax.Array,
     coef: jax.Array,
+    stddevs: jax.Array | None,
     matrices: Matrices | None,
     scale: jax.Array,
     grad: jax.Array,
@@ -87,7 +89,14 @@ def _leaf_step(
     here = Here(shard, first, leaf_size, grad.size, noise_dtype, dtype)
     flat = jnp.zeros((0, grad.size), dtype) if ring is None else ring.reshape(-1, grad.size)
     one_step = functools.partial(
-        VISITS[type(filter)].one_step, filter, here, step, keys, coef.astype(dtype), flat
+        VISITS[type(filter)].one_step,
+        filter,
+        here,
+        step,
+        keys,
+        coef.astype(dtype),
+        jnp.ones(keys.shape, dtype) if stddevs is None else stddevs.astype(dtype),
+        flat,
     )
     if matrices is None:
         x, buffers = one_step()

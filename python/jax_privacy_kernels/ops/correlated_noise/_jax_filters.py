@@ -26,7 +26,8 @@ Matrices = tuple[jax.Array, jax.Array | None]  # P, and Q unless it is zero
 class OneStep(Protocol):
     """Makes x_t of all elements: gives x_t ``[size]`` and the buffers after the step.
 
-    ``ring`` is ``[rows, size]``, and terms of steps before step 0 are zero.
+    ``stddevs`` are those of the samples of ``keys``. ``ring`` is ``[rows, size]``; terms of steps
+    before step 0 are zero.
     """
 
     def __call__(
@@ -36,6 +37,7 @@ class OneStep(Protocol):
         step: jax.Array,
         keys: jax.Array,
         coef: jax.Array,
+        stddevs: jax.Array,
         ring: jax.Array,
         /,
     ) -> tuple[jax.Array, jax.Array]: ...
@@ -63,9 +65,10 @@ def _recurrence_step(
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
+    stddevs: jax.Array,
     ring: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    z = here.sample(keys[0])
+    z = stddevs[0] * here.sample(keys[0])
     past = jnp.zeros_like(z)
     if filter.slots:
         # Slot m holds the term of lag (now - m) mod S, and of lag S if m = now.
@@ -99,9 +102,10 @@ def _moving_average_step(
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
+    stddevs: jax.Array,
     ring: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    weights = filter.happened(step, coef[0])
+    weights = filter.happened(step, coef[0]) * stddevs[: filter.samples]
     return weighted_samples(here, lambda j: keys[j], weights), ring[:0]
 
 
@@ -134,10 +138,12 @@ def _buffered_step(
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
+    stddevs: jax.Array,
     ring: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     del step
-    return _advance_buffers(filter, coef, here.sample(keys[0]), ring[: filter.buffers])
+    z = stddevs[0] * here.sample(keys[0])
+    return _advance_buffers(filter, coef, z, ring[: filter.buffers])
 
 
 def _buffered_matrices(filter: BufferedFilter, step: jax.Array, coef: jax.Array) -> Matrices:

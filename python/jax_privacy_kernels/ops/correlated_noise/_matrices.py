@@ -6,7 +6,9 @@ with a fused kernel are described by the dataclasses below, which are pytrees. E
     row_scale       ``[n]`` floating array, or None for all ones; row t of the matrix gives
                     ``row_scale[min(t, n - 1)] x_t``
     dtype           of its coefficients
-    filter(ahead)   the `Filter` that makes its terms, with or without look-ahead
+    filter(ahead, **options)   the `Filter` that makes its terms, with or without look-ahead
+    scaled()                the matrix of a multiple of its terms, and which, so that coefficients
+                            beyond the range of floats make no terms beyond it
     coef_at(step, filter)   its coefficients at a step, of one of ``filter.coef_shapes``
     invertible(coef)        whether the matrix with those coefficients is
 """
@@ -14,10 +16,13 @@ with a fused kernel are described by the dataclasses below, which are pytrees. E
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jax_privacy_kernels._checks import is_concrete
 from jax_privacy_kernels.ops.correlated_noise._filters import (
     BufferedFilter,
     Filter,
@@ -50,8 +55,12 @@ class BandedRecurrence:
     def dtype(self) -> jnp.dtype:
         return self.coef.dtype
 
-    def filter(self, ahead: bool) -> Filter:
-        return RecurrenceFilter(ahead, self.coef.shape[-1] - 1)
+    def filter(self, ahead: bool, **options: bool) -> Filter:
+        return RecurrenceFilter(ahead, self.coef.shape[-1] - 1, **options)
+
+    def scaled(self) -> tuple[BandedRecurrence, jax.typing.ArrayLike]:
+        coef, unit = _moderate(self.coef)
+        return dataclasses.replace(self, coef=coef), unit  # C / unit makes unit x
 
     def coef_at(self, step: jax.Array, filter: Filter) -> jax.Array:
         """``[1, b]``, or ``[filter.steps, b]`` for the steps from this one on."""
@@ -86,8 +95,13 @@ class MovingAverage:
     def dtype(self) -> jnp.dtype:
         return self.coef.dtype
 
-    def filter(self, ahead: bool) -> Filter:
-        return MovingAverageFilter(ahead, self.slots if ahead else 0, self.coef.shape[0])
+    def filter(self, ahead: bool, **options: bool) -> Filter:
+        slots = self.slots if ahead else 0
+        return MovingAverageFilter(ahead, slots, self.coef.shape[0], **options)
+
+    def scaled(self) -> tuple[MovingAverage, jax.typing.ArrayLike]:
+        coef, unit = _moderate(self.coef)
+        return dataclasses.replace(self, coef=coef), 1 / unit
 
     def coef_at(self, step: jax.Array, filter: Filter) -> jax.Array:
         """``[1, p]``, the weights of z_{t-p+1} .. z_t."""
@@ -125,10 +139,13 @@ class BufferedToeplitz:
     def dtype(self) -> jnp.dtype:
         return jnp.result_type(self.buf_decay, self.output_scale)
 
-    def filter(self, ahead: bool) -> Filter:
+    def filter(self, ahead: bool, **options: bool) -> Filter:
         slots = self.slots if ahead else 0
         kind = InverseBufferedFilter if self.inverse else BufferedFilter
-        return kind(ahead, slots, self.buf_decay.shape[0])
+        return kind(ahead, slots, self.buf_decay.shape[0], **options)
+
+    def scaled(self) -> tuple[BufferedToeplitz, jax.typing.ArrayLike]:
+        return self, 1.0  # the diagonal is 1
 
     def coef_at(self, step: jax.Array, filter: Filter) -> jax.Array:
         """``[2, m]``, the decays and the output scales."""
@@ -138,6 +155,23 @@ class BufferedToeplitz:
     def invertible(self, coef: jax.Array) -> jax.Array:
         del coef
         return jnp.array(True)  # the diagonal is 1
+
+
+_MODERATE = 32  # exponents of two up to which numbers are left as they are
+
+
+def _moderate(x: jax.Array) -> tuple[jax.Array, Any]:
+    """x by a power of two that brings its largest element near 1 if it is far from it, and that."""
+    known = is_concrete(x)
+    xp: Any = np if known else jnp
+    values = np.asarray(x, np.float64) if known else x
+    largest = xp.max(xp.abs(values), initial=0.0)
+    exponent = xp.clip(xp.frexp(largest)[1] - 1, -126, 126)
+    far = (xp.abs(exponent) > _MODERATE) & (largest > 0) & xp.isfinite(largest)
+    if known and not far:
+        return x, 1.0
+    exponent = xp.where(far, exponent, 0)
+    return jnp.asarray(xp.ldexp(values, -exponent), x.dtype), xp.ldexp(1.0, exponent)
 
 
 NoisingMatrix = BandedRecurrence | MovingAverage | BufferedToeplitz

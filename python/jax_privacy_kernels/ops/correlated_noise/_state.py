@@ -1,70 +1,27 @@
-"""The state of correlated noise: where its stream stands, and what the leaves keep."""
+"""The state of correlated noise: the keys that its filter needs, and a ring for every leaf."""
 
 from __future__ import annotations
 
-import zlib
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _partition
 from jax_privacy_kernels.ops._leaves import Leaf
-from jax_privacy_kernels.ops.correlated_noise._filters import (
-    BufferedFilter,
-    Filter,
-    InverseBufferedFilter,
-    MovingAverageFilter,
-    RecurrenceFilter,
-)
+from jax_privacy_kernels.ops._state import Clock, NoiseState, abstract_kind, key_words, kind_of
+from jax_privacy_kernels.ops.correlated_noise._filters import Filter
 
-__all__ = ["Clock", "NoiseState", "abstract_state", "init_state", "tick"]
-
-_FILTERS: tuple[type[Filter] | None, ...] = (
-    RecurrenceFilter,
-    MovingAverageFilter,
-    None,  # once dense rows
-    BufferedFilter,
-    InverseBufferedFilter,
-)
+__all__ = ["abstract_state", "init_state", "kind", "tick"]
 
 
-class Clock(NamedTuple):
-    """Where the noise stream stands before step t. Plain arrays, kw words of key data per key.
-
-    Attributes:
-      step: int32 scalar, t.
-      key: ``[kw]`` uint32, data of the key that steps t + max(S, 1) and later are split from (t and
-        later, for the plain schedule).
-      subkeys: ``[behind + max(S, 1), kw]`` uint32, data of the keys of steps t - behind ..
-        t + max(S, 1) - 1 (``[behind, kw]``, up to step t - 1, for the plain schedule); zeros for
-        steps before the first.
-    """
-
-    step: jax.Array
-    key: jax.Array
-    subkeys: jax.Array
-
-
-class NoiseState(NamedTuple):
-    """State of a correlated-noise privatizer before a step.
-
-    The rings hold noise of steps to come, and the clock says which: they belong together, and to
-    one noising matrix. Save and restore them as one. Clocks and rings of different steps, or of
-    matrices of one kind and size with other coefficients, fit and cannot be told apart.
-
-    Attributes:
-      kind: an empty array whose shape says what kind of noising matrix and key the state is of.
-      clock: the `Clock`.
-      buffers: mirrors the parameters; each leaf the ring, ``(rows,) + shape``.
-      samples: mirrors the parameters, each leaf an empty array of the dtype that its noise is
-        sampled as, where samples of the past are made again; there they must be the same. Else ().
-    """
-
-    kind: jax.Array
-    clock: Clock
-    buffers: Any
-    samples: Any
+def kind(filter: Filter, key_impl: Any, leaves: tuple[Leaf, ...]) -> str:
+    """The name of the kind of a state."""
+    schedule = "ahead" if filter.ahead else "plain"
+    sizes = f"s{filter.slots}_u{filter.buffers}_p{filter.behind + 1}"
+    changing = "_changing_stddev" if filter.varying else ""
+    return kind_of(f"{filter.name}_{schedule}_{sizes}{changing}", key_impl, leaves)
 
 
 def abstract_state(
@@ -72,70 +29,76 @@ def abstract_state(
 ) -> NoiseState:
     """Shapes and dtypes of a state, for leaves of a tree of that structure."""
     struct: Any = jax.ShapeDtypeStruct
+    stddevs: Any = ()
+    if filter.varying and filter.behind:
+        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+        stddevs = struct((filter.behind,), dtype)
     rings = [struct((filter.rows, *leaf.shape), leaf.dtype) for leaf in leaves]
-    samples = [struct((0,), leaf.noise_dtype) for leaf in leaves]
-    return NoiseState(
-        _abstract_kind(key_impl, filter),
-        _abstract_clock(key_impl, filter),
-        jax.tree.unflatten(tree, rings),
-        jax.tree.unflatten(tree, samples) if filter.behind else (),
+    clock = Clock(
+        step=struct((), jnp.int32),
+        keys=struct((_stored(filter) + 1, *key_words(key_impl)), jnp.uint32),
+        stddevs=stddevs,
+        kind=abstract_kind(kind(filter, key_impl, leaves)),
     )
+    return NoiseState(clock, jax.tree.unflatten(tree, rings) if filter.rows else ())
 
 
-def init_state(model: Any, leaves: tuple[Leaf, ...], filter: Filter, key: jax.Array) -> NoiseState:
+def init_state(
+    model: Any, leaves: tuple[Leaf, ...], filter: Filter, key: jax.Array, fingerprint: Any
+) -> NoiseState:
     """The state before step 0, its rings laid out as the leaves of the model are."""
-    expected = abstract_state(jax.tree.structure(model), leaves, filter, jax.random.key_impl(key))
+    key_impl = jax.random.key_impl(key)
+    expected = abstract_state(jax.tree.structure(model), leaves, filter, key_impl)
 
     def ring(leaf: Any, ring: jax.ShapeDtypeStruct) -> jax.Array:
         return _partition.zeros(ring.shape, ring.dtype, _partition.rows_like(leaf))
 
-    return NoiseState(
-        jnp.zeros(expected.kind.shape, expected.kind.dtype),
-        _init_clock(key, filter),
-        jax.tree.map(ring, model, expected.buffers),
-        jax.tree.map(lambda empty: jnp.zeros(empty.shape, empty.dtype), expected.samples),
+    ((name, _),) = expected.clock.kind.items()
+    clock = Clock(
+        step=jnp.zeros((), jnp.int32),
+        keys=_first_keys(filter.behind, _stored(filter), key_impl, jax.random.key_data(key)),
+        stddevs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), expected.clock.stddevs),
+        kind={name: jnp.asarray(fingerprint)},
     )
+    return NoiseState(clock, jax.tree.map(ring, model, expected.inner) if filter.rows else ())
 
 
-def tick(clock: Clock, key_impl: Any, filter: Filter) -> tuple[jax.Array, Clock]:
-    """The keys to sample step t with, and the clock before step t + 1.
+def tick(
+    clock: Clock, key_impl: Any, filter: Filter, stddev: jax.Array
+) -> tuple[jax.Array, jax.Array | None, Clock]:
+    """The keys and stddevs to sample step t with, and the clock before step t + 1.
 
     The keys are typed, ``[behind + filter.steps]``: those of steps t - behind ..
-    t + filter.steps - 1.
+    t + filter.steps - 1. The stddevs are those of the same steps, for a stddev that may change;
+    else None.
     """
-    key, subkey = jax.random.split(jax.random.wrap_key_data(clock.key, impl=key_impl))
-    known = jnp.concatenate([clock.subkeys, jax.random.key_data(subkey)[None]])
-    now = clock.subkeys if filter.ahead else known
-    keys = jax.random.wrap_key_data(now, impl=key_impl)
-    return keys, Clock(clock.step + 1, jax.random.key_data(key), known[1:])
+    key, subkey = jax.random.split(jax.random.wrap_key_data(clock.keys[-1], impl=key_impl))
+    stored, subkey, key = clock.keys[:-1], jax.random.key_data(subkey), jax.random.key_data(key)
+    known = jnp.concatenate([stored, subkey[None]])
+    keys = jax.random.wrap_key_data(stored if filter.ahead else known, impl=key_impl)
+    stddevs, history = None, clock.stddevs
+    if filter.varying:
+        stddevs = stddev[None]
+        if filter.behind:
+            stddevs = jnp.concatenate([history, stddevs.astype(history.dtype)])
+            history = stddevs[1:]
+    after = Clock(clock.step + 1, jnp.concatenate([known[1:], key[None]]), history, clock.kind)
+    return keys, stddevs, after
 
 
-def _abstract_kind(key_impl: Any, filter: Filter) -> Any:
-    key_type = zlib.crc32(str(key_impl).encode()) % 2**16
-    index = _FILTERS.index(type(filter))
-    numbers = int(filter.ahead), filter.slots, filter.buffers, filter.behind
-    return jax.ShapeDtypeStruct((0, index, *numbers, key_type), jnp.float32)
+def _stored(filter: Filter) -> int:
+    """The number of keys that the clock holds beside the one that others are split from."""
+    return filter.behind + (filter.steps if filter.ahead else 0)
 
 
-def _abstract_clock(key_impl: Any, filter: Filter) -> Clock:
-    words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl))).shape
-    stored = filter.behind + (filter.steps if filter.ahead else 0)
-    struct: Any = jax.ShapeDtypeStruct
-    return Clock(
-        struct((), jnp.int32), struct(words, jnp.uint32), struct((stored, *words), jnp.uint32)
-    )
-
-
-def _init_clock(key: jax.Array, filter: Filter) -> Clock:
-    clock = _abstract_clock(jax.random.key_impl(key), filter)
-    subkeys = jnp.zeros(clock.subkeys.shape, clock.subkeys.dtype)
-
+# Jitted, so that all states of a size share what is compiled.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _first_keys(behind: int, stored: int, key_impl: Any, data: jax.Array) -> jax.Array:
     def split(key: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         key, subkey = jax.random.split(key)
         return key, jax.random.key_data(subkey)
 
-    if filter.ahead:
-        key, to_come = jax.lax.scan(split, key, length=filter.steps)
-        subkeys = subkeys.at[filter.behind :].set(to_come)
-    # A copy: the state is there to be donated, the caller's key is not.
-    return Clock(jnp.zeros((), jnp.int32), jnp.copy(jax.random.key_data(key)), subkeys)
+    key = jax.random.wrap_key_data(data, impl=key_impl)
+    before = jnp.zeros((behind, *data.shape), data.dtype)
+    key, to_come = jax.lax.scan(split, key, length=stored - behind)
+    return jnp.concatenate([before, to_come, jax.random.key_data(key)[None]])

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels._checks import check_like, is_concrete
 from jax_privacy_kernels.ops import (
     _counter_prng,
     _dispatch,
     _ffi,
+    _fingerprint,
     _jax_pallas,
     _jax_triton,
     _leaves,
     _noise,
+    _once,
     _partition,
 )
 from jax_privacy_kernels.ops._leaves import Leaf
+from jax_privacy_kernels.ops._noise import NoiseOutputs
+from jax_privacy_kernels.ops._state import (
+    Clock,
+    NoiseState,
+    abstract_kind,
+    check_kind,
+    key_words,
+    kind_of,
+)
 from jax_privacy_kernels.ops.dense_noise import _cpp, _jax, _pallas, _triton
 from jax_privacy_kernels.ops.dense_noise._contract import Inputs, Run
 
-__all__ = ["IMPLEMENTATIONS", "dense_kind", "dense_noise"]
+__all__ = ["IMPLEMENTATIONS", "dense_noise", "init_dense_noise"]
 
 # Fastest first; _contract.py says what an implementation is.
 IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
@@ -57,65 +68,108 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
 }
 
 
+def init_dense_noise(
+    model: Any, matrix: jax.Array, *, key: jax.Array, dtype: Any = None
+) -> NoiseState:
+    """The state before step 0: the step, and the key that every row makes its samples from.
+
+    Args:
+      model: tree of arrays or ShapeDtypeStructs, shaped and typed like the gradients.
+      matrix: ``C^-1``, ``[n, m]``.
+      key: typed key, shape ().
+      dtype: what noise is sampled as; None for each leaf's own dtype.
+
+    Raises:
+      TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
+    """
+    kind = _kind(_leaves.plan(model, matrix.dtype, dtype), jax.random.key_impl(key))
+    fingerprint = jnp.asarray(_fingerprint.fingerprint([matrix]))
+    words = jnp.copy(jax.random.key_data(key))[None]  # the state is there to be donated
+    return NoiseState(Clock(jnp.zeros((), jnp.int32), words, (), {kind: fingerprint}), ())
+
+
 def dense_noise(
     grads: Any,
-    row: jax.Array,
+    state: NoiseState,
+    matrix: jax.Array,
     *,
-    key: jax.Array,
+    stddev: jax.typing.ArrayLike,
+    key_impl: Any,
     dtype: Any = None,
     implementation: str | None = None,
-) -> Any:
-    """Adds ``sum_j row[j] z_j`` to the gradients, z_j Gaussian noise of the j-th key.
+) -> tuple[Any, NoiseState]:
+    """Adds row t of ``C^-1 Z``, times stddev, to the gradients, for a dense matrix ``C^-1``.
 
     The samples are those that jax_privacy makes for a dense noising matrix: leaf l is sampled with
     the keys ``fold_in(split(key, leaves)[l], j)``. Only the samples of non-zero entries are made, a
-    pass over the model in all that keeps none of them.
+    pass over the model in all that keeps none of them. See Approach 2 of Section 4.4.5 of
+    https://arxiv.org/abs/2506.08201.
 
     Args:
       grads: tree of floating arrays.
-      row: ``[m]`` floating array, stddev included.
-      key: typed key, shape ().
+      state: from `init_dense_noise` or the step before, for this tree, matrix and dtype.
+      matrix: ``[n, m]`` floating array.
+      stddev: standard deviation of Z. One that changes from step to step scales rows of C^-1 Z.
+      key_impl: `jax.random.key_impl` of the key that the state was made from.
       dtype: what noise is sampled as; None for each leaf's own dtype.
       implementation: as for `correlated_noise`.
 
     Returns:
-      The noisy gradients, of the gradients' dtypes.
+      The noisy gradients, of the gradients' dtypes, and the next state. NaN for noise beyond the
+      last row where a trace hides the step.
 
     Raises:
-      As `correlated_noise`.
+      As `correlated_noise`; ValueError for a step beyond the last row that can be seen.
     """
     name = _dispatch.requested("dense_noise", IMPLEMENTATIONS, implementation)
-    leaves = _leaves.plan(grads, row.dtype, dtype)
-    _leaves.check_shared(grads, key)
+    leaves = _leaves.plan(grads, matrix.dtype, dtype)
+    kind = _kind(leaves, key_impl)
+    valid = check_kind(state, kind, _fingerprint.fingerprint([matrix]))
+    struct: Any = jax.ShapeDtypeStruct
+    keys = struct((1, *key_words(key_impl)), jnp.uint32)
+    expected = NoiseState(Clock(struct((), jnp.int32), keys, (), abstract_kind(kind)), ())
+    check_like("noise_state", state, expected)
+    step, n = state.clock.step, matrix.shape[0]
+    if is_concrete(step) and not 0 <= int(step) < n:
+        raise ValueError(
+            f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
+        )
+    _leaves.check_shared(grads, state.clock.keys)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         _partition.check_summed_up(path, grad)
+    # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
+    valid &= (step >= 0) & (step < n)
+    scale = jnp.where(valid, jnp.asarray(stddev, jnp.result_type(float)), jnp.nan)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
-    return tree.unflatten(_add(leaves, name, row, key, grad_leaves))
+    outs = _add(leaves, name, key_impl, matrix[step], scale, state.clock.keys, grad_leaves)
+    return tree.unflatten(outs), state._replace(clock=state.clock._replace(step=step + 1))
+
+
+def _kind(leaves: tuple[Leaf, ...], key_impl: Any) -> str:
+    counted = "counted" if _counter_prng.looks_ahead(key_impl) else "whole"
+    return kind_of(f"dense_{counted}", key_impl, leaves)
 
 
 # Jitted, so that a call outside jit compiles once.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _add(
     leaves: tuple[Leaf, ...],
     name: str | None,
+    key_impl: Any,
     row: jax.Array,
-    key: jax.Array,
+    scale: jax.Array,
+    keys: jax.Array,
     grads: list[jax.Array],
 ) -> list[jax.Array]:
-    inputs = Inputs(
-        leaves=leaves,
-        base=None,
-        grads=grads,
-        rings=[],
-        ahead=_counter_prng.looks_ahead(jax.random.key_impl(key)),
-        key=key,
-        row=row.astype(jnp.promote_types(row.dtype, jnp.float32)),
-    )
-    return _noise.run("dense_noise", IMPLEMENTATIONS, name, inputs).outs
+    ahead = _counter_prng.looks_ahead(key_impl)
+    key = jax.random.wrap_key_data(_once.mark(keys, grads)[0], impl=key_impl)
 
+    def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
+        key, row = rest
+        weights = row * scale.astype(row.dtype)
+        weights = weights.astype(jnp.promote_types(row.dtype, jnp.float32))
+        inputs = Inputs(leaves, None, grads, [], ahead, key, weights)
+        return _noise.run("dense_noise", IMPLEMENTATIONS, name, inputs)
 
-def dense_kind(key_impl: Any) -> jax.Array:
-    """An empty array whose shape says what type of key `dense_noise` makes its samples of."""
-    key_type = zlib.crc32(str(key_impl).encode()) % 2**16
-    return jnp.zeros((0, 2, int(_counter_prng.looks_ahead(key_impl)), 0, 0, 0, key_type))
+    return _noise.differentiable(add, grads, scale, (key, row)).outs

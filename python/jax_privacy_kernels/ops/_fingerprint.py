@@ -1,0 +1,68 @@
+"""Fingerprints of numbers, by which a state knows the noising matrix that it belongs to.
+
+A fingerprint tells mistakes apart, not attacks: it is a sum over words, each mixed with its place
+by the finalizer of MurmurHash3, and computed alike in NumPy and inside a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_privacy_kernels._checks import is_concrete
+
+__all__ = ["WORDS", "fingerprint"]
+
+WORDS = 4
+
+
+def fingerprint(numbers: Sequence[Any]) -> Any:
+    """``[WORDS]`` uint32 of floating arrays: NumPy if all of them are known, else traced.
+
+    It depends on the values, their order and their precision, and on nothing else.
+    """
+    known = is_concrete(list(numbers))
+    if not known:
+        words = [_traced_words(jnp.asarray(x)) for x in numbers]
+        return _mixed(jnp, jnp.concatenate(words) if words else jnp.zeros(0, jnp.uint32))
+    found = [_words(np.asarray(x)) for x in numbers]
+    with np.errstate(over="ignore"):
+        return _mixed(np, np.concatenate(found) if found else np.zeros(0, np.uint32))
+
+
+def _words(x: np.ndarray) -> np.ndarray:
+    known = jax.dtypes.canonicalize_dtype(x.dtype)  # as a trace would have it
+    wide: Any = np.float64 if known == np.float64 else np.float32
+    x = np.asarray(x, wide).reshape(-1) + wide(0)  # -0 counts as 0
+    words = np.ascontiguousarray(x).view(np.uint32)
+    length = np.array([x.size, wide(0).itemsize], np.uint32)
+    return np.concatenate([length, words])
+
+
+def _traced_words(x: jax.Array) -> jax.Array:
+    wide: Any = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    x = x.astype(wide).reshape(-1) + wide(0)
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+    length = np.array([x.size, np.dtype(wide).itemsize], np.uint32)
+    return jnp.concatenate([jnp.asarray(length), words])
+
+
+def _mixed(xp: ModuleType, words: Any) -> Any:
+    place = xp.arange(words.size, dtype=xp.uint32)
+    sums = [
+        xp.sum(_finalized(xp, words ^ _finalized(xp, place * WORDS + lane)), dtype=xp.uint32)
+        for lane in range(WORDS)
+    ]
+    return xp.stack([xp.asarray(x) for x in sums])
+
+
+def _finalized(xp: ModuleType, x: Any) -> Any:
+    x = xp.asarray(x, xp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> xp.uint32(shift))) * xp.uint32(factor)
+    return x ^ (x >> xp.uint32(16))

@@ -1,0 +1,116 @@
+"""The state of a privatizer: where its noise stream stands, and what it keeps of the noise."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels.ops._fingerprint import WORDS
+from jax_privacy_kernels.ops._leaves import Leaf
+
+__all__ = ["Clock", "NoiseState", "abstract_kind", "check_kind", "key_words", "kind_of"]
+
+FORMAT = 2
+
+
+class Clock(NamedTuple):
+    """Where the noise stream stands before step t. Plain arrays, none of them without elements.
+
+    Attributes:
+      step: int32 scalar, t.
+      keys: ``[stored + 1, kw]`` uint32, data of keys, kw words each. The last is the one that the
+        keys of later steps are split from; those before it are the keys of the steps that samples
+        are made of before that (zeros for steps before the first).
+      stddevs: for a stddev that may change and noise that remembers it, those of the steps before
+        t that samples are made of again; else ().
+      kind: one entry. Its name says what the state is of: the format, the filter and its schedule,
+        the type of the keys, and the leaves. Its value is the fingerprint of the noising matrix,
+        and of the stddev if the state depends on it, ``[4]`` uint32.
+    """
+
+    step: jax.Array
+    keys: jax.Array
+    stddevs: Any
+    kind: dict[str, jax.Array]
+
+
+class NoiseState(NamedTuple):
+    """State of a privatizer before a step. It unpacks as ``clock, inner = state``.
+
+    What it keeps is noise of steps to come, and the clock says which: save and restore them as one.
+    Keep it secret, as one keeps a key: it tells the noise.
+
+    Attributes:
+      clock: the `Clock`.
+      inner: what is kept of the noise. For a banded strategy the rings, a tree like the parameters
+        with leaves ``(b - 1,) + shape``; () for independent noise.
+    """
+
+    clock: Clock
+    inner: Any
+
+
+for _type in (Clock, NoiseState):
+    jax.export.register_namedtuple_serialization(
+        _type, serialized_name=f"jax_privacy_kernels.{_type.__name__}"
+    )
+
+
+def key_words(key_impl: Any) -> tuple[int, ...]:
+    """The shape of the data of a key of a type."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl))).shape
+
+
+def kind_of(described: str, key_impl: Any, leaves: Sequence[Leaf]) -> str:
+    """The name of a kind of state, in lower case letters, digits and underscores."""
+    dtypes = dict.fromkeys(leaf.noise_dtype.name for leaf in leaves)
+    sizes = repr([(leaf.shape, leaf.noise_dtype.name) for leaf in leaves])
+    parts = [f"v{FORMAT}", described, str(key_impl), *dtypes, f"{zlib.crc32(sizes.encode()):08x}"]
+    return re.sub(r"[^a-z0-9]+", "_", "_".join(parts).lower())
+
+
+def abstract_kind(name: str) -> Any:
+    """`Clock.kind`, its shape and dtype."""
+    return {name: jax.ShapeDtypeStruct((WORDS,), jnp.uint32)}
+
+
+def check_kind(state: Any, name: str, fingerprint: Any) -> jax.Array:
+    """Whether a state is of a kind and of the noising matrix with that fingerprint: a boolean.
+
+    Raises:
+      ValueError: it is seen not to be.
+    """
+    kind = getattr(getattr(state, "clock", None), "kind", None)
+    if not isinstance(state, NoiseState) or not isinstance(kind, dict) or len(kind) != 1:
+        raise ValueError(
+            f"expected noise_state to be a NoiseState of format {FORMAT}, from init or from the "
+            f"step before, found a {type(state).__name__}"
+        )
+    ((found, of_state),) = kind.items()
+    if found != name:
+        raise ValueError(
+            f"expected noise_state to be of kind {name}, of this privatizer and these gradients, "
+            f"found one of kind {found}"
+        )
+    if jnp.shape(of_state) != (WORDS,):
+        raise ValueError(
+            f"expected noise_state.clock.kind of shape ({WORDS},), found {jnp.shape(of_state)}"
+        )
+    if is_concrete([of_state, fingerprint]):
+        same = np.array_equal(np.asarray(of_state), np.asarray(fingerprint))
+        if not same:
+            raise ValueError(
+                "expected noise_state to be of this privatizer, found one of a noising matrix with "
+                "other coefficients, or of another stddev (a stddev that is to change from step to "
+                "step has to be traced, in init as well)"
+            )
+        return jnp.asarray(same)
+    return (jnp.asarray(of_state) == jnp.asarray(fingerprint)).all()

@@ -219,3 +219,22 @@ BINS, MIN_SEP = CASES["bins"][1], CASES["min_sep"][1]
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_under_the_swap_defaults_are_the_installed_versions():
+    """Since some version one sample is the default, and has an axis of its own."""
+    from jax_privacy_kernels import _swap, installed
+
+    def newer(strategy, noise_multiplier, c_col, seed=None, positive_sample=True, num_samples=1):
+        """As there."""
+
+    adapted = _swap._default_samples(ours.generate_sample, newer)
+    assert adapted(BINS, 1.0, C, 0).shape == (8, 1)
+    assert adapted(BINS, 1.0, C, 0, num_samples=2).shape == (8, 2)
+    with installed():
+        assert peer.generate_sample(BINS, 1.0, C, 0).shape == (8,)
+        loss, y = peer.get_privacy_loss_sample(BINS, 1.0, C, 0, True, 3)
+        assert loss.shape == (3,)
+        np.testing.assert_array_equal(y, ours.generate_sample(BINS, 1.0, C, 0, True, 3))
+        assert peer.compute_privacy_loss is ours.compute_privacy_loss
+    assert peer.compute_privacy_loss is not ours.compute_privacy_loss

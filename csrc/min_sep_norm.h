@@ -90,7 +90,7 @@ JPK_TARGET_CLONES static bool any_nan(const double* x, int64_t n) {
 // For m <= n coefficients c let p be the least non-increasing sequence above |c|, zero from m to n,
 // and v its window sums: gives |v|^2, and if `gradient` is not null writes the m derivatives with
 // respect to c. An element of p goes with the first |c_t| behind it that equals it, itself
-// included. NaN in gives NaN out.
+// included; at c_t = 0 the derivative is that to the right. NaN in gives NaN out.
 inline double min_sep_norm(const double* c, int64_t m, int64_t n, int64_t sep, int64_t k,
                            double* gradient) {
   if (any_nan(c, m)) {
@@ -117,7 +117,7 @@ inline double min_sep_norm(const double* c, int64_t m, int64_t n, int64_t sep, i
     waiting += 2 * transposed[n - 1 - t];
     gradient[t] = 0;
     if (std::fabs(c[t]) != p[t]) continue;
-    if (c[t] != 0) gradient[t] = std::copysign(waiting, c[t]);
+    gradient[t] = c[t] < 0 ? -waiting : waiting;
     waiting = 0;
   }
   return norm;

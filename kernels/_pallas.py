@@ -63,12 +63,14 @@ def _like(x: jax.Array, out: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def _some_gpu() -> contextlib.AbstractContextManager[Any]:
     """Where there is no GPU, one to lower for: which it is makes no difference to our kernels.
 
-    Not inside of a mesh, which says itself what it is made of; JAX explains how.
+    Not where a mesh names one, nor in a mesh that the types of arrays speak of; JAX explains how.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
     config: Any = jax.config
     default = config.jax_default_device or jax.devices()[0]
-    if not mesh.empty or getattr(default, "platform", default) in ("gpu", "cuda"):
+    named = getattr(mesh.abstract_device, "platform", None) in ("gpu", "cuda")
+    typed = any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    if named or typed or getattr(default, "platform", default) in ("gpu", "cuda"):
         return contextlib.nullcontext()
     try:
         device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")

@@ -192,7 +192,7 @@ class TestEightDevices:
     # -- The same noise -----------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize(("implementation", "matrix", "axes"), cases())
+    @pytest.mark.parametrize(("implementation", "matrix", "axes"), list(cases()))
     def test_noise_is_that_of_one_device(self, implementation, matrix, axes, kind):
         names = tuple(SHAPES) if implementation == "cpp" else SMALL
         mesh = mesh_of(axes, kind)
@@ -245,9 +245,10 @@ class TestEightDevices:
 
         with within(mesh):
             outs = jax.jit(all_steps)(on_mesh(model(), mesh, "xy"))
+        outs = jax.tree.map(np.asarray, outs)  # JAX 0.10 cannot slice empty ones without the mesh
         expected, _ = on_one_device("banded", None, tuple(SHAPES))
         for t, want in enumerate(expected):
-            assert_same("cpp", jax.tree.map(lambda x, t=t: np.asarray(x[t]), outs), want)
+            assert_same("cpp", jax.tree.map(lambda x, t=t: x[t], outs), want)
 
     def test_layouts_that_no_spec_can_say(self):
         """XLA splits a dimension of 4 over half of an axis of 8, and another over the rest."""

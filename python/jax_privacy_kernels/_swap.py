@@ -45,6 +45,8 @@ KNOWN = ("2.0", "2.1", "2.2", "2.3")
 
 # Module of jax_privacy -> ours; one that a version does not have is left out.
 _MODULES = {
+    "experimental.monte_carlo.delta_calculation": "experimental.monte_carlo.delta_calculation",
+    "experimental.monte_carlo.sample_generation": "experimental.monte_carlo.sample_generation",
     "noise_addition": "noise_addition",
     "optimizers": "optimizers",
     "sharding_utils": "sharding_utils",
@@ -469,6 +471,25 @@ def _named_scan(ours: Any, original: Any) -> Any:
     return adapted
 
 
+def _default_samples(ours: Any, original: Any) -> Any:
+    """As many samples by default as jax_privacy's draws: one, since 2.3 with an axis of its own."""
+    signature = inspect.signature(ours)
+    default = inspect.signature(original).parameters["num_samples"].default
+    parameters = [
+        p.replace(default=default) if p.name == "num_samples" else p
+        for p in signature.parameters.values()
+    ]
+    signature = signature.replace(parameters=parameters)
+
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return ours(*bound.args, **bound.kwargs)
+
+    adapted.__signature__ = signature  # type: ignore[attr-defined]
+    return adapted
+
+
 class _Rule(NamedTuple):
     """How a name is replaced, if not by ours as it is.
 
@@ -486,6 +507,8 @@ class _Rule(NamedTuple):
 _ONLY_A_TYPE = _Rule(keep="says a type, and nothing else")
 
 _RULES = {
+    "experimental.monte_carlo.sample_generation.generate_sample": _Rule(_default_samples),
+    "experimental.monte_carlo.sample_generation.get_privacy_loss_sample": _Rule(_default_samples),
     "noise_addition.SupportedStrategies": _Rule(keep="ours takes its members"),
     "noise_addition.gaussian_privatizer": _Rule(_gaussian_privatizer),
     "matrix_factorization.banded.optimize": _Rule(_named_scan),

@@ -1,14 +1,16 @@
-"""Compiles every kernel in Triton as the ops launch it, for GPUs that need not be there.
+"""Lowers every kernel in Triton as the ops launch it, for GPUs that need not be there.
 
-Prints a line of JSON for every kernel and architecture. A process of its own: one that has imported
-Triton to interpret kernels cannot compile them.
+Prints a line of JSON for what went in, for every lowered program, and for every kernel that
+jax-triton made for one. A process of its own: one that has imported Triton to interpret kernels
+cannot compile them. Exits with 77, and says why, where these packages do not compile kernels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import importlib.metadata
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -17,9 +19,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import (
@@ -40,59 +39,49 @@ from jax_privacy_kernels.ops.correlated_noise._contract import Inputs
 from jax_privacy_kernels.ops.correlated_noise._filters import RecurrenceFilter
 from jax_privacy_kernels.ops.dense_noise._contract import Inputs as RowInputs
 
-ARCHITECTURES = (80, 90, 100)
-TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-TYPES |= {"int32": "i32", "uint32": "u32"}
+GPUS = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA B200")
+# Additions and products in PTX that its compiler may fuse: those that do not say how they round.
+FUSIBLE = re.compile(r"\b(?:add|sub|mul)(?:\.ftz)?(?:\.sat)?\.f(?:16|32|64)\b")
 
 
-def compiler(label):
-    """A `_jax_triton.call` that compiles instead of launching."""
+class Recorder:
+    """Stands in for the constructor of kernels by which jax-triton hands them to XLA."""
 
-    def call(kernel, arrays, numbers, outs, *, programs, warps=4, aliases=None, **constants):
-        del programs, aliases
-        pointers = [f"*{TYPES[x.dtype.name]}" for x in (*arrays, *outs)]
-        scalars = [scalar_type(number) for number in numbers]
-        first = len(arrays)
-        signature = dict(
-            zip(kernel.arg_names, [*pointers[:first], *scalars, *pointers[first:]], strict=False)
-        )
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, kind in enumerate(signature.values())
-            if kind[0] == "*"
-        }
-        ones = {kernel.arg_names[first + i]: 1 for i, number in enumerate(numbers) if number == 1}
-        constants |= ones
-        signature |= dict.fromkeys(constants, "constexpr")
-        for architecture in ARCHITECTURES:
-            compiled = triton.compile(
-                ASTSource(kernel, signature, constants, aligned),
-                target=GPUTarget("cuda", architecture, 32),
-                options={"num_warps": warps, "enable_fp_fusion": False},
-            )
-            result = {"case": label, "kernel": kernel.__name__, "sm": architecture}
-            result |= usage(compiled.asm["cubin"])
-            result["shared"] = compiled.metadata.shared
-            result["barriers"] = compiled.asm["ttir"].count("gpu.barrier")
-            print(json.dumps(result), flush=True)
-        return [jnp.zeros(out.shape, out.dtype) for out in outs]
+    def __init__(self, construct):
+        self._construct = construct
+        self.kernels = []
 
-    return call
+    def __call__(self, name, warps, ctas, shared, ptx, ttir, capability, *scratch):
+        self.kernels.append((name, capability, shared, ptx, ttir))
+        return self._construct(name, warps, ctas, shared, ptx, ttir, capability, *scratch)
 
 
-def scalar_type(number):
-    """As jax-triton has it."""
-    if -(2**31) <= number < 2**31:
-        return "i32"
-    return "u32" if 0 <= number < 2**32 else "i64"
+def described(name, capability, shared, ptx, ttir):
+    """What the tests look at of a kernel, which this compiles to machine code."""
+    function = re.search(r"tt\.func public @(\w+)", ttir)[1]
+    return {
+        "kernel": function,
+        "sm": capability,
+        "shared": shared,
+        "barriers": len(re.findall(r"^ *(?:gpu|ttg)\.barrier\b", ttir, re.M)),
+        "waits": len(re.findall(r"\bbar(?:rier\.cta)?\.sync\b", ptx)),
+        "fusible": len(FUSIBLE.findall(ptx)),
+        **usage(ptx, capability),
+    }
 
 
-def usage(cubin):
+def usage(ptx, capability):
     """Registers of a thread, and bytes of its stack: where what is spilled goes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (\w+)", ptx, re.M)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [get_ptxas(capability).path, f"--gpu-name={target}", source, "-o", cubin]
+        subprocess.run(command, check=True)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
@@ -166,13 +155,13 @@ def norm():
 
 
 CASES = {
-    "1 band": noise(jnp.ones(1), 1000),
-    "2 bands": noise(jnp.ones(2), 1000),
-    "8 bands": noise(jnp.ones(8), 1000),
-    "64 bands": noise(jnp.ones(64), 1000),
-    "64 bands by row, bfloat16, an odd size": noise(jnp.ones((70, 64)), 1001, "bfloat16"),
-    "8 bands, more than 2^31 elements": noise(jnp.ones(8), 2**31 + 9),
-    "8 bands, more than 2^32 elements": noise(jnp.ones(8), 2**32 + 9),
+    "1 band": noise([1.0], 1000),
+    "2 bands": noise([1.0] * 2, 1000),
+    "8 bands": noise([1.0] * 8, 1000),
+    "64 bands": noise([1.0] * 64, 1000),
+    "64 bands by row, bfloat16, an odd size": noise([[1.0] * 64] * 70, 1001, "bfloat16"),
+    "8 bands, more than 2^31 elements": noise([1.0] * 8, 2**31 + 9),
+    "8 bands, more than 2^32 elements": noise([1.0] * 8, 2**32 + 9),
     "2 bands, a shard in one run": noise_of_shard(1, Shard(999)),
     "8 bands, a shard in one run": noise_of_shard(7, Shard(1000)),
     "64 bands, a shard in one run": noise_of_shard(63, Shard(1000)),
@@ -187,16 +176,41 @@ CASES = {
 }
 
 
+def mesh_of(kind):
+    """A mesh without axes, which says what GPU programs are for."""
+    fields = [field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)]
+    platform = {"platform": "gpu"} if "platform" in fields else {}  # not in jax 0.8 and 0.9
+    device = jax.sharding.AbstractDevice(kind, None, **platform)
+    return jax.sharding.AbstractMesh((), (), abstract_device=device)
+
+
+def lowered(step, kind):
+    """The StableHLO of a step for a GPU of that kind."""
+    implementation = jax_privacy_kernels.implementation("triton")
+    with jax.sharding.use_abstract_mesh(mesh_of(kind)), implementation:
+        return jax.jit(step).trace().lower(lowering_platforms=("cuda",)).as_text()
+
+
 def main(names):
-    with contextlib.ExitStack() as stack:
-        for table in filter(lambda table: "triton" in table, map(_registry.table, _registry.OPS)):
-            entry = table["triton"]._replace(platforms=("cpu",), unavailable=lambda: None)
-            stack.enter_context(mock.patch.dict(table, triton=entry))
-        for name in names or CASES:
-            compiling = mock.patch.object(_jax_triton, "call", compiler(name))
-            with compiling, jax_privacy_kernels.implementation("triton"):
-                jax.clear_caches()
-                jax.eval_shape(CASES[name])
+    with jax.sharding.use_abstract_mesh(mesh_of(GPUS[0])):
+        if reason := _jax_triton.unavailable():
+            print(reason)
+            sys.exit(77)
+    from jaxlib import gpu_triton
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jax-triton", "triton")}
+    print(json.dumps(versions), flush=True)
+    for name in names or CASES:
+        for kind in GPUS:
+            recorder = Recorder(gpu_triton.TritonKernel)
+            with mock.patch.object(gpu_triton, "TritonKernel", recorder):
+                text = lowered(CASES[name], kind)
+            calls = [line for line in text.splitlines() if "@triton_kernel_call" in line]
+            aliased = sum("output_operand_alias<" in call for call in calls)
+            program = {"case": name, "gpu": kind, "calls": len(calls), "aliased": aliased}
+            print(json.dumps(program), flush=True)
+            for kernel in recorder.kernels:
+                print(json.dumps({"case": name, **described(*kernel)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,9 @@ def test_inverse_agrees_with_reference(reference, bands, n):
     coef = coef / jnp.linalg.norm(coef[:n])
     x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)), jnp.float32)
     actual = toeplitz.inverse_as_streaming_matrix(coef, n) @ x
-    expected = reference.inverse_as_streaming_matrix(coef[:n], n) @ x
+    expected = np.array(reference.inverse_as_streaming_matrix(coef[:n], n) @ x)
+    if n is not None:
+        expected[n:] = np.nan  # the reference goes on, with too little noise for a sensitivity of 1
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -239,7 +241,7 @@ def test_inverse_structure():
     assert plain.row_scale is None
     normalized = toeplitz.inverse_as_streaming_matrix(coef, 4).structure
     np.testing.assert_allclose(normalized.coef, coef, rtol=1e-7)
-    np.testing.assert_allclose(normalized.row_scale, [1, 1, 1, 0.8], rtol=1e-7)
+    np.testing.assert_allclose(normalized.row_scale, [1, 1, 1, 0.8, np.nan], rtol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -249,7 +251,8 @@ def test_column_norms_are_accurate(dtype):
     row_scale = toeplitz.inverse_as_streaming_matrix(coef, 4000).structure.row_scale
     assert row_scale.dtype == jnp.float32
     expected = np.sqrt(np.cumsum(np.pad(np.asarray(coef, np.float64), (0, 1000)) ** 2))[::-1]
-    np.testing.assert_allclose(np.asarray(row_scale, np.float64), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(row_scale[:-1], np.float64), expected, rtol=1e-6)
+    assert np.isnan(row_scale[-1])
 
 
 def test_normalized_strategy_drops_coefficients_beyond_n():
@@ -430,7 +433,7 @@ def test_minsep_sensitivity_by_brute_force(n, max_participations):
 
 @settings(max_examples=examples(40))
 @given(
-    coef=st.lists(st.floats(-2, 2), min_size=1, max_size=8),
+    coef=st.lists(st.floats(-2, 2).map(lambda x: round(x, 9)), min_size=1, max_size=8),
     min_sep=st.sampled_from([1, 2, 3]),
     k=st.sampled_from([None, 2]),
 )
@@ -958,8 +961,8 @@ def test_inverse_square_root_needs_a_positive_start():
     for p in (0, -1):
         with pytest.raises(ValueError, match=f"num_bands >= 1, found num_bands={p}"):
             toeplitz.banded_inverse_square_root_noising_coefs(p)
-    with pytest.raises(TypeError, match=r"num_bands to be an integer, found 2\.0"):
-        toeplitz.banded_inverse_square_root_noising_coefs(2.0)
+    with pytest.raises(TypeError, match=r"num_bands to be an integer, found 2\.5"):
+        toeplitz.banded_inverse_square_root_noising_coefs(2.5)
 
 
 def plain_banded_inverse_loss(n, min_sep, k, workload_coef, reduction_fn):
@@ -1206,7 +1209,10 @@ def test_amplification_takes_numpy_numbers():
     [
         ({"n": 0}, "n >= 1, found n=0"),
         ({"dataset_size": 0}, "dataset_size >= 1, found dataset_size=0"),
-        ({"expected_batch_size": 0}, "expected_batch_size >= 1, found expected_batch_size=0"),
+        (
+            {"expected_batch_size": 0},
+            "expected_batch_size to be a positive number, found expected_batch_size=0",
+        ),
         (
             {"expected_batch_size": 25},
             "expected_batch_size <= dataset_size=24, found expected_batch_size=25",
@@ -1228,10 +1234,10 @@ def test_amplification_out_of_range(changed, message):
         toeplitz.optimize_coefs_for_amplifications(**({"n": 8} | SMALL | changed))
 
 
-@pytest.mark.parametrize("name", ["n", "dataset_size", "expected_batch_size"])
+@pytest.mark.parametrize("name", ["n", "dataset_size"])
 def test_amplification_of_non_integers(name):
-    with pytest.raises(TypeError, match=rf"{name} to be an integer, found 8\.0"):
-        toeplitz.optimize_coefs_for_amplifications(**({"n": 8} | SMALL | {name: 8.0}))
+    with pytest.raises(TypeError, match=rf"{name} to be an integer, found 8\.5"):
+        toeplitz.optimize_coefs_for_amplifications(**({"n": 8} | SMALL | {name: 8.5}))
 
 
 # -- Arguments --------------------------------------------------------------------------------
@@ -1345,7 +1351,7 @@ def test_sizes_are_checked(name):
     for n in (0, -3):
         with pytest.raises(ValueError, match=rf"n >= 1, found \w*n={n}"):
             SIZED[name]([1.0], n)
-    for n in (2.0, "2"):
+    for n in (2.5, "2"):
         with pytest.raises(TypeError, match="n to be an integer, found"):
             SIZED[name]([1.0], n)
     with pytest.raises(TypeError, match="n to be an integer, found"):
@@ -1403,8 +1409,8 @@ def test_limits_are_checked(name):
             LIMITED[name](1, bad)
     with pytest.raises(TypeError, match=r"min_sep to be an integer, found 1\.5"):
         LIMITED[name](1.5, None)
-    with pytest.raises(TypeError, match=r"max_participations to be an integer, found 2\.0"):
-        LIMITED[name](1, 2.0)
+    with pytest.raises(TypeError, match=r"max_participations to be an integer, found 2\.5"):
+        LIMITED[name](1, 2.5)
 
 
 @pytest.mark.parametrize("rhs", [1.0, [], np.ones((0, 2))])
@@ -1433,8 +1439,8 @@ def test_sizes_of_optimizations_are_checked(name):
         for bad in (0, -1):
             with pytest.raises(ValueError, match=f"{argument} >= 1, found {argument}={bad}"):
                 optimize(**(valid | {argument: bad}))
-        with pytest.raises(TypeError, match=rf"{argument} to be an integer, found 2\.0"):
-            optimize(**(valid | {argument: 2.0}))
+        with pytest.raises(TypeError, match=rf"{argument} to be an integer, found 2\.5"):
+            optimize(**(valid | {argument: 2.5}))
     with pytest.raises(ValueError, match="max_optimizer_steps >= 0, found"):
         optimize(**valid, max_optimizer_steps=-1)
     with pytest.raises(TypeError, match="max_optimizer_steps to be an integer"):

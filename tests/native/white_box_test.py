@@ -43,8 +43,10 @@ pytestmark = [
 def modules():
     """The folder of the compiled modules. A compiler that is there must succeed."""
     pytest.importorskip("pybind11")
+    # Tools that pip has installed stand beside the interpreter.
+    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])
     for tool in ("cmake", os.environ.get("CXX", "c++").split()[0]):
-        if not shutil.which(tool):
+        if not shutil.which(tool, path=path):
             pytest.skip(f"needs {tool}")
     build = ROOT / "build" / "white_box" / sys.implementation.cache_tag
     build.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,12 @@ def modules():
             ],
             ["--build", build, "--parallel", "2"],
         ):
-            done = subprocess.run(["cmake", *arguments], capture_output=True, text=True)
+            done = subprocess.run(
+                [shutil.which("cmake", path=path), *arguments],
+                env={**os.environ, "PATH": path},
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stdout + done.stderr
     return build / "tests" / "native"
 

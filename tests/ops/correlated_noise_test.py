@@ -644,6 +644,7 @@ class TestImplementation:
             pytest.skip("too much for an interpreter")
         check(case, implementation)
 
+    @pytest.mark.slow
     def test_sweep(self, implementation):
         interpreted = is_interpreted(implementation)
 
@@ -945,7 +946,7 @@ PLATFORMS = (("cpu",), ("cuda",), ("cpu", "cuda"))
 
 CHECKS = [
     jax.export.DisabledSafetyCheck.custom_call(target)
-    for target in (TARGET, *implementations.CUDA_CALLS.values())
+    for target in (TARGET, *implementations.CUDA_TARGETS)
 ]
 
 

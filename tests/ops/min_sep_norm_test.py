@@ -60,6 +60,7 @@ def check(actual, coef, n, min_sep, k):
         coefficients.close(out, expected, units * np.abs(expected))
 
 
+@functools.cache  # one function for all implementations
 def plain(n, min_sep, k):
     """The definition for coefficients that are not increasing, for JAX to differentiate."""
 
@@ -193,13 +194,6 @@ class TestImplementation:
         value, gradient = both(op(5, 5, 1, implementation))(jnp.array([3.0, 1.0, -2.0, 2.0, 1.0]))
         assert value == 9 + 3 * 4 + 1
         np.testing.assert_array_equal(gradient, [6, 0, -8, 4, 2])
-
-    def test_differentiable_once(self, implementation):
-        gradient = jax.grad(op(4, 2, 2, implementation))
-        if implementation == "jax":
-            pytest.skip("what JAX says of its own operations is its business")
-        with pytest.raises(NotImplementedError):
-            jax.grad(lambda x: gradient(x).sum())(jnp.ones(3))
 
     # -- Not a number, infinite
 

@@ -45,6 +45,7 @@ def patterns(n, min_sep, k):
                 yield list(rounds)
 
 
+@functools.cache  # one function for all implementations
 def dynamic_program(min_sep, k):
     """F(0, k), element by element, for JAX to differentiate."""
 
@@ -176,13 +177,6 @@ class TestImplementation:
             x = jnp.asarray(numbers("normal", 1, 9, 0)[0])
             function = op(min_sep, k, implementation)
             jax.test_util.check_grads(function, (x,), 1, ["rev"], rtol=1e-6, atol=1e-8)
-
-    def test_differentiable_once(self, implementation):
-        gradient = jax.grad(op(1, 2, implementation))
-        if implementation == "jax":
-            pytest.skip("what JAX says of its own operations is its business")
-        with pytest.raises(NotImplementedError):
-            jax.grad(lambda x: gradient(x).sum())(jnp.ones(3))
 
     # -- Not a number, infinite
 

@@ -41,20 +41,27 @@ def check(case, implementation):
     coefficients.close(actual, *definition(case))
 
 
+@functools.cache  # one function for all implementations
+def dense(transpose, rows):
+    """The definition with a dense matrix."""
+
+    def multiply(coef, rhs):
+        T = coefficients.matrix(coef, len(rhs))
+        return jnp.tensordot(T.T if transpose else T, rhs, axes=1)[:rows]
+
+    return multiply
+
+
 def pair(implementation, n, m, shape=(), transpose=False, rows=None):
-    """The op, its definition with a dense matrix, and float64 arguments of both."""
+    """The op, its definition, and float64 arguments of both."""
 
     def multiply(coef, rhs):
         return toeplitz_multiply(
             coef, rhs, transpose=transpose, rows=rows, implementation=implementation
         )
 
-    def dense(coef, rhs):
-        T = coefficients.matrix(coef, len(rhs))
-        return jnp.tensordot(T.T if transpose else T, rhs, axes=1)[:rows]
-
     arguments = coefficients.Case(n, m, shape, coef_dtype="float64", rhs_dtype="float64")
-    return multiply, dense, arguments
+    return multiply, dense(transpose, rows), arguments
 
 
 DERIVATIVES = [  # n, m, shape, transpose, rows
@@ -250,14 +257,14 @@ class TestImplementation:
     # -- Transformations
 
     def test_vmap(self, implementation):
-        multiply, dense, _ = pair(implementation, 6, 3, transpose=True, rows=4)
-        coefficients.check_toeplitz_vmap(multiply, dense)
+        multiply, reference, _ = pair(implementation, 6, 3, transpose=True, rows=4)
+        coefficients.check_toeplitz_vmap(multiply, reference)
 
     def test_scan(self, implementation):
-        multiply, dense, case = pair(implementation, 300, 4, (2,))
+        multiply, reference, case = pair(implementation, 300, 4, (2,))
         coef, rhs = (x.astype("float32") for x in case.arrays())
         coefficients.check_scan(
-            lambda x, coef: multiply(coef, x), lambda x, coef: dense(coef, x), rhs, coef
+            lambda x, coef: multiply(coef, x), lambda x, coef: reference(coef, x), rhs, coef
         )
 
     # -- Types

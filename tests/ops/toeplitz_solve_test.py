@@ -52,20 +52,27 @@ def check(case, implementation):
     coefficients.close(actual, *definition(case))
 
 
-def pair(implementation, n, m, shape=(), transpose=False):
-    """The op, its definition with a dense matrix, and float64 arguments of both."""
+@functools.cache  # one function for all implementations
+def dense(transpose):
+    """The definition with a dense matrix."""
 
     def solve(coef, rhs):
-        return toeplitz_solve(coef, rhs, transpose=transpose, implementation=implementation)
-
-    def dense(coef, rhs):
         T = coefficients.matrix(coef, len(rhs))
         columns = rhs.reshape(len(rhs), -1)
         x = jax.scipy.linalg.solve_triangular(T, columns, lower=True, trans=int(transpose))
         return x.reshape(rhs.shape)
 
+    return solve
+
+
+def pair(implementation, n, m, shape=(), transpose=False):
+    """The op, its definition, and float64 arguments of both."""
+
+    def solve(coef, rhs):
+        return toeplitz_solve(coef, rhs, transpose=transpose, implementation=implementation)
+
     arguments = coefficients.Case(n, m, shape, coef_dtype="float64", rhs_dtype="float64")
-    return solve, dense, arguments
+    return solve, dense(transpose), arguments
 
 
 class TestImplementation:
@@ -194,15 +201,15 @@ class TestImplementation:
     # -- Transformations
 
     def test_vmap(self, implementation):
-        solve, dense, _ = pair(implementation, 6, 3)
-        coefficients.check_toeplitz_vmap(solve, dense)
+        solve, reference, _ = pair(implementation, 6, 3)
+        coefficients.check_toeplitz_vmap(solve, reference)
 
     def test_scan(self, implementation):
-        solve, dense, case = pair(implementation, 300, 4, (2,))
+        solve, reference, case = pair(implementation, 300, 4, (2,))
         coef, rhs = (x.astype("float32") for x in case.arrays())
         coef = coef.at[1:].multiply(0.2)  # for three solutions that magnify no errors
         coefficients.check_scan(
-            lambda x, coef: solve(coef, x), lambda x, coef: dense(coef, x), rhs, coef
+            lambda x, coef: solve(coef, x), lambda x, coef: reference(coef, x), rhs, coef
         )
 
     # -- Types

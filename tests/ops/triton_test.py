@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 import mmap
+import pathlib
 import types
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 from support import triton_interpreter
@@ -16,6 +20,7 @@ from support import triton_interpreter
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     _counter_prng,
+    _gpu,
     _jax_triton,
     correlated_noise,
     init_correlated_noise,
@@ -46,28 +51,42 @@ def step(coef, grads, implementation=None):
 # -- Whether it is available --------------------------------------------------------------------
 
 
-@pytest.fixture
-def unavailable():
-    _jax_triton.unavailable.cache_clear()
-    yield _jax_triton.unavailable
-    _jax_triton.unavailable.cache_clear()
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    remembered = _jax_triton._missing, _jax_triton._broken, _gpu.here
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("module", ["triton", "jax_triton"])
-def test_missing_packages(unavailable, monkeypatch, module):
+def test_missing_packages(monkeypatch, module):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else name)
-    assert unavailable() == f"not installed: {module} (extra cuda; Python 3.12 or newer)"
+    expected = f"not installed: {module} (extra cuda; Python 3.12 or newer)"
+    assert _jax_triton.unavailable() == expected
 
 
 @pytest.fixture
-def installed(monkeypatch):
-    """jax_triton, and triton, not told to interpret, as far as it is looked at."""
+def versions():
+    """Of what is installed; may be changed."""
+    return {"jax-triton": "0.4.1", "triton": "3.9.0"}
+
+
+@pytest.fixture
+def installed(monkeypatch, versions):
+    """jax_triton, and triton, not told to interpret, as far as they are looked at."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions[name])
     knobs = types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=False))
-    modules = {"jax_triton": types.ModuleType("jax_triton"), "triton": types.ModuleType("triton")}
+    names = ("jax_triton", "triton", "jaxlib.gpu_triton")
+    modules = {name: types.ModuleType(name) for name in names}
     modules["triton"].knobs = knobs
+    modules["jaxlib.gpu_triton"].TritonKernel = object
+    monkeypatch.setattr(jaxlib, "gpu_triton", modules["jaxlib.gpu_triton"], raising=False)
     with mock.patch.dict("sys.modules", modules):
-        yield knobs
+        yield types.SimpleNamespace(knobs=knobs, plugin=modules["jaxlib.gpu_triton"])
 
 
 def has_gpu(monkeypatch, capability):
@@ -75,31 +94,130 @@ def has_gpu(monkeypatch, capability):
     monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
 
 
-def test_no_gpu(unavailable, installed, monkeypatch):
+@pytest.fixture
+def without_gpu(monkeypatch):
     def none(backend):
         raise RuntimeError(f"no {backend}")
 
     monkeypatch.setattr(jax, "local_devices", none)
-    assert "there is none" in unavailable()
 
 
-def test_old_gpu(unavailable, installed, monkeypatch):
-    has_gpu(monkeypatch, "7.5")
-    assert unavailable() == "it needs compute capability 8.0, but A GPU has 7.5"
+def made_of(kind):
+    """A mesh without axes, which says what GPU programs are for."""
+    fields = [field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)]
+    platform = {"platform": "gpu"} if "platform" in fields else {}  # not in jax 0.8 and 0.9
+    device = jax.sharding.AbstractDevice(kind, None, **platform)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
-def test_gpu(unavailable, installed, monkeypatch):
-    has_gpu(monkeypatch, "8.0")
-    assert unavailable() is None
+def test_no_gpu(installed, without_gpu):
+    assert "there is none" in _jax_triton.unavailable()
 
 
-def test_interpreter_is_for_tests(unavailable, installed, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A10", 86),
+        ("NVIDIA L40S", 89),
+        ("NVIDIA H100 80GB HBM3", 90),
+        ("NVIDIA GH200 480GB", 90),
+        ("NVIDIA B200", 100),
+    ],
+)
+def test_a_gpu_that_is_named(installed, without_gpu, kind, capability):
+    with made_of(kind):
+        assert _gpu.targets() == (_gpu.Gpu(kind, capability),)
+        assert _jax_triton.unavailable() is None
+    assert _gpu.targets() == ()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA A1000", "TPU v5"])
+def test_a_mesh_that_names_no_gpu_we_know(installed, without_gpu, kind):
+    with made_of(kind):
+        assert "there is none" in _jax_triton.unavailable()
+
+
+def test_the_gpu_that_is_named_comes_before_the_one_that_is_here(installed, monkeypatch):
     has_gpu(monkeypatch, "9.0")
-    installed.runtime.interpret = True
-    assert unavailable() == "TRITON_INTERPRET is set"
+    with made_of("NVIDIA A100-SXM4-80GB"):
+        assert [gpu.capability for gpu in _gpu.targets()] == [80]
+    with made_of("A GPU"):
+        assert _gpu.named() is None
+        assert [gpu.capability for gpu in _gpu.targets()] == [90]
 
 
-def test_by_name(unavailable, monkeypatch):
+def test_old_gpu(installed, monkeypatch):
+    has_gpu(monkeypatch, "7.5")
+    assert _jax_triton.unavailable() == "it needs compute capability 8.0, but A GPU has 7.5"
+    with made_of("NVIDIA A100-SXM4-80GB"):
+        assert _jax_triton.unavailable() is None
+    with made_of("Tesla T4"):
+        expected = "it needs compute capability 8.0, but Tesla T4 has 7.5"
+        assert _jax_triton.unavailable() == expected
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.3", "12.1"])
+def test_gpu(installed, monkeypatch, capability):
+    has_gpu(monkeypatch, capability)
+    assert _jax_triton.unavailable() is None
+
+
+@pytest.mark.parametrize(
+    ("jax_triton", "triton", "tried"),
+    [
+        ("0.3.1", "3.6.0", True),
+        ("0.3.1", "3.6.0+git1a2b3c", True),
+        ("0.3.0", "3.6.0", False),
+        ("0.3.1", "3.7.0", False),
+        ("0.4.0", "3.6.0", False),
+        ("0.4.0", "3.7.0", True),
+        ("0.4.1", "3.9.0", True),
+        ("0.4.1", "3.10.0", False),
+        ("0.5.0", "3.9.0", False),
+        ("1.0", "4.0", False),
+    ],
+)
+def test_versions_that_go_together(installed, monkeypatch, versions, jax_triton, triton, tried):
+    has_gpu(monkeypatch, "9.0")
+    versions |= {"jax-triton": jax_triton, "triton": triton}
+    reason = _jax_triton.unavailable()
+    if tried:
+        assert reason is None
+    else:
+        assert f"jax-triton {jax_triton} with triton {triton} was not tried" in reason
+        assert "jax-triton>=0.4,<0.5 with triton>=3.7,<3.10" in reason
+
+
+def test_no_plugin_for_cuda(installed, without_gpu):
+    del installed.plugin.TritonKernel
+    with made_of("NVIDIA H100"):
+        assert _jax_triton.unavailable() == "jaxlib has no plugin for CUDA (jax[cuda13])"
+
+
+def test_documented_versions():
+    """What is installed, what is used and what is said agree."""
+    root = pathlib.Path(__file__).parents[2]
+    page = (root / "docs" / "gpu.md").read_text()
+    requirements = (root / "pyproject.toml").read_text()
+    for family in _gpu.FAMILIES:
+        for name, (first, end) in family._asdict().items():
+            span = f"`{name.replace('_', '-')}>={_gpu.text(first)},<{_gpu.text(end)}`"
+            assert span in page
+    for place, name in enumerate(("jax-triton", "triton")):
+        spans = [family[place] for family in _gpu.FAMILIES]
+        first, end = min(first for first, _ in spans), max(end for _, end in spans)
+        assert f'"{name}>={_gpu.text(first)},<{_gpu.text(end)};' in requirements
+
+
+def test_interpreter_is_for_tests(installed, monkeypatch):
+    has_gpu(monkeypatch, "9.0")
+    installed.knobs.runtime.interpret = True
+    assert _jax_triton.unavailable() == "TRITON_INTERPRET is set"
+
+
+def test_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     update, arguments = step((1.0, 0.5), [jax.ShapeDtypeStruct((5,), jnp.float32)], "triton")
     with pytest.raises(ValueError, match=r"'triton'.*not installed: triton, jax_triton"):

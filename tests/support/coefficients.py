@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import jax_privacy_kernels
 from jax_privacy_kernels.ops import _dispatch, _ffi
-from support.implementations import CUDA_CALLS, first_on_cuda
+from support.implementations import CUDA_CALLS, CUDA_TARGETS, first_on_cuda
 
 UNIT = 2.0**-53  # the relative error of one operation in float64
 
@@ -192,17 +192,36 @@ def _with_gradients(function):
     return both
 
 
+_found = {}
+
+
+def once(name, run, reference, arguments):
+    """``run(reference, arguments)`` as NumPy arrays, compiled once for all implementations.
+
+    Args:
+      name: of what ``run`` does.
+    """
+    arrays = [np.asarray(x) for x in jax.tree.leaves(arguments)]
+    values = tuple((x.shape, x.dtype, x.tobytes()) for x in arrays)
+    key = name, reference, jax.tree.structure(arguments), values
+    if key not in _found:
+        _found[key] = jax.tree.map(np.asarray, run(reference, arguments))
+    return _found[key]
+
+
 def check_derivatives(function, reference, case, *, second=False):
     """Derivatives with respect to both arguments, against JAX's of the reference."""
 
-    def run(f):
+    def run(f, arguments):
         derivatives = _with_gradients(f)
         if second:
             derivatives = jax.jacrev(derivatives, argnums=(0, 1))
-        return jax.jit(derivatives)(*case.arrays())
+        return jax.jit(derivatives)(*arguments)
 
     with jax.enable_x64(True):
-        trees_close(run(function), run(reference))
+        arguments = case.arrays()
+        expected = once(f"derivatives, {second=}", run, reference, arguments)
+        trees_close(run(function, arguments), expected)
 
 
 def check_vmap(function, reference, *cases):
@@ -224,7 +243,8 @@ def check_vmap(function, reference, *cases):
         return [run(f, axes, a) for (axes, *_), a in zip(cases, arguments, strict=True)]
 
     arguments = [case[1:] for case in cases]
-    trees_close(run_all(function, arguments), run_all(reference, arguments))
+    expected = once(f"maps over {[axes for axes, *_ in cases]}", run_all, reference, arguments)
+    trees_close(run_all(function, arguments), expected)
 
 
 def check_toeplitz_vmap(function, reference):
@@ -353,7 +373,7 @@ def check_export(name, op, table, monkeypatch, platforms, *arguments):
     def export(implementation):
         function = jax.jit(_sum_and_gradient(functools.partial(op, implementation=implementation)))
         checks = [custom_call(f"jpk_{target}") for target in targets]
-        checks += map(custom_call, CUDA_CALLS.values())
+        checks += map(custom_call, CUDA_TARGETS)
         export = jax.export.export(function, platforms=platforms, disabled_checks=checks)
         return export(*arguments)
 

@@ -15,6 +15,8 @@ from support import triton_interpreter
 
 # What XLA calls the kernels of each. Pallas leaves the compiling to XLA, jax-triton does it itself.
 CUDA_CALLS = {"triton": "triton_kernel_call", "pallas": "__gpu$xla.gpu.triton"}
+# As jax.export wants them named; since 0.4 jax-triton says it otherwise.
+CUDA_TARGETS = (*CUDA_CALLS.values(), "triton_kernel_call_ffi")
 
 
 @contextlib.contextmanager

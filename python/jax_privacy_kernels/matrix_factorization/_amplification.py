@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_scalar
 
 __all__ = ["Target"]
 
@@ -29,15 +29,21 @@ class Target:
 
     n: int
     dataset_size: int
-    batch_size: int
+    batch_size: float
     epsilon: float
     delta: float
 
     def __post_init__(self) -> None:
         self.n = check_int("n", self.n)
         self.dataset_size = check_int("dataset_size", self.dataset_size)
-        self.batch_size = check_int("expected_batch_size", self.batch_size)
-        self.epsilon, self.delta = float(self.epsilon), float(self.delta)
+        self.batch_size = check_scalar(
+            "expected_batch_size",
+            self.batch_size,
+            lambda size: 0 < size < math.inf,
+            "a positive number",
+        )
+        self.epsilon = check_scalar("epsilon", self.epsilon)
+        self.delta = check_scalar("delta", self.delta)
         if self.batch_size > self.dataset_size:
             raise ValueError(
                 f"expected expected_batch_size <= dataset_size={self.dataset_size}, "
@@ -55,7 +61,7 @@ class Target:
 
     def candidates(self) -> list[int]:
         """Numbers of equal parts, each of a batch at least."""
-        size, most = self.dataset_size, self.dataset_size // self.batch_size
+        size, most = self.dataset_size, int(self.dataset_size / self.batch_size)
         small = [b for b in range(1, math.isqrt(size) + 1) if size % b == 0]
         divisors = sorted({*small, *(size // b for b in small)})
         # From n on, more bands only mean less amplification.

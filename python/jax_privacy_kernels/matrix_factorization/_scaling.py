@@ -15,9 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels._checks import (
+    is_concrete,
+    promote_types,
+)
 
-__all__ = ["ORDINARY", "Scale", "Scaled", "as_dtype", "restored", "scaled", "within_range"]
+__all__ = [
+    "ORDINARY",
+    "Scale",
+    "Scaled",
+    "as_dtype",
+    "ending_in_nan",
+    "restored",
+    "scaled",
+    "within_range",
+]
 
 Scale = int | jax.Array
 """The exponent of a power of two, where values are known; a factor that is traced otherwise."""
@@ -80,6 +92,8 @@ def restored(
     out = jnp.asarray(x).astype(dtype)
     is_nonzero = out > 0
     for scale, power in powers:
+        if isinstance(scale, int) and scale == 0:
+            continue
         factor = jnp.asarray(math.ldexp(1.0, scale) if isinstance(scale, int) else scale, dtype)
         for _ in range(abs(power)):
             out = out * factor if power > 0 else out / factor
@@ -127,6 +141,17 @@ def as_dtype(
     return jnp.asarray(out, dtype)
 
 
+def ending_in_nan(scale: jax.Array | np.ndarray, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A scale of rows of which there are no more: the last entry of a scale goes on.
+
+    Where JAX looks for NaN, in its debug mode, this one is no fault.
+    """
+    with jax.debug_nans(False):
+        if is_concrete(scale):
+            return jnp.asarray(np.append(np.asarray(scale), np.nan).astype(dtype))
+        return jnp.append(scale.astype(dtype), jnp.asarray(jnp.nan, dtype))
+
+
 # Strategies whose largest entries are within these bounds are taken as they are.
 ORDINARY = (2.0**-32, 2.0**32)
 
@@ -136,7 +161,7 @@ def within_range(x: jax.Array, axis: int | None = None) -> jax.Array:
 
     For strategies of which the scale does not matter, since their columns are normalized.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(promote_types(x.dtype, jnp.float32))
     if is_concrete(x):
         values = np.asarray(x, np.float64)
         largest = np.max(np.abs(values), axis=axis, keepdims=True, initial=0.0)

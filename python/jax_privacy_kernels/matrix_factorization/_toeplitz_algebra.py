@@ -22,6 +22,8 @@ from jax_privacy_kernels._checks import (
     check_one_given,
     check_real,
     is_concrete,
+    owned,
+    promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import sensitivity
 from jax_privacy_kernels.matrix_factorization._certified import bounded_inverse
@@ -70,11 +72,11 @@ def reconcile(
     n = coef.size if n is None else check_int("n", n)
     check_memory("n", n, 32 * n)
     coef = coef if coef.size <= n else coef[:n]
-    return coef.astype(jnp.promote_types(coef.dtype, jnp.float32)), n
+    return coef.astype(promote_types(coef.dtype, jnp.float32)), n
 
 
 def _at_least_default(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+    return x.astype(promote_types(x.dtype, jnp.result_type(float)))
 
 
 def _norm_squared(x: jax.Array) -> jax.Array:
@@ -233,8 +235,8 @@ def materialize_lower_triangular(coef: jax.Array, n: int | None = None) -> jax.A
     coef, n = reconcile(coef, n)
     check_memory("n", n, 8 * n * n)
     coef = pad_coefs_to_n(coef, n)
-    row = np.arange(n, dtype=np.int32)
-    lag = row[:, None] - row
+    row = jnp.arange(n)
+    lag = row[:, None] - row[None, :]
     return jnp.where(lag >= 0, coef[lag], jnp.zeros((), coef.dtype))
 
 
@@ -257,7 +259,7 @@ def solve_banded(coef: jax.Array, rhs: jax.Array) -> jax.Array:
       TypeError: if one is not real.
     """
     coef, _ = reconcile(coef, invertible=True)
-    rhs = jnp.asarray(rhs)
+    rhs = owned("rhs", rhs)
     if rhs.ndim == 0 or rhs.shape[0] == 0:
         raise ValueError(f"expected rhs of shape [n, ...], n >= 1, found shape {rhs.shape}")
     return ops.toeplitz_solve(coef, check_real("rhs to hold real numbers", rhs))
@@ -281,6 +283,7 @@ def multiply(lhs_coef: jax.Array, rhs_coef: jax.Array, n: int | None = None) -> 
         numbers of coefficients differ.
       TypeError: if n is not an integer, or coefficients are not real.
     """
+    n = n if n is None else check_int("n", n)
     lhs, _ = reconcile(lhs_coef, n, name="lhs_coef")
     rhs, _ = reconcile(rhs_coef, n, name="rhs_coef")
     if n is None and lhs.size != rhs.size:
@@ -429,7 +432,7 @@ def compute_banded_inverse_sensitivity_squared(
         are not real.
     """
     coef, n = reconcile(noising_coef, n, name="noising_coef", invertible=True)
-    dtype = jnp.promote_types(coef.dtype, jnp.result_type(float))
+    dtype = promote_types(coef.dtype, jnp.result_type(float))
     C, scale = bounded_inverse(coef, n)
     bound = _min_sep_norm(C, n, min_sep, max_participations)
     if use_matrix_upper_bound:
@@ -479,26 +482,27 @@ def per_query_error(
         coef, n = reconcile(strategy_coef, n, name="strategy_coef", invertible=True)
     else:
         coef, n = reconcile(noising_coef, n, name="noising_coef")
-    dtype = jnp.promote_types(coef.dtype, jnp.result_type(float))
+    dtype = promote_types(coef.dtype, jnp.result_type(float))
     A: Array | None = None
     workload_scale: Scale = 0
     if workload_coef is not None:
         workload, _ = reconcile(workload_coef, n, name="workload_coef")
-        dtype = jnp.promote_types(dtype, workload.dtype)
+        dtype = promote_types(dtype, workload.dtype)
         A, workload_scale = scaled(workload)
     c, scale = scaled(coef)
     with _in_float64(all(isinstance(x, np.ndarray) for x in (c, A) if x is not None)):
         c = jnp.asarray(c)
         if strategy_coef is not None:
             ones = jnp.ones(n, jnp.result_type(float))
-            B = ops.toeplitz_solve(c, ones if A is None else pad_coefs_to_n(A, n))
+            B = ops.toeplitz_solve(c, ones if A is None else pad_coefs_to_n(jnp.asarray(A), n))
         elif A is None:
             B = _cumsum(pad_coefs_to_n(c, n))
         else:
-            B = multiply(c, A, n)
+            B = multiply(c, jnp.asarray(A), n)
         errors = _cumsum(B * B)
-        # Where squares vanished, the sum of sizes did not.
-        errors = jnp.where((errors == 0) & (_cumsum(jnp.abs(B)) > 0), jnp.nan, errors)
+        vanished = (errors == 0) & (B != 0)
+        if not is_concrete(vanished) or vanished.any():
+            errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
     power = -2 if strategy_coef is not None else 2
     return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
 

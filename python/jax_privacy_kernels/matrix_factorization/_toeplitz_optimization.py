@@ -198,7 +198,7 @@ def optimize_coefs_for_amplifications(
     n: int,
     *,
     dataset_size: int,
-    expected_batch_size: int,
+    expected_batch_size: float,
     epsilon: float,
     delta: float,
     max_optimizer_steps: int = 250,
@@ -217,7 +217,7 @@ def optimize_coefs_for_amplifications(
     Args:
       n: The number of steps of the workload.
       dataset_size: The number of examples.
-      expected_batch_size: The expected number of examples in a step.
+      expected_batch_size: The expected number of examples in a step, positive; whole or not.
       epsilon: The privacy target is (epsilon, delta)-DP; positive and finite.
       delta: Strictly between 0 and 1.
       max_optimizer_steps: The most steps of L-BFGS for each b.

@@ -16,9 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_coef, check_int, check_real, is_concrete
+from jax_privacy_kernels._checks import (
+    check_coef,
+    check_instance,
+    check_int,
+    check_memory,
+    check_real,
+    is_concrete,
+    promote_types,
+)
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
+from jax_privacy_kernels.matrix_factorization._scaling import ending_in_nan, within_range
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, prefix_sum
 
 __all__ = ["ColumnNormalizedBanded", "minsep_sensitivity_squared", "optimize", "per_query_error"]
@@ -39,20 +48,16 @@ class ColumnNormalizedBanded(Mirrored):
 
     Entries marked ``*`` lie outside of C and do not matter. A pytree, with one leaf.
 
-        >>> C = ColumnNormalizedBanded(jnp.array([[4.0, 3.0], [1.0, 0.0], [5.0, 0.0]]))
-        >>> print(C.materialize().round(3))
-        [[0.8 0.  0. ]
-         [0.6 1.  0. ]
-         [0.  0.  1. ]]
-        >>> print(per_query_error(C).round(4))  # of prefix sums
-        [1.5625 1.25   2.25  ]
-
     Attributes:
       params: ``[n, b]`` array of real numbers, ``params[:, 0] != 0``, ``1 <= b <= n``. Integers
         stand for default floats.
     """
 
     params: jax.Array
+
+    def __post_init__(self) -> None:
+        if isinstance(self.params, np.ndarray):  # where the caller may write later
+            object.__setattr__(self, "params", self.params.copy())
 
     @property
     def n(self) -> int:
@@ -70,11 +75,11 @@ class ColumnNormalizedBanded(Mirrored):
 
         Args:
           n: The size of C.
-          coefs: ``[b]`` or ``[1, b]`` Toeplitz coefficients, the first not 0, ``b <= n``.
+          coefs: ``[b]`` Toeplitz coefficients, ``coefs[0] != 0`` and ``b <= n``.
 
         Raises:
-          ValueError: If ``coefs`` is of another shape, empty or not finite, starts with 0, or is
-            longer than n; or n < 1.
+          ValueError: If ``coefs`` is not 1-D, empty or not finite, starts with 0, or is longer than
+            n; or n < 1.
           TypeError: If n is not an integer, or ``coefs`` is not real.
         """
         if np.shape(coefs)[:-1] == (1,):
@@ -82,9 +87,10 @@ class ColumnNormalizedBanded(Mirrored):
         n, coefs = check_int("n", n), check_coef("coefs", coefs, invertible=True)
         if coefs.size > n:
             raise ValueError(f"expected at most n={n} coefs, found {coefs.size}")
+        check_memory("n", n, 8 * n * coefs.size)
         scaled = coefs / jnp.abs(coefs).max()  # no square underflows or overflows
         params = jnp.broadcast_to(scaled / jnp.linalg.norm(scaled), (n, coefs.size))
-        return cls(jnp.where(_inside(n, coefs.size), params, 0))
+        return cls(jnp.where(_inside(n, coefs.size), params, jnp.zeros_like(params)))
 
     @classmethod
     def default(cls, n: int, bands: int) -> ColumnNormalizedBanded:
@@ -98,13 +104,21 @@ class ColumnNormalizedBanded(Mirrored):
         return cls.from_banded_toeplitz(n, coefs)
 
     def materialize(self) -> jax.Array:
-        """Returns C as an ``[n, n]`` array. O(n^2) time and memory."""
-        entries = _entries(self)
-        scaled = (entries / _column_norms(self)[:, None]).astype(entries.dtype)
-        lag = jnp.arange(self.n)[:, None] - jnp.arange(self.n)
-        column = jnp.broadcast_to(jnp.arange(self.n), lag.shape)
-        entries = scaled[column, jnp.clip(lag, 0, self.bands - 1)]
-        return jnp.where((lag >= 0) & (lag < self.bands), entries, 0)
+        """Returns C as an ``[n, n]`` array. O(n^2) time and memory.
+
+        Raises:
+          ValueError: If ``params`` is not as the class says, or C does not fit into memory.
+          TypeError: If it does not hold real numbers.
+        """
+        dtype = _checked(self).params.dtype
+        check_memory("n", self.n, 8 * self.n**2)
+        normed = (_entries(self) / _column_norms(self)[:, None]).astype(dtype)
+        row = jnp.arange(self.n)
+        lag = row[:, None] - row[None, :]
+        column = jnp.broadcast_to(row, lag.shape)
+        entries = normed[column, jnp.clip(lag, 0, self.bands - 1)]
+        inside = (lag >= 0) & (lag < self.bands)
+        return jnp.where(inside, entries, jnp.zeros_like(entries))
 
     def inverse_as_streaming_matrix(self) -> StreamingMatrix:
         """Returns the noising matrix ``C^-1``, by Algorithm 9 of https://arxiv.org/abs/2306.08153.
@@ -119,10 +133,10 @@ class ColumnNormalizedBanded(Mirrored):
         """
         C = _checked(self)
         bands, params = C.bands, C.params
-        rows, norms = _rows(C), _column_norms(C)
+        rows, norms = _rows(C).astype(params.dtype), _column_norms(C)
 
         def init_multiply(abstract_value: Any) -> tuple[jax.Array, jax.Array]:
-            dtype = jnp.promote_types(abstract_value.dtype, params.dtype)
+            dtype = promote_types(abstract_value.dtype, params.dtype)
             zero = jnp.zeros_like(abstract_value, dtype=dtype)  # keeps the sharding of the value
             return jnp.array(0), jnp.broadcast_to(zero, (bands - 1, *zero.shape))
 
@@ -136,19 +150,28 @@ class ColumnNormalizedBanded(Mirrored):
             norm = norms.at[t].get(mode="fill", fill_value=jnp.nan)
             return x * norm, (t + 1, history)
 
-        beyond = jnp.full(1, jnp.nan, norms.dtype)
-        structure = ops.BandedRecurrence(rows, row_scale=jnp.concatenate([norms, beyond]))
+        row_scale = ending_in_nan(norms, norms.dtype)
+        structure = ops.BandedRecurrence(rows, row_scale=row_scale)
         return StreamingMatrix.from_array_implementation(
             init_multiply, multiply_next, structure=structure
         )
 
 
-def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
-    """C, if its parameters are what they should be; integers as floats."""
-    real = _real(C)
-    shape = jnp.shape(C.params)
+def _check_shape(C: ColumnNormalizedBanded) -> tuple[int, ...]:
+    check_instance("the strategy", C, ColumnNormalizedBanded)
+    # Not by its type: programs that are only lowered have structures for arrays.
+    shape = getattr(C.params, "shape", None)
+    if shape is None or not hasattr(C.params, "dtype"):
+        raise TypeError(f"expected params to be an array, found {C.params!r}")
     if len(shape) != 2 or not 1 <= shape[1] <= shape[0]:
         raise ValueError(f"expected params of shape [n, b], 1 <= b <= n, found {shape}")
+    return shape
+
+
+def _checked(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
+    """C, if its parameters are what they should be."""
+    shape = _check_shape(C)
+    real = _real(C)
     if is_concrete(C.params):
         params = np.asarray(C.params)
         bad = ~np.isfinite(params)
@@ -169,28 +192,35 @@ def _real(C: ColumnNormalizedBanded) -> ColumnNormalizedBanded:
 
 def _inside(n: int, bands: int) -> jax.Array:
     """Which parameters are entries of C."""
-    return jnp.arange(n)[:, None] + jnp.arange(bands) < n
+    return jnp.arange(n)[:, None] + jnp.arange(bands)[None, :] < n
 
 
 def _entries(C: ColumnNormalizedBanded) -> jax.Array:
-    """The parameters, with 0 for those outside of C."""
-    return jnp.where(_inside(C.n, C.bands), _real(C).params, 0)
+    """P, in 32 bits at least, with 0 for parameters outside of it.
+
+    Columns of extreme numbers are scaled: P may have any scale, and its norms and inverse should
+    not vanish or overflow.
+    """
+    params = _real(C).params
+    inside = jnp.where(_inside(C.n, C.bands), params, jnp.zeros_like(params))
+    return within_range(inside, axis=1)
 
 
 def _column_norms(C: ColumnNormalizedBanded) -> jax.Array:
-    entries = _entries(C)
     # Norms of 16 bits would leave columns of norms up to 1.006.
-    inside = entries.astype(jnp.promote_types(entries.dtype, jnp.float32))
+    inside = _entries(C)
     # Scaled, so that no square underflows or overflows.
     largest = jax.lax.stop_gradient(jnp.abs(inside).max(axis=1, keepdims=True))
-    largest = jnp.where(largest > 0, largest, 1)
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     return largest[:, 0] * jnp.sqrt(jnp.sum((inside / largest) ** 2, axis=1))
 
 
 def _rows(C: ColumnNormalizedBanded) -> jax.Array:
     """``[n, b]``: entry (t, l) is ``P[t, t - l]``, from column t - l; 0 where there is none."""
-    t, lag = jnp.arange(C.n)[:, None], jnp.arange(C.bands)
-    return jnp.where(t >= lag, _entries(C)[jnp.maximum(t - lag, 0), lag], 0)
+    t, lag = jnp.arange(C.n)[:, None], jnp.arange(C.bands)[None, :]
+    entries = _entries(C)
+    inside = entries[jnp.maximum(t - lag, 0), jnp.broadcast_to(lag, entries.shape)]
+    return jnp.where(t >= lag, inside, jnp.zeros_like(entries))
 
 
 def minsep_sensitivity_squared(
@@ -215,7 +245,9 @@ def minsep_sensitivity_squared(
       ValueError: If an argument is below 1, ``min_sep`` below b, or n above C's.
       TypeError: If an integer argument is not one.
     """
+    _check_shape(strategy)
     n = strategy.n if n is None else check_int("n", n)
+    min_sep = check_int("min_sep", min_sep)
     count = sensitivity.participations(n, min_sep, max_participations)
     if not skip_checks:
         if min_sep < strategy.bands:
@@ -254,10 +286,11 @@ def per_query_error(
     C = _checked(C)
     _check_scan(scan_fn)
     A = prefix_sum() if A is None else A
+    check_instance("A", A, StreamingMatrix)
     structure = getattr(A, "structure", None)
     if not isinstance(structure, ops.Momentum):
         errors = (A @ C.inverse_as_streaming_matrix()).row_norms_squared(C.n, scan_fn=scan_fn)
-        return errors.astype(jnp.promote_types(C.params.dtype, jnp.float32))
+        return errors.astype(promote_types(C.params.dtype, jnp.float32))
     rates = np.ones(1) if structure.learning_rates is None else structure.learning_rates
     return _momentum_error(C, rates, structure.momentum, ops.asked())
 
@@ -271,7 +304,7 @@ def _check_scan(scan_fn: Any) -> None:
 def _momentum_error(
     C: ColumnNormalizedBanded, rates: jax.Array, momentum: jax.Array, name: str | None
 ) -> jax.Array:
-    dtype = jnp.promote_types(C.params.dtype, jnp.float32)
+    dtype = promote_types(C.params.dtype, jnp.float32)
     rates = jnp.asarray(rates, dtype).at[jnp.arange(C.n)].get(mode="clip")
     momentum = jnp.asarray(momentum, dtype)
     return ops.banded_error(_rows(C), _column_norms(C), rates, momentum, implementation=name)
@@ -314,12 +347,14 @@ def optimize(
     """
     n, bands = check_int("n", n), check_int("bands", bands)
     _check_scan(scan_fn)
+    if A is not None:
+        check_instance("A", A, StreamingMatrix)
     C = ColumnNormalizedBanded.default(n, bands) if C is None else _checked(C)
     if C.params.shape != (n, bands):
         raise ValueError(f"expected C with params of shape ({n}, {bands}), found {C.params.shape}")
     return optimization.optimize(
         _loss(A, reduction_fn, scan_fn),
-        ColumnNormalizedBanded(_entries(C)),
+        ColumnNormalizedBanded(_entries(C).astype(C.params.dtype)),
         max_optimizer_steps=max_optimizer_steps,
         callback=callback,
     )

@@ -19,8 +19,18 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, check_one_given
+from jax_privacy_kernels._checks import (
+    check_instance,
+    check_int,
+    check_memory,
+    check_one_given,
+    check_real,
+    is_concrete,
+    owned,
+    promote_types,
+)
 from jax_privacy_kernels.matrix_factorization import checks, optimization, sensitivity
+from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
 
 __all__ = [
     "get_orthogonal_mask",
@@ -57,28 +67,45 @@ def per_query_error(
         shapes that do not fit, or square and not lower-triangular.
     """
     check_one_given(strategy_matrix=strategy_matrix, noising_matrix=noising_matrix)
-    given: Any = strategy_matrix if strategy_matrix is not None else noising_matrix
-    M = jnp.asarray(given)
-    checks.check_is_matrix(M, "strategy_matrix" if noising_matrix is None else "noising_matrix")
+    name = "strategy_matrix" if noising_matrix is None else "noising_matrix"
+    M = _real_matrix(name, strategy_matrix if strategy_matrix is not None else noising_matrix)
     n = len(M)
     if workload_matrix is None:
         A = jnp.tri(n, dtype=jnp.result_type(float))  # whose default differs between JAX versions
     else:
-        A = jnp.asarray(workload_matrix)
+        A = _real_matrix("workload_matrix", workload_matrix)
     if A.shape != (n, n):
         raise ValueError(f"expected workload_matrix of shape ({n}, {n}), found {A.shape}")
-    M, A = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (M, A))
+    dtype = promote_types(promote_types(M.dtype, A.dtype), jnp.float32)
+    M, A = M.astype(dtype), A.astype(dtype)
     if strategy_matrix is not None:
         # Of a C that is not square, which inverse is meant would decide the error.
         checks.check_square(M, "strategy_matrix")
         if not skip_checks:
             checks.check(A=A, C=M)
+    elif not skip_checks:
+        checks.check(A=A, B=M)
+    (M, scale), (A, workload_scale) = (
+        (jnp.asarray(x.values, dtype), x.scale) for x in (scaled(M), scaled(A))
+    )
+    if strategy_matrix is not None:
         B = jnp.linalg.solve(M.T, A.T).T
     else:
-        if not skip_checks:
-            checks.check(A=A, B=M)
         B = jnp.matmul(A, M, precision="highest")
-    return jnp.sum(B * B, axis=1)
+    errors = jnp.sum(B * B, axis=1)
+    vanished = (errors == 0) & (B != 0).any(axis=1)
+    if not is_concrete(vanished) or vanished.any():
+        errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
+    power = -2 if strategy_matrix is not None else 2
+    return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
+
+
+def _real_matrix(name: str, M: Any) -> jax.Array:
+    M = check_real(f"{name} to hold real numbers", owned(name, M))
+    checks.check_is_matrix(M, name)
+    if M.size == 0:
+        raise ValueError(f"expected {name} to have entries, found shape {M.shape}")
+    return M
 
 
 def get_orthogonal_mask(n: int, epochs: int = 1) -> jax.Array:
@@ -104,6 +131,7 @@ def get_orthogonal_mask(n: int, epochs: int = 1) -> jax.Array:
         raise ValueError(
             f"epochs must divide n: expected epochs to divide n={n}, found epochs={epochs}"
         )
+    check_memory("n", n, 8 * n * n)
     i = np.arange(n)
     together = (i[:, None] - i) % (n // epochs) == 0
     return jnp.asarray(~together | np.eye(n, dtype=bool), jnp.result_type(float))
@@ -117,17 +145,24 @@ def strategy_from_X(X: jax.Array) -> jax.Array:
 
     Returns:
       C, a Cholesky factor from the last row up; NaN if X is not positive definite.
+
+    Raises:
+      ValueError: If X is not a square matrix with entries.
+      TypeError: If it is not real.
     """
+    X = _real_matrix("X", X)
+    checks.check_square(X, "X")
     return jnp.linalg.cholesky(X[::-1, ::-1]).T[::-1, ::-1]
 
 
 def pg_tol_termination_fn(step_info: optimization.CallbackArgs) -> bool:
     """Whether no entry of the (projected) gradient exceeds 1e-3: a callback that ends there."""
+    check_instance("step_info", step_info, optimization.CallbackArgs)
     return bool(_is_small(step_info.grad))
 
 
 def _is_small(gradient: jax.Array) -> jax.Array:
-    return jnp.abs(gradient).max() <= 1e-3
+    return jnp.abs(jnp.asarray(gradient)).max() <= 1e-3
 
 
 # Lets `optimization.optimize` end by it inside a compiled loop.
@@ -178,11 +213,13 @@ def optimize(
         ``[n, n]``, finite and lower-triangular.
       TypeError: If an integer argument is not one.
     """
+    n, epochs = check_int("n", n), check_int("epochs", epochs)
     mask = np.asarray(get_orthogonal_mask(n, epochs))
     if bands is not None:
         mask = mask * np.asarray(sensitivity.banded_symmetric_mask(n, bands))
     if A is not None:
-        checks.check(A=jnp.asarray(A))
+        A = _real_matrix("A", A)
+        checks.check(A=A)
         if jnp.shape(A) != (n, n):
             raise ValueError(f"expected A of shape ({n}, {n}), found {jnp.shape(A)}")
     dtype = jnp.result_type(float)
@@ -220,7 +257,7 @@ def _loss_and_projected_gradient(
     errors = jnp.sum(workload * H.T, axis=1)
     loss, weights = jax.value_and_grad(reduction_fn)(errors)
     # The derivative of a^T X^-1 a is -h h^T, with h = X^-1 a.
-    gradient = -jnp.matmul(H * weights, H.T, precision="highest")
+    gradient = -jnp.matmul(H * weights[None, :], H.T, precision="highest")
     diagonal = jnp.diag(gradient)
     # Rounds of one user share the sensitivity: only exchanges among them are free.
     shared = diagonal.reshape(epochs, -1).mean(axis=0)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_real, owned
 from jax_privacy_kernels._mirrored import Mirrored
 
 __all__ = [
@@ -106,9 +108,10 @@ def optimize(
 
     Everything runs in float64, whatever the mode of the caller. Without a callback all steps are
     one compiled loop, which ends early once two steps of the default optimizer have not changed a
-    bit of the parameters. With one, each step is a call. Either is compiled once for every loss
-    function, shape of parameters and optimizer: pass the same function again, not a new one that
-    does the same. Like a function given to `jax.jit`, it should depend on its argument alone.
+    bit of the parameters. It hands control back about twice a second, so that an interrupt ends it.
+    With a callback, each step is a call. Either is compiled once for every loss function, shape of
+    parameters and optimizer: pass the same function again, not a new one that does the same. Like a
+    function given to `jax.jit`, it should depend on its argument alone.
 
     L-BFGS, the default, works well on the losses of factorizations: see
     https://arxiv.org/abs/2106.12118, https://arxiv.org/abs/2306.08153,
@@ -136,13 +139,26 @@ def optimize(
       TypeError: if it is not an integer.
     """
     steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
+    for name, value in (("loss_fn", loss_fn), ("callback", callback)):
+        if not callable(value) and not (name == "callback" and value is None):
+            raise TypeError(f"expected {name} to be a function, found {value!r}")
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"expected optimizer to be an optax transformation, found {optimizer!r}")
+    if not jax.tree.leaves(params):
+        raise ValueError(f"expected params with an array to vary, found {params!r}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = "params" + jax.tree_util.keystr(path)
+        array = owned(name, leaf)
+        if array.dtype != bool:  # of masks
+            check_real(f"{name} to hold real numbers", array)
     dtypes = jax.tree.map(lambda x: x.dtype if hasattr(x, "dtype") else jnp.result_type(x), params)
     # One of ours may say what it ends on as a function of the gradient alone, which compiles.
     done = getattr(callback, "_ends_on_gradient", None)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
         if callback is None or callback is _no_callback or done is not None:
-            params = _compiled(loss_fn, _loop, grad, optimizer, done)(params, steps)
+            loop = _compiled(loss_fn, _loop, grad, optimizer, done)
+            params = _in_turns(loop, params, _state_like(optimizer, params), steps)
         else:
             step = _compiled(loss_fn, _step, grad, optimizer)
             state = optimizer.init(params)
@@ -166,27 +182,75 @@ def _step(
     return loss, gradient, optax.apply_updates(params, updates), state
 
 
+# A compiled loop hands control back about this often, for an interrupt to be seen.
+_SECONDS = 0.5
+
+
+def _state_like(optimizer: Any, params: Any) -> Any:
+    """Zeros like the optimizer's state. They are not used: the loop makes the first state."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    leaves, tree = jax.tree.flatten(shapes)
+    try:
+        state = _shape_of_state(optimizer, tuple(leaves), tree)
+    except TypeError:  # not hashable
+        state = jax.eval_shape(optimizer.init, shapes)
+
+    def zeros(x: jax.ShapeDtypeStruct) -> Any:
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return jnp.empty(x.shape, x.dtype)
+        return np.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(zeros, state)
+
+
+@functools.lru_cache(maxsize=64)
+def _shape_of_state(optimizer: Any, leaves: Any, tree: Any) -> Any:
+    return jax.eval_shape(optimizer.init, jax.tree.unflatten(tree, leaves))
+
+
+def _in_turns(loop: Callable[..., Any], params: Any, state: Any, steps: int) -> Any:
+    """Runs the loop a few steps at a time: the parameters after the last."""
+    carry = np.int64(0), np.int64(0), params, state
+    turn = 8
+    while True:
+        began = time.monotonic()
+        until = np.int64(min(int(carry[0]) + turn, steps))
+        carry = loop(carry, until)
+        # Waiting here, and not in what waits for a value, lets interrupts through.
+        while not carry[0].is_ready():
+            time.sleep(0.002)
+        if int(carry[0]) >= steps or int(carry[1]) >= _STILL:
+            return carry[2]
+        seconds = (time.monotonic() - began) / turn
+        turn = max(1, min(4 * turn, int(_SECONDS / max(seconds, 1e-9))))
+
+
 def _loop(
-    loss_fn: Callable[..., Any], grad: bool, optimizer: Any, done: Any, params: Any, steps: Any
+    loss_fn: Callable[..., Any], grad: bool, optimizer: Any, done: Any, carry: Any, until: Any
 ) -> Any:
-    """Up to ``steps`` steps: the parameters after the last."""
+    """The carry ``(i, still, params, state)``, after step ``until`` or convergence."""
     converges = optimizer is DEFAULT_OPTIMIZER or done is not None
+    i, still, params, state = carry
+    first = optimizer.init(params)
+    state = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), first, state)
 
     def goes_on(carry: Any) -> Any:
         i, still, _, _ = carry
-        return (i < steps) & (still < _STILL)
+        return (i < until) & (still < _STILL)
 
     def body(carry: Any) -> Any:
         i, still, params, state = carry
         _, gradient, new, state = _step(loss_fn, grad, optimizer, params, state)
         if converges:
             same = jax.tree.map(lambda a, b: jnp.all(a == b), params, new)
-            still = jnp.where(jnp.all(jnp.stack(jax.tree.leaves(same))), still + 1, 0)
+            still = jnp.where(
+                jnp.all(jnp.stack(jax.tree.leaves(same))), still + 1, jnp.zeros_like(still)
+            )
         if done is not None:
-            still = jnp.where(done(gradient), _STILL, still)
+            still = jnp.where(done(gradient), jnp.full_like(still, _STILL), still)
         return i + 1, still, new, state
 
-    return jax.lax.while_loop(goes_on, body, (0, 0, params, optimizer.init(params)))[2]
+    return jax.lax.while_loop(goes_on, body, (i, still, params, state))
 
 
 # By the id of a loss function, as long as that lives: a reference to it, and its compiled loops and

@@ -18,15 +18,26 @@ Matrices are JAX or NumPy arrays of real numbers.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_int, check_real, check_vector, is_concrete
+from jax_privacy_kernels._checks import (
+    check_int,
+    check_memory,
+    check_real,
+    check_vector,
+    is_concrete,
+    owned,
+    promote_types,
+)
 from jax_privacy_kernels.matrix_factorization import checks
+from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
 from jax_privacy_kernels.matrix_factorization.optimization import jax_enable_x64
 
 __all__ = [
@@ -70,6 +81,14 @@ def minsep_true_max_participations(
     concrete = is_concrete((n, min_sep, max_participations))
     if concrete:
         n, min_sep = check_int("n", n), check_int("min_sep", min_sep)
+    if not concrete:
+        for name, value in (
+            ("n", n),
+            ("min_sep", min_sep),
+            ("max_participations", max_participations),
+        ):
+            if value is not None and not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+                raise TypeError(f"expected {name} to be an integer, found {value!r}")
     most = -(n // -min_sep)
     if max_participations is None:
         return most
@@ -80,9 +99,10 @@ def minsep_true_max_participations(
 
 
 def participations(n: int, min_sep: int, max_participations: int | None) -> int:
-    """As :func:`minsep_true_max_participations`, for ``max_participations`` of at least 1."""
+    """As :func:`minsep_true_max_participations`, an int, for ``max_participations`` from 1 on."""
+    n, min_sep = check_int("n", n), check_int("min_sep", min_sep)
     if max_participations is not None:
-        check_int("max_participations", max_participations)
+        max_participations = check_int("max_participations", max_participations)
     return minsep_true_max_participations(n, min_sep, max_participations)
 
 
@@ -110,7 +130,11 @@ def max_participation_for_linear_fn(
     x = check_vector("x", x, lambda values: values == values, "x not to hold NaN")
     x = check_real("a vector x of real numbers", x)
     k = participations(x.size, min_sep, max_participations)
-    return ops.participation_max(x, min_sep=min(min_sep, x.size), max_participations=k)
+    min_sep = min(check_int("min_sep", min_sep), x.size)
+    largest = ops.participation_max(x, min_sep=min_sep, max_participations=k)
+    if is_concrete((x, largest)) and jnp.isfinite(x).all() and not jnp.isfinite(largest):
+        raise ValueError(f"expected sums in the range of {x.dtype}, found {largest}")
+    return largest
 
 
 # -- Masks ------------------------------------------------------------------------------------
@@ -123,8 +147,7 @@ def banded_lower_triangular_mask(n: int, num_bands: int) -> jax.Array:
       ValueError: if ``n < 0`` or ``num_bands < 1``.
       TypeError: if one is not an integer.
     """
-    n = check_int("n", n, minimum=0)
-    num_bands = min(check_int("num_bands", num_bands), n + 1)
+    n, num_bands = _mask_size(n, num_bands)
     return jnp.tri(n, dtype=jnp.int32) - jnp.tri(n, k=-num_bands, dtype=jnp.int32)
 
 
@@ -135,10 +158,15 @@ def banded_symmetric_mask(n: int, num_bands: int) -> jax.Array:
       ValueError: if ``n < 0`` or ``num_bands < 1``.
       TypeError: if one is not an integer.
     """
-    n = check_int("n", n, minimum=0)
-    num_bands = min(check_int("num_bands", num_bands), n + 1)
+    n, num_bands = _mask_size(n, num_bands)
     below = jnp.tri(n, k=-num_bands, dtype=jnp.int32)
     return jnp.tri(n, k=num_bands - 1, dtype=jnp.int32) - below
+
+
+def _mask_size(n: int, num_bands: int) -> tuple[int, int]:
+    n = check_int("n", n, minimum=0)
+    check_memory("n", n, 4 * n * n)
+    return n, min(check_int("num_bands", num_bands), n + 1)
 
 
 # -- One participation ------------------------------------------------------------------------
@@ -156,15 +184,32 @@ def single_participation_sensitivity(C: jax.Array) -> jax.Array:
     Raises:
       ValueError: if C is not a matrix, not finite, or square and not lower-triangular.
     """
-    if not is_concrete(C):
-        return jnp.linalg.norm(_matrix(C), axis=0).max()
-    given = jnp.asarray(C).dtype
-    integer = jnp.issubdtype(given, jnp.integer)
-    dtype = jnp.result_type(float if integer else given, jnp.float32)
-    with jax.enable_x64(True):
+    if is_concrete(C):
+        given = owned("C", C).dtype
+        integer = jnp.issubdtype(given, jnp.integer)
+        dtype = jnp.result_type(float if integer else given, jnp.float32)
+    with _known_in_float64(C):
         wide = _matrix(C)
         checks.check(C=wide)
-        return jnp.linalg.norm(wide, axis=0).max().astype(dtype)
+        values, scale = scaled(wide)
+        norm = _largest_norm(jnp.asarray(values))
+    if not is_concrete(C):
+        dtype = norm.dtype
+    return restored("the sensitivity", norm, dtype, (scale, 1), upward=True)
+
+
+@contextlib.contextmanager
+def _known_in_float64(M: Any) -> Iterator[None]:
+    """Known values are computed with now, also in a trace, and in float64, whatever the mode."""
+    if is_concrete(M):
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            yield
+    else:
+        yield
+
+
+def _largest_norm(C: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(C, axis=0).max()
 
 
 # -- Minimum separation -----------------------------------------------------------------------
@@ -196,11 +241,33 @@ def get_min_sep_sensitivity_upper_bound_for_X(
     """
     X = _matrix(X)
     checks.check(X=X)
+    values, scale = scaled(X)
+    return _root(_min_sep_bound(jnp.asarray(values), min_sep, max_participations), scale)
+
+
+def _min_sep_bound(X: jax.Array, min_sep: int, max_participations: int | None) -> jax.Array:
     k = participations(len(X), min_sep, max_participations)
-    min_sep = min(min_sep, len(X))
+    min_sep = min(check_int("min_sep", min_sep), len(X))
     rows = ops.participation_max(jnp.abs(X), min_sep=min_sep, max_participations=k)
-    largest = ops.participation_max(rows, min_sep=min_sep, max_participations=k)
-    return math.sqrt(float(largest))
+    return ops.participation_max(rows, min_sep=min_sep, max_participations=k)
+
+
+def _root(squared: jax.Array, exponent: Any) -> float:
+    """The root of ``squared 2^exponent``, rounded up; a ValueError if it is out of range."""
+    exponent = int(exponent)
+    # Of an even exponent.
+    root = math.sqrt(math.ldexp(float(squared), exponent % 2))
+    exponent -= exponent % 2
+    root = math.nextafter(root, math.inf) if root else root
+    try:
+        result = math.ldexp(root, exponent // 2)
+    except OverflowError:
+        result = math.inf
+    if root and not 2.0**-1022 <= result < math.inf:
+        raise ValueError(
+            f"expected a sensitivity in the range of float64, found {root} * 2**{exponent // 2}"
+        )
+    return result
 
 
 @jax_enable_x64
@@ -222,7 +289,8 @@ def get_min_sep_sensitivity_upper_bound(
         is below 1.
       TypeError: if a limit is not an integer.
     """
-    return get_min_sep_sensitivity_upper_bound_for_X(_gram(C), min_sep, max_participations)
+    X, scale = _gram(C)
+    return _root(_min_sep_bound(_widened(X, jnp.shape(C)[0]), min_sep, max_participations), scale)
 
 
 @jax_enable_x64
@@ -251,8 +319,14 @@ def get_sensitivity_banded_for_X(
     """
     X = _matrix(X)
     checks.check(X=X)
+    values, scale = scaled(X)
+    return _root(_banded(jnp.asarray(values), min_sep, max_participations), scale)
+
+
+def _banded(X: jax.Array, min_sep: int, max_participations: int | None) -> jax.Array:
     n = len(X)
-    if not 1 <= check_int("min_sep", min_sep) <= n:
+    min_sep = check_int("min_sep", min_sep)
+    if min_sep > n:
         raise ValueError(f"expected 1 <= min_sep <= {n}, the size of X, found min_sep={min_sep}")
     k = participations(n, min_sep, max_participations)
     if is_concrete(X):
@@ -264,8 +338,7 @@ def get_sensitivity_banded_for_X(
                 f"expected columns at least min_sep={min_sep} apart to be orthogonal, "
                 f"found X[{i}, {j}] = {X[i, j]}"
             )
-    largest = ops.participation_max(jnp.diag(X), min_sep=min_sep, max_participations=k)
-    return math.sqrt(float(largest))
+    return ops.participation_max(jnp.diag(X), min_sep=min_sep, max_participations=k)
 
 
 @jax_enable_x64
@@ -287,7 +360,8 @@ def get_sensitivity_banded(
         that overlap ``min_sep`` apart; or a limit is out of range.
       TypeError: if a limit is not an integer.
     """
-    return get_sensitivity_banded_for_X(_gram(C), min_sep, max_participations)
+    X, scale = _gram(C)
+    return _root(_banded(X, min_sep, max_participations), scale)
 
 
 # -- Fixed epochs -----------------------------------------------------------------------------
@@ -316,13 +390,18 @@ def fixed_epoch_sensitivity_for_X(X: jax.Array, epochs: int) -> float:
     """
     X = _matrix(X)
     checks.check(X=X)
+    values, scale = scaled(X)
+    return _root(_fixed_epochs(jnp.asarray(values), epochs), scale)
+
+
+def _fixed_epochs(X: jax.Array, epochs: int) -> jax.Array:
     n, epochs = len(X), check_int("epochs", epochs)
     if n % epochs:
         raise ValueError(
             f"epochs must divide n: expected epochs to divide n={n}, found epochs={epochs}"
         )
     by_epoch = jnp.abs(X).reshape(epochs, n // epochs, epochs, n // epochs)
-    return math.sqrt(float(jnp.einsum("siti->i", by_epoch).max()))
+    return jnp.einsum("siti->i", by_epoch).max()
 
 
 @jax_enable_x64
@@ -341,18 +420,29 @@ def fixed_epoch_sensitivity(C: jax.Array, epochs: int) -> float:
         ``epochs`` is below 1 or does not divide n.
       TypeError: if ``epochs`` is not an integer.
     """
-    return fixed_epoch_sensitivity_for_X(_gram(C), epochs)
+    X, scale = _gram(C)
+    return _root(_fixed_epochs(_widened(X, jnp.shape(C)[0]), epochs), scale)
 
 
 def _matrix(M: Any) -> jax.Array:
-    """M as an array of floats; in x64 mode of 64 bits, in which no square vanishes or overflows."""
-    M = check_real("a matrix of real numbers", jnp.asarray(M))
+    """M as an array of floats, of 64 bits in x64 mode."""
+    M = check_real("a matrix of real numbers", owned("a matrix", M))
     if M.size == 0:
         raise ValueError(f"expected a matrix with entries, found shape {M.shape}")
-    return M.astype(jnp.promote_types(M.dtype, jnp.result_type(float)))
+    return M.astype(promote_types(M.dtype, jnp.result_type(float)))
 
 
-def _gram(C: Any) -> jax.Array:
+def _gram(C: Any) -> tuple[jax.Array, int]:
+    """``C^T C``, and the exponent of the power of two that it is to be multiplied by."""
     C = _matrix(C)
     checks.check(C=C)
-    return jnp.matmul(C.T, C, precision="highest")
+    check_memory("the number of columns", C.shape[1], 16 * C.shape[1] ** 2)
+    values, exponent = scaled(C)
+    C = jnp.asarray(values)
+    return jnp.matmul(C.T, C, precision="highest"), 2 * int(exponent)
+
+
+def _widened(X: jax.Array, rows: int) -> jax.Array:
+    """``|X|``, and what rounding may have taken from the inner products of columns."""
+    norms = jnp.sqrt(jnp.diag(X))
+    return jnp.abs(X) + 4 * (rows + 8) * 2.0**-53 * (norms[:, None] * norms[None, :])

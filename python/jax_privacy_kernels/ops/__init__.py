@@ -19,6 +19,7 @@ from jax_privacy_kernels.ops.correlated_noise._matrices import (
 from jax_privacy_kernels.ops.dense_noise import dense_noise, init_dense_noise
 from jax_privacy_kernels.ops.min_sep_norm import min_sep_norm
 from jax_privacy_kernels.ops.participation_max import participation_max
+from jax_privacy_kernels.ops.privacy_loss_sums import privacy_loss_sums
 from jax_privacy_kernels.ops.toeplitz_multiply import toeplitz_multiply
 from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
@@ -40,6 +41,7 @@ __all__ = [
     "init_dense_noise",
     "min_sep_norm",
     "participation_max",
+    "privacy_loss_sums",
     "sharding_of",
     "toeplitz_multiply",
     "toeplitz_solve",

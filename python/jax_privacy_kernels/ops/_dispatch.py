@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "implementation",
     "per_platform",
     "requested",
+    "vary",
     "varying_axes",
 ]
 
@@ -142,13 +144,15 @@ def per_platform(
     tree: Any
     leaves, tree = jax.tree.flatten(args)
     axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
-    leaves = [_vary(leaf, axes) for leaf in leaves]  # kernels and loops want all arguments alike
+    leaves = [vary(leaf, axes) for leaf in leaves]  # kernels and loops want all arguments alike
     if spread is None and set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
         return branches[PLATFORMS[0]](*tree.unflatten(leaves))
 
     def flat(branch: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
         return lambda *leaves: jax.tree.leaves(branch(*tree.unflatten(leaves)))
 
+    if not _may_have_devices(leaves):
+        spread = None  # JAX refuses to lower, for devices that are not there, what has to know them
     out = jax.eval_shape(next(iter(branches.values())), *tree.unflatten(leaves))
     flattened = {branch: flat(branch) for branch in set(branches.values())}
     results = _select_p.bind(
@@ -159,7 +163,27 @@ def per_platform(
         # A jaxpr, in which JAX sees that this has to know the devices when it is lowered.
         spread=None if spread is None else jax.make_jaxpr(flat(spread))(*leaves),
     )
-    return jax.tree.unflatten(jax.tree.structure(out), [_vary(x, axes) for x in results])
+    return jax.tree.unflatten(jax.tree.structure(out), [vary(x, axes) for x in results])
+
+
+def _may_have_devices(leaves: list[jax.Array]) -> bool:
+    """Whether the mesh of the arrays is not the description of one whose devices are elsewhere.
+
+    A mesh of the devices of this process, and a description of one, look alike in types.
+    """
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in leaves)]
+    kinds = {mesh.abstract_device.device_kind for mesh in meshes if mesh.abstract_device}
+    undescribed = any(not mesh.empty and mesh.abstract_device is None for mesh in meshes)
+    return not undescribed and kinds <= _kinds_of_devices()
+
+
+@functools.cache
+def _kinds_of_devices() -> frozenset[str]:
+    kinds: set[str] = set()
+    for platform in PLATFORMS:
+        with contextlib.suppress(RuntimeError):  # there is none
+            kinds.update(device.device_kind for device in jax.devices(platform))
+    return frozenset(kinds)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -169,7 +193,7 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(aval.vma if manual is None else manual.varying)
 
 
-def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """x, taken to vary over the axes: results of the primitive are taken for replicated."""
     missing = tuple(axes - varying_axes(x))
     if not missing:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-__all__ = ["Gpu", "TritonFamily", "families", "here", "named", "targets", "too_old"]
+__all__ = ["Gpu", "TritonFamily", "families", "here", "named", "targets", "text", "too_old"]
 
 Version = tuple[int, ...]
 
@@ -43,12 +43,17 @@ def families() -> str:
     """The versions of jax-triton and Triton that go together, in words."""
 
     def span(first: Version, end: Version) -> str:
-        return f">={'.'.join(map(str, first))},<{'.'.join(map(str, end))}"
+        return f">={text(first)},<{text(end)}"
 
     return " or ".join(
         f"jax-triton{span(*family.jax_triton)} with triton{span(*family.triton)}"
         for family in FAMILIES
     )
+
+
+def text(version: Version) -> str:
+    """The version as packages write it."""
+    return ".".join(map(str, version))
 
 
 class Gpu(NamedTuple):

@@ -80,6 +80,8 @@ def zeros(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> j
     """Zeros that are laid out so, inside of traces and outside."""
     if sharding is None or isinstance(sharding.mesh, Mesh):
         return jnp.zeros(shape, dtype, device=sharding)
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
     # jnp.zeros would forget it where no mesh is set.
     return jax.sharding.reshard(jnp.zeros(shape, dtype), sharding)
 

@@ -17,6 +17,7 @@ OPS = (
     "min_sep_norm",
     "participation_max",
     "banded_error",
+    "privacy_loss_sums",
 )
 
 

@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, is_concrete, is_tracing
+from jax_privacy_kernels._checks import (
+    check_instance,
+    check_int,
+    is_concrete,
+    is_tracing,
+    promote_types,
+)
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
+from jax_privacy_kernels.matrix_factorization._scaling import as_dtype
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._matrix import (
     BufferedToeplitz,
     check_float64_dtype,
@@ -28,6 +35,7 @@ from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._sums import (
     Array,
     Count,
     as_count,
+    is_ratio,
     result,
     rounding,
     series,
@@ -52,8 +60,14 @@ _OfBlt: TypeAlias = Callable[Concatenate[BufferedToeplitz, P], jax.Array]
 _Scalar: TypeAlias = Callable[[BufferedToeplitz], jax.Array]
 
 
-def _scalar(x: jax.typing.ArrayLike, blt: BufferedToeplitz) -> jax.Array:
-    return result(x, jnp.promote_types(blt.dtype, jnp.float32))
+def _scalar(
+    x: jax.typing.ArrayLike, blt: BufferedToeplitz, name: str = "", *, upward: bool = False
+) -> jax.Array:
+    """x in the dtype of a result of the BLT; given a name, a ValueError if it does not hold it."""
+    dtype = promote_types(blt.dtype, jnp.float32)
+    if name and is_concrete(x):
+        return as_dtype(name, x, dtype, upward=upward)
+    return result(x, dtype)
 
 
 def _infinite_if(
@@ -89,10 +103,11 @@ def sensitivity_squared(blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.A
     """Returns the squared sensitivity of C for one participation: that of its first column.
 
     ``1 + sum_{j,k} omega_j omega_k g_{n-1}(theta_j theta_k)``, g a geometric sum: Lemma 5.3 of
-    https://arxiv.org/abs/2404.16706. O(m^2 log n). For scales of both signs the terms cancel: a
-    bound on what rounding may take from the sum is then added to it, so that it is not too low.
-    Where that would be more than 1e-9 of it, known coefficients are summed instead, up to n = 10^7:
-    O(n m).
+    https://arxiv.org/abs/2404.16706. O(m^2 log n). A bound on what rounding may take from the sum
+    is added to it, so that it is not too low. For scales of both signs the terms cancel: where that
+    bound would be more than 1e-9 of the sum, known coefficients are summed instead, up to
+    n = 10^7: O(n m). In a trace the bound is added where terms cancel; where none do, the result
+    may be too low by n units in its last place.
 
     Args:
       blt: C.
@@ -113,20 +128,28 @@ def sensitivity_squared(blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.A
     gap = (1 - theta)[:, None] + theta[:, None] * (1 - theta)
     pairs = theta[:, None] * theta
     scales = omega[:, None] * omega
-    terms = series(scales, pairs, gap, count - 1, on)
-    total = 1 + xp.sum(terms)
-    # Sums of negative ratios are below 1, but not so their errors.
-    size = xp.maximum(xp.abs(terms), xp.abs(scales) * xp.minimum(count - 1, 1))
-    with np.errstate(invalid="ignore"):
-        error = xp.where(xp.any(terms < 0), xp.sum(size * rounding(pairs, count, on)), 0)
+    with np.errstate(all="ignore"):
+        terms = series(scales, pairs, gap, count - 1, on)
+        total = 1 + xp.sum(terms)
+        # Sums of negative ratios are below 1, but not so their errors.
+        few = xp.minimum(count - 1, 1) if isinstance(count, jax.Array) else min(count - 1, 1)
+        size = xp.maximum(xp.abs(terms), xp.abs(scales) * few)
+        relative = rounding(pairs, count, on)
+        if on.is_known:
+            closed = (32 + pairs.size) * np.finfo(np.float64).eps
+            error = np.sum(size * np.where(is_ratio(pairs), closed, relative))
+        else:
+            error = xp.where(xp.any(terms < 0), xp.sum(size * relative), 0)
     if isinstance(count, int) and on.is_known and count <= MAX_COEFS and not error <= 1e-9 * total:
         total = np.fmin(total + error, squares_of_coefs(theta, omega, count))
     else:
         total = total + on.constant(error)
     if isinstance(count, jax.Array) or count == math.inf:
         diverges = xp.any(xp.abs(theta) >= 1) & (count == math.inf)
+        if on.is_known and diverges:
+            return _scalar(np.inf, blt)
         total = xp.where(diverges, xp.inf, total)
-    return _scalar(total, blt)
+    return _scalar(total, blt, "the squared sensitivity", upward=True)
 
 
 def iteration_error(inv_blt: BufferedToeplitz, i: jax.typing.ArrayLike) -> jax.Array:
@@ -162,7 +185,9 @@ def max_error(inv_blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.Array:
 def _error(inv_blt: BufferedToeplitz, n: Count) -> jax.Array:
     check_float64_dtype(inv_blt)
     theta, omega, on = values_of(inv_blt, n)
-    return _scalar(sum_of_squares(theta, omega, n, on), inv_blt)
+    with np.errstate(all="ignore"):
+        total = sum_of_squares(theta, omega, n, on)
+    return _scalar(total, inv_blt, "the squared error")
 
 
 def _loss(
@@ -181,8 +206,9 @@ def _loss(
         wide = BufferedToeplitz(*values_of(blt)[:2])
         inv_blt = wide.inverse(skip_checks=skip_checks)
         finite = np.all(np.isfinite([inv_blt.buf_decay, inv_blt.output_scale]))
-        loss = np.asarray(error(inv_blt) * squared(wide)) if finite else np.inf
-    return _scalar(loss, blt)
+        if finite:
+            return _scalar(np.float64(error(inv_blt)) * np.float64(squared(wide)), blt, "the loss")
+    return _scalar(np.inf, blt)
 
 
 def limit_max_error(inv_blt: BufferedToeplitz) -> jax.Array:
@@ -201,8 +227,12 @@ def limit_max_error(inv_blt: BufferedToeplitz) -> jax.Array:
     theta, omega, on = values_of(inv_blt)
     xp = on.xp
     diverges = xp.abs(theta) >= 1
-    last = 1 + xp.sum(omega / (1 - xp.where(diverges, 0, theta)))
-    return _scalar(xp.where(xp.any(diverges), xp.inf, last**2), inv_blt)
+    if on.is_known and diverges.any():
+        return _scalar(np.inf, inv_blt)
+    with np.errstate(all="ignore"):
+        last = 1 + xp.sum(omega / (1 - xp.where(diverges, 0, theta)))
+        total = xp.where(xp.any(diverges), xp.inf, last**2)
+    return _scalar(total, inv_blt, "the squared error")
 
 
 @require_output_scale_gt_zero
@@ -347,6 +377,7 @@ class LossFn(Mirrored):
           ValueError: If C is of float64 when JAX is not in 64-bit mode.
         """
         check_float64_dtype(blt)
+        check_instance("inv_blt", inv_blt, BufferedToeplitz)
         positive: dict[str, Array] = {
             "buf_decay>0": blt.buf_decay,
             "buf_decay<1": 1 - blt.buf_decay,

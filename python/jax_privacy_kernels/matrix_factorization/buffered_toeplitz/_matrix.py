@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_int, is_concrete
+from jax_privacy_kernels._checks import (
+    check_instance,
+    check_int,
+    check_memory,
+    check_real,
+    check_scalar,
+    is_concrete,
+    owned,
+    promote_types,
+)
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._sums import (
@@ -42,7 +51,8 @@ MIN_GAP = 1e-9
 
 def check_float64_dtype(blt: BufferedToeplitz) -> None:
     """Raises a ValueError if the BLT is of float64 and JAX is not in its 64-bit mode."""
-    if blt.dtype == np.float64 and not jax.config.jax_enable_x64:
+    check_instance("the BLT", blt, BufferedToeplitz)
+    if blt.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "dtype=jnp.float64 needs 64-bit mode: "
             "expected JAX's 64-bit mode for a BLT of dtype float64, which optimize() returns: call "
@@ -68,6 +78,7 @@ class StreamingMatrixBuilder(Mirrored):
     output_scale: Array
 
     def __post_init__(self) -> None:
+        _own(self)
         BufferedToeplitz(self.buf_decay, self.output_scale).validate()
 
     @property
@@ -119,7 +130,7 @@ class StreamingMatrixBuilder(Mirrored):
         )
 
     def _init(self, abstract_value: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        dtype = jnp.promote_types(abstract_value.dtype, self.dtype)
+        dtype = promote_types(abstract_value.dtype, self.dtype)
         # zeros_like keeps the sharding of the value, zeros would not.
         zero = jnp.zeros_like(abstract_value, dtype=dtype)
         return jnp.broadcast_to(zero, (len(self.buf_decay), *zero.shape))
@@ -156,6 +167,9 @@ class BufferedToeplitz(Mirrored):
 
     buf_decay: Array
     output_scale: Array
+
+    def __post_init__(self) -> None:
+        _own(self)
 
     # Not those of a class that this one is paired with.
     __eq__ = object.__eq__
@@ -214,22 +228,20 @@ class BufferedToeplitz(Mirrored):
             JAX is not in 64-bit mode.
           TypeError: If they are not real numbers, or ``dtype`` is not floating.
         """
-        dtype = np.dtype(dtype)
+        dtype = np.dtype(dtype)  # a TypeError if it is none
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"expected a floating dtype, found {dtype}")
-        if dtype == np.float64 and not jax.config.jax_enable_x64:
+        if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
             raise ValueError(
                 "dtype=jnp.float64 needs 64-bit mode: "
                 "expected JAX's 64-bit mode for dtype float64, the default: call this inside of "
                 "`with jax.enable_x64(True):`, or pass dtype=jnp.float32"
             )
-        for name, x in (("buf_decay", buf_decay), ("output_scale", output_scale)):
-            if not is_concrete(x):
-                continue
-            found = np.asarray(x).dtype
-            if not (np.issubdtype(found, np.integer) or jnp.issubdtype(found, jnp.floating)):
-                raise TypeError(f"expected {name} to hold real numbers, found dtype {found}")
-        return cls(jnp.asarray(buf_decay, dtype), jnp.asarray(output_scale, dtype)).canonicalize()
+        decay, scale = (
+            check_real(f"{name} to hold real numbers", owned(name, x))
+            for name, x in (("buf_decay", buf_decay), ("output_scale", output_scale))
+        )
+        return cls(decay.astype(dtype), scale.astype(dtype)).canonicalize()
 
     @classmethod
     def from_rational_approx_to_sqrt_x(
@@ -270,8 +282,9 @@ class BufferedToeplitz(Mirrored):
             ("max_pillutla_score", max_pillutla_score),
             ("buf_decay_scale", buf_decay_scale),
         ):
-            if bound is not None and not 0 < bound < np.inf:
-                raise ValueError(f"expected {name} to be positive and finite, found {bound}")
+            if bound is not None:
+                check_scalar(name, bound, lambda x: 0 < x < np.inf, "positive and finite")
+        check_scalar("buf_decay_shift", buf_decay_shift)
         half = (m + 1) // 2
         spacing = buf_decay_scale * np.pi / np.sqrt(2 * (half + 1))
         x = spacing * (np.arange(m) + 1 - half + buf_decay_shift)
@@ -325,6 +338,7 @@ class BufferedToeplitz(Mirrored):
           TypeError: If n is not an integer.
         """
         n = check_int("n", n)
+        check_memory("n", n, 32 * n)
         theta, omega, on = values_of(self)
         return result(coefs(theta, omega, n, on), self.dtype)
 
@@ -452,6 +466,14 @@ class BufferedToeplitz(Mirrored):
         )
 
 
+def _own(blt: BufferedToeplitz | StreamingMatrixBuilder) -> None:
+    """Copies parameters in NumPy's memory, where the caller may write later."""
+    for name in ("buf_decay", "output_scale"):
+        x = getattr(blt, name)
+        if isinstance(x, np.ndarray):
+            object.__setattr__(blt, name, x.copy())
+
+
 def _dtype(x: Array) -> np.dtype:
     return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
 
@@ -464,6 +486,7 @@ def _blt(theta: Array, omega: Array, dtype: np.dtype) -> BufferedToeplitz:
 
 def values_of(blt: BufferedToeplitz, *others: object) -> tuple[Array, Array, Arithmetic]:
     """Decays and scales of a valid BLT, and how to compute with them and others."""
+    check_instance("the BLT", blt, BufferedToeplitz)
     blt.validate()
     if is_concrete((blt, others)):
         return (
@@ -471,7 +494,7 @@ def values_of(blt: BufferedToeplitz, *others: object) -> tuple[Array, Array, Ari
             np.asarray(blt.output_scale, np.float64),
             KNOWN,
         )
-    dtype = jnp.promote_types(blt.dtype, jnp.result_type(float))
+    dtype = promote_types(blt.dtype, jnp.result_type(float))
     return jnp.asarray(blt.buf_decay, dtype), jnp.asarray(blt.output_scale, dtype), TRACED
 
 
@@ -501,7 +524,8 @@ def scales_of(theta: Array, theta_hat: Array, on: Arithmetic) -> Array:
 def min_gap(theta: Array, on: Arithmetic) -> Array:
     """The least distance of two decays, infinity if there are fewer than two."""
     xp = on.xp
-    gaps = xp.where(np.eye(len(theta), dtype=bool), xp.inf, xp.abs(theta[:, None] - theta))
+    gaps = xp.abs(theta[:, None] - theta[None, :])
+    gaps = xp.where(np.eye(len(theta), dtype=bool), xp.inf, gaps)
     return xp.min(gaps, initial=xp.inf)
 
 
@@ -511,7 +535,7 @@ def min_buf_decay_gap(buf_decay: jax.typing.ArrayLike) -> jax.Array:
     Raises:
       ValueError: If ``buf_decay`` is not 1-D.
     """
-    theta = jnp.asarray(buf_decay)
+    theta = check_real("buf_decay to hold real numbers", owned("buf_decay", buf_decay))
     if theta.ndim != 1:
         raise ValueError(f"expected buf_decay to be 1-D, found shape {theta.shape}")
     return jnp.asarray(min_gap(theta, TRACED))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi
+from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi, _linear
 from jax_privacy_kernels.ops.banded_error import _cpp, _jax
 
 __all__ = ["IMPLEMENTATIONS", "Momentum", "Run", "banded_error"]
@@ -62,7 +63,8 @@ def banded_error(
     rates: ``m_t = momentum m_{t-1} + u_t``, ``y_t = y_{t-1} + rates[t] m_t``; prefix sums for
     momentum 0 and rates 1. The last b - 1 elements of ``P^-1 z``, m and y are a Markov process,
     whose covariance follows from step to step: O(n b^2) time, exact, in float64 for all dtypes.
-    Differentiable once, with O(sqrt(n) b^2) memory in C++. Maps over leading axes.
+    Differentiable any number of times: once in reverse with O(sqrt(n) b^2) memory in C++, forward
+    and more than once in plain JAX. Maps over leading axes.
 
     Args:
       rows: ``[n, b]``, real; ``rows[t, l]`` with l > t does not matter, ``rows[t, 0] != 0``.
@@ -80,35 +82,100 @@ def banded_error(
     """
     arrays = [_coefficients.real(x) for x in (rows, scale, rates, momentum)]
     n, b = arrays[0].shape[-2:]
-    started = jnp.arange(n)[:, None] >= jnp.arange(b)
+    started = jnp.arange(n)[:, None] >= jnp.arange(b)[None, :]
     arrays[0] = jnp.where(started, arrays[0], 0)
     dtype = jnp.result_type(*arrays)
     name = _dispatch.requested("banded_error", IMPLEMENTATIONS, implementation)
     return _error(*(x.astype(dtype) for x in arrays), name)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _error_once(
     rows: jax.Array, scale: jax.Array, rates: jax.Array, momentum: jax.Array, name: str | None
 ) -> jax.Array:
     return _call(name, rows, scale, rates, momentum)
 
 
+# Jitted, so that a call outside jit compiles once.
+_error = jax.jit(_error_once, static_argnums=4)
+
+
 def _call(name: str | None, *arrays: jax.Array) -> Any:
     return _coefficients.call("banded_error", IMPLEMENTATIONS, name, *arrays)
 
 
-def _forward(
-    rows: jax.Array, scale: jax.Array, rates: jax.Array, momentum: jax.Array, name: str | None
-) -> tuple[jax.Array, Any]:
-    arrays = (rows, scale, rates, momentum)
-    return _call(name, *arrays), arrays
+@_error_once.defjvp
+def _error_jvp(name: str | None, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _error_once(*primals, name), _linear.apply(_Tangent(name), primals, tangents)[0]
 
 
-def _backward(name: str | None, arrays: Any, g: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(_call(name, *arrays, g))
+@dataclasses.dataclass(frozen=True)
+class _Tangent:
+    """From tangents of the arguments to that of the errors. See `_linear.Rule`."""
+
+    name: str | None
+
+    def run(self, residuals: _linear.Arrays, operands: _linear.Arrays) -> _linear.Arrays:
+        return [_jax.tangent(*residuals, *operands)]
+
+    def jvp(
+        self,
+        residuals: _linear.Arrays,
+        operands: _linear.Arrays,
+        results: _linear.Arrays,
+        d_residuals: _linear.Tangents,
+        d_operands: _linear.Tangents,
+    ) -> _linear.Arrays:
+        return _in_plain_jax(
+            lambda *args: [jax.jvp(_jax.errors, args[:4], args[4:])[1]],
+            [*residuals, *operands],
+            [*d_residuals, *d_operands],
+        )
+
+    def transpose(
+        self,
+        residuals: _linear.Arrays,
+        cotangents: _linear.Arrays,
+        like: Sequence[jax.ShapeDtypeStruct],
+    ) -> _linear.Arrays:
+        return _linear.apply(_Cotangent(self.name), residuals, cotangents)
 
 
-_with_rule = jax.custom_vjp(_error_once, nondiff_argnums=(4,))
-_with_rule.defvjp(_forward, _backward)
-# Jitted, so that a call outside jit compiles once.
-_error = jax.jit(_with_rule, static_argnums=4)
+@dataclasses.dataclass(frozen=True)
+class _Cotangent:
+    """The transpose of `_Tangent`, which kernels have."""
+
+    name: str | None
+
+    def run(self, residuals: _linear.Arrays, operands: _linear.Arrays) -> _linear.Arrays:
+        return list(_call(self.name, *residuals, *operands))
+
+    def jvp(
+        self,
+        residuals: _linear.Arrays,
+        operands: _linear.Arrays,
+        results: _linear.Arrays,
+        d_residuals: _linear.Tangents,
+        d_operands: _linear.Tangents,
+    ) -> _linear.Arrays:
+        return _in_plain_jax(
+            lambda *args: list(jax.vjp(_jax.errors, *args[:4])[1](args[4])),
+            [*residuals, *operands],
+            [*d_residuals, *d_operands],
+        )
+
+    def transpose(
+        self,
+        residuals: _linear.Arrays,
+        cotangents: _linear.Arrays,
+        like: Sequence[jax.ShapeDtypeStruct],
+    ) -> _linear.Arrays:
+        return _linear.apply(_Tangent(self.name), residuals, cotangents)
+
+
+def _in_plain_jax(
+    fun: Callable[..., list[jax.Array]], arrays: _linear.Arrays, tangents: _linear.Tangents
+) -> _linear.Arrays:
+    """The derivative of a derivative: rarely wanted, and in the dtype of the arguments."""
+    filled = [jnp.zeros_like(x) if t is None else t for x, t in zip(arrays, tangents, strict=True)]
+    return jax.jvp(fun, tuple(arrays), tuple(filled))[1]

@@ -9,19 +9,25 @@ import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["run"]
+__all__ = ["errors", "run", "tangent"]
 
 
 @_coefficients.in_float64
 def run(*arrays: jax.Array) -> Any:
     """Errors or derivatives."""
     if len(arrays) == 4:
-        return _errors(*arrays)
+        return errors(*arrays)
     *operands, g = arrays
-    return list(jax.vjp(_errors, *operands)[1](g))
+    return list(jax.vjp(errors, *operands)[1](g))
 
 
-def _errors(rows: jax.Array, scale: jax.Array, rates: jax.Array, momentum: jax.Array) -> jax.Array:
+@_coefficients.in_float64
+def tangent(*arrays: jax.Array) -> jax.Array:
+    """The derivative of the errors at the first four arrays, along the others."""
+    return jax.jvp(errors, arrays[:4], arrays[4:])[1]
+
+
+def errors(rows: jax.Array, scale: jax.Array, rates: jax.Array, momentum: jax.Array) -> jax.Array:
     """One scan over the steps, with the covariance of (x_{t-1} .. x_{t-b+1}, m, y) as carry."""
     *batch, _, b = rows.shape
     w = b - 1
@@ -43,4 +49,4 @@ def _errors(rows: jax.Array, scale: jax.Array, rates: jax.Array, momentum: jax.A
     K = jnp.zeros((*batch, b + 1, b + 1))
     by_step = (jnp.moveaxis(rows, -2, 0), jnp.moveaxis(scale, -1, 0), jnp.moveaxis(rates, -1, 0))
     _, errors = jax.lax.scan(step, K, by_step)
-    return jnp.moveaxis(errors, 0, -1)
+    return jnp.moveaxis(errors, 0, -1).astype(rows.dtype)

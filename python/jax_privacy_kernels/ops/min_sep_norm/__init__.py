@@ -70,9 +70,10 @@ def min_sep_norm(
     non-increasing sequence above ``|coef|``, for which these columns are the worst
     (https://arxiv.org/abs/2405.13763, Theorem 2): entry t of their sum is
     ``p[t] + p[t - min_sep] + ...``, k terms. O(n), in float64 whatever the dtype, and nothing is
-    subtracted. Differentiable once, where an element of p goes with the first coefficient behind it
-    that equals it: for coefficients that are non-increasing already, p is differentiated as they
-    are. Maps over leading axes.
+    subtracted. Differentiable any number of times, forward and in reverse, where an element of p
+    goes with the first coefficient behind it that equals it: for coefficients that are
+    non-increasing already, p is differentiated as they are. At a coefficient of 0 the derivative is
+    that to the right. Maps over leading axes.
 
     Args:
       coef: ``[m]``, real, m >= 1; those from the n-th on do not matter.
@@ -92,11 +93,15 @@ def min_sep_norm(
     return _norm(_coefficients.real(coef), n, min_sep, max_participations, name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _norm_once(
     coef: jax.Array, n: int, min_sep: int, max_participations: int, name: str | None
 ) -> jax.Array:
     return _call(coef, n, min_sep, max_participations, name, False)[0]
+
+
+# Jitted, so that a call outside jit compiles once.
+_norm = jax.jit(_norm_once, static_argnums=(1, 2, 3, 4))
 
 
 def _call(
@@ -119,18 +124,28 @@ def _call(
     )
 
 
-def _forward(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _with_gradient(
     coef: jax.Array, n: int, min_sep: int, max_participations: int, name: str | None
 ) -> tuple[jax.Array, jax.Array]:
     value, gradient = _call(coef, n, min_sep, max_participations, name, True)
     return value, jnp.pad(gradient, (0, coef.size - gradient.size))
 
 
-def _backward(*arguments: Any) -> tuple[jax.Array]:
-    *_, gradient, g = arguments
-    return (g * gradient,)
+@_norm_once.defjvp
+def _norm_jvp(
+    n: int, min_sep: int, max_participations: int, name: str | None, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    value, gradient = _with_gradient(*primals, n, min_sep, max_participations, name)
+    return value, jnp.sum(gradient * tangents[0])
 
 
-_norm_once.defvjp(_forward, _backward)
-# Jitted, so that a call outside jit compiles once.
-_norm = jax.jit(_norm_once, static_argnums=(1, 2, 3, 4))
+@_with_gradient.defjvp
+def _gradient_jvp(
+    n: int, min_sep: int, max_participations: int, name: str | None, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+    (coef,), (d_coef,) = primals, tangents
+    value, gradient = _with_gradient(coef, n, min_sep, max_participations, name)
+    bent = _jax.curvature(coef[:n], d_coef[:n], n, min_sep, max_participations)
+    bent = jnp.pad(bent, (0, coef.size - bent.size)).astype(coef.dtype)
+    return (value, gradient), (jnp.sum(gradient * d_coef), bent)

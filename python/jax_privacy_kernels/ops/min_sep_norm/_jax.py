@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients
 
-__all__ = ["norm", "run"]
+__all__ = ["curvature", "norm", "run"]
 
 
 def norm(
@@ -37,7 +37,8 @@ def norm(
     t = jnp.broadcast_to(jnp.arange(m), coef.shape)
     to = jax.lax.cummin(jnp.where(sizes == p, t, m), axis=t.ndim - 1, reverse=True)
     rows = jnp.indices(coef.shape)[:-1]
-    gradient = jnp.zeros_like(coef).at[(*rows, to)].add(p_bar) * jnp.sign(coef)
+    # At 0 the derivative to the right.
+    gradient = jnp.zeros_like(coef).at[(*rows, to)].add(p_bar) * jnp.where(coef < 0, -1, 1)
     return [value, jnp.where(jnp.isnan(value)[..., None], jnp.nan, gradient)]
 
 
@@ -56,6 +57,21 @@ def _window_sums(x: jax.Array, min_sep: int, k: int) -> jax.Array:
     tail = jax.lax.cumsum(blocks, axis=axis, reverse=True)
     tail = jnp.pad(tail[..., :-1, 1:, :], [(0, 0)] * len(batch) + [(1, 0), (0, 1), (0, 0)])
     return (head + tail).reshape(*batch, -1)[..., :n]
+
+
+def curvature(
+    coef: jax.Array, d_coef: jax.Array, n: int, min_sep: int, max_participations: int
+) -> jax.Array:
+    """The derivative of the gradient along ``d_coef``, ``[m]``: the norm is piecewise quadratic."""
+    m = coef.size
+    sizes, t = jnp.abs(coef), jnp.arange(m)
+    signs = jnp.where(coef < 0, -jnp.ones_like(coef), jnp.ones_like(coef))
+    p = jax.lax.cummax(sizes, reverse=True)
+    to = jax.lax.cummin(jnp.where(sizes == p, t, m - 1), reverse=True)
+    d_p = jnp.pad((signs * d_coef)[to], (0, n - m))
+    v = _window_sums(d_p, min_sep, max_participations)
+    p_bar = 2 * _window_sums(v[::-1], min_sep, max_participations)[::-1][:m]
+    return jnp.zeros_like(p_bar).at[to].add(p_bar) * signs
 
 
 @_coefficients.in_float64

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi
 from jax_privacy_kernels.ops.participation_max import _cpp, _jax
@@ -51,7 +52,8 @@ def participation_max(
     The dynamic program VecSens, Algorithm 3 of https://arxiv.org/abs/2306.08153:
     ``F(i, j) = max(x[i] + F(i + min_sep, j - 1), F(i + 1, j))``, in float64 whatever the dtype.
     O(n k), and O(n) where k is as large as the rounds allow. Its derivative is that of the maxima,
-    one half to either side of a tie, as JAX takes it; differentiable once. Rows run in parallel.
+    one half to either side of a tie, as JAX takes it, forward and in reverse; the second is 0. Rows
+    run in parallel.
 
     Args:
       x: ``[..., n]``, real, n >= 1. Its signs matter: I may be empty.
@@ -70,9 +72,13 @@ def participation_max(
     return _max(_coefficients.real(x), min_sep, max_participations, name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _max_once(x: jax.Array, min_sep: int, max_participations: int, name: str | None) -> jax.Array:
     return _call(x, min_sep, max_participations, name, False)[0]
+
+
+# Jitted, so that a call outside jit compiles once.
+_max = jax.jit(_max_once, static_argnums=(1, 2, 3))
 
 
 def _call(
@@ -89,18 +95,26 @@ def _call(
     )
 
 
-def _forward(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _with_gradient(
     x: jax.Array, min_sep: int, max_participations: int, name: str | None
 ) -> tuple[jax.Array, jax.Array]:
     value, gradient = _call(x, min_sep, max_participations, name, True)
     return value, gradient
 
 
-def _backward(*arguments: Any) -> tuple[jax.Array]:
-    *_, gradient, g = arguments
-    return (g[..., None] * gradient,)
+@_max_once.defjvp
+def _max_jvp(
+    min_sep: int, max_participations: int, name: str | None, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    value, gradient = _with_gradient(*primals, min_sep, max_participations, name)
+    return value, jnp.sum(gradient * tangents[0], axis=-1)
 
 
-_max_once.defvjp(_forward, _backward)
-# Jitted, so that a call outside jit compiles once.
-_max = jax.jit(_max_once, static_argnums=(1, 2, 3))
+@_with_gradient.defjvp
+def _gradient_jvp(
+    min_sep: int, max_participations: int, name: str | None, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+    value, gradient = _with_gradient(*primals, min_sep, max_participations, name)
+    # The maximum is piecewise linear.
+    return (value, gradient), (jnp.sum(gradient * tangents[0], axis=-1), jnp.zeros_like(gradient))

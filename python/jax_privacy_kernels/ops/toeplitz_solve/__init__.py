@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import jax
 
-from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi, _jax_pallas, _jax_triton
-from jax_privacy_kernels.ops.toeplitz_multiply import coefficients_bar
+from jax_privacy_kernels.ops import (
+    _coefficients,
+    _dispatch,
+    _ffi,
+    _jax_pallas,
+    _jax_triton,
+    _linear,
+)
+from jax_privacy_kernels.ops.toeplitz_multiply import product
 from jax_privacy_kernels.ops.toeplitz_solve import _cpp, _jax, _pallas, _triton
 
 __all__ = ["IMPLEMENTATIONS", "Run", "toeplitz_solve"]
@@ -58,7 +67,7 @@ def toeplitz_solve(
     """Solves ``T x = rhs`` for the lower-triangular Toeplitz T with ``T[i, j] = coef[i - j]``.
 
     By forward substitution, O(n m), in float64 whatever the dtypes. Differentiable any number of
-    times in reverse, and maps over leading axes.
+    times, forward and in reverse, and maps over leading axes.
 
     Args:
       coef: ``[m]``, real, m >= 1; those from the n-th on do not matter. If ``coef[0]`` is 0 the
@@ -80,35 +89,56 @@ def toeplitz_solve(
     return _solve(coef, rhs, transpose, name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _solve_once(coef: jax.Array, rhs: jax.Array, transpose: bool, name: str | None) -> jax.Array:
-    n = rhs.shape[0]
-    x = _coefficients.call(
-        "toeplitz_solve",
-        IMPLEMENTATIONS,
-        name,
-        coef[:n],
-        rhs.reshape(n, math.prod(rhs.shape[1:])),
-        transpose=transpose,
-    )
-    return x.reshape(rhs.shape)
+def _solution(coef: jax.Array, rhs: jax.Array, transpose: bool, name: str | None) -> jax.Array:
+    return _linear.apply(_Solution(transpose, name), [coef], [rhs])[0]
 
 
-def _forward(coef: jax.Array, rhs: jax.Array, *static: Any) -> tuple[jax.Array, Any]:
-    x = _solve(coef, rhs, *static)
-    return x, (coef, rhs[:0], x)  # rhs for its dtype
-
-
-def _backward(
-    transpose: bool, name: str | None, residuals: Any, g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    coef, rhs, x = residuals
-    rhs_bar = _solve(coef, g, not transpose, name)
-    left, right = (rhs_bar, x) if transpose else (x, rhs_bar)
-    bar = coefficients_bar(left, right, coef.shape[0], name)
-    return -bar.astype(coef.dtype), rhs_bar.astype(rhs.dtype)
-
-
-_solve_once.defvjp(_forward, _backward)
 # Jitted, so that a call outside jit compiles once.
-_solve = jax.jit(_solve_once, static_argnums=(2, 3))
+_solve = jax.jit(_solution, static_argnums=(2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solution:
+    """The solution as a linear map of ``rhs``. See `_linear.Rule`."""
+
+    transposed: bool
+    name: str | None
+
+    def run(self, residuals: _linear.Arrays, operands: _linear.Arrays) -> _linear.Arrays:
+        (coef,), (rhs,) = residuals, operands
+        n = rhs.shape[0]
+        x = _coefficients.call(
+            "toeplitz_solve",
+            IMPLEMENTATIONS,
+            self.name,
+            coef[:n],
+            rhs.reshape(n, math.prod(rhs.shape[1:])),
+            transpose=self.transposed,
+        )
+        return [x.reshape(rhs.shape)]
+
+    def jvp(
+        self,
+        residuals: _linear.Arrays,
+        operands: _linear.Arrays,
+        results: _linear.Arrays,
+        d_residuals: _linear.Tangents,
+        d_operands: _linear.Tangents,
+    ) -> _linear.Arrays:
+        (coef,), (x,), (d_coef,), (d_rhs,) = residuals, results, d_residuals, d_operands
+        # T dx = d_rhs - dT x.
+        terms = [] if d_rhs is None else [d_rhs.astype(x.dtype)]
+        if d_coef is not None:
+            moved = product(d_coef, x, self.transposed, len(x), self.name, "coef")
+            terms.append(-moved.astype(x.dtype))
+        rhs = functools.reduce(operator.add, terms)
+        return [_solution(coef, rhs, self.transposed, self.name)]
+
+    def transpose(
+        self,
+        residuals: _linear.Arrays,
+        cotangents: _linear.Arrays,
+        like: Sequence[jax.ShapeDtypeStruct],
+    ) -> _linear.Arrays:
+        (coef,), (g,), (wanted,) = residuals, cotangents, like
+        return [_solution(coef, g, not self.transposed, self.name).astype(wanted.dtype)]

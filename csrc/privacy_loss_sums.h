@@ -1,0 +1,597 @@
+// Monte Carlo sums of the hockey-stick divergence of amplified matrix mechanisms.
+//
+// An example's participations x are random; without it the output of the mechanism is y ~ Q =
+// N(0, sigma^2 I), with it y ~ P, the mixture of N(C x, sigma^2 I) over x. With the privacy loss
+// L = log P(y)/Q(y), delta(epsilon) is the larger of E_P (1 - e^(epsilon - L))_+ and
+// E_Q (1 - e^(epsilon + L))_+. Samples of both are summed here, for many sigmas and epsilons.
+//
+// Sample s is a function of the key and of s. Samples come in blocks of kLanes, blocks are shared
+// out over strands, whose number and limits depend on the number of samples alone, and the strands
+// are added up in order: the sums are the same for any number of threads.
+//
+// To every loss a margin is added that exceeds the error of its computation, so that sums do not
+// understate delta.
+#ifndef JPK_PRIVACY_LOSS_SUMS_H_
+#define JPK_PRIVACY_LOSS_SUMS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "elementary.h"
+#include "normal.h"
+#include "parallel_for.h"
+#include "simd.h"
+#include "threefry.h"
+
+namespace jpk {
+namespace privacy_loss {
+
+inline constexpr int kLanes = 32;              // samples that are made together
+inline constexpr int kRows = kBlock / kLanes;  // rows of lanes that normal_block makes at once
+inline constexpr int64_t kStrands = 128;
+inline constexpr double kNever = -1e200;  // the logarithm of a probability of zero
+
+using Row = double[kLanes];
+
+// What is asked for.
+struct Targets {
+  const double* sigmas;
+  const double* margins;  // what is added to the losses of each sigma, to round them up
+  int64_t sigma_count;
+  const double* epsilons;
+  int64_t epsilon_count;
+  double least_epsilon;
+};
+
+// What one target has collected in every lane: the value is X = (1 - e^(epsilon - loss))_+.
+struct Cell {
+  Row sum, count, maximum;
+};
+
+enum Sign { kPositive, kNegative };  // example taken part or not: y ~ P or y ~ Q
+
+// Cells [sign, sigma, epsilon] of one strand.
+struct Tally {
+  explicit Tally(const Targets& targets)
+      : targets(targets),
+        cells(static_cast<size_t>(2 * targets.sigma_count * targets.epsilon_count)) {}
+
+  // Adds the losses of one block.
+  JPK_INLINE void add(Sign sign, int64_t sigma, const double* loss) {
+    int reached = 0;
+    for (int l = 0; l < kLanes; ++l) reached |= !(loss[l] <= targets.least_epsilon);
+    if (!reached) return;
+    Cell* row = cells.data() + (sign * targets.sigma_count + sigma) * targets.epsilon_count;
+    for (int64_t e = 0; e < targets.epsilon_count; ++e) {
+      Cell& cell = row[e];
+      const double epsilon = targets.epsilons[e];
+      for (int l = 0; l < kLanes; ++l) {
+        const double excess = 1.0 - exp_lane(epsilon - loss[l]);
+        const double x = excess <= 0.0 ? 0.0 : excess;  // NaN stays NaN
+        cell.sum[l] += x;
+        cell.count[l] += x != 0.0 ? 1.0 : 0.0;
+        cell.maximum[l] = x > cell.maximum[l] ? x : cell.maximum[l];
+      }
+    }
+  }
+
+  Targets targets;
+  std::vector<Cell> cells;
+};
+
+// A uniform number of [0, 1), a multiple of 2^-52.
+JPK_INLINE double unit(Key key, uint64_t counter) {
+  uint32_t x0 = static_cast<uint32_t>(counter >> 32), x1 = static_cast<uint32_t>(counter);
+  threefry2x32(key, x0, x1);
+  const uint64_t bits = static_cast<uint64_t>(x0) << 32 | x1;
+  return bit_cast<double>((bits >> 12) | 0x3FF0000000000000u) - 1.0;
+}
+
+// rows[i][l] = normal number first + i of sample sample + l, of which each has `stride`; kRows
+// rows.
+JPK_INLINE void normal_rows(Key key, uint64_t sample, uint64_t stride, uint64_t first, Row* rows) {
+  uint32_t hi[kBlock], lo[kBlock];
+  for (int i = 0; i < kRows; ++i) {
+    for (int l = 0; l < kLanes; ++l) {
+      const uint64_t counter = (sample + static_cast<uint64_t>(l)) * stride + first + i;
+      hi[i * kLanes + l] = static_cast<uint32_t>(counter >> 32);
+      lo[i * kLanes + l] = static_cast<uint32_t>(counter);
+    }
+  }
+  normal_block<double>(key, hi, lo, true, rows[0]);
+}
+
+// No normal number that normal.h makes is larger.
+inline constexpr double kLargestNormal = 8.3;
+
+// -- Balls in bins ------------------------------------------------------------------------------
+//
+// x is one of `modes` patterns, each as likely. The loss depends on y only through its inner
+// products with the modes C x_i: for y = C x_j + sigma z these are G_ij + sigma g_i, with G the
+// modes' Gram matrix and g ~ N(0, G), and
+//
+//   L = log mean_i exp(t_i),   t_i = (<C x_i, y> - G_ii / 2) / sigma^2.
+//
+// One g serves both signs and all sigmas.
+struct Bins {
+  int64_t modes;
+  const double* gram;                // [modes, modes]
+  const double* factor;              // [modes, modes]; its product with its transpose is gram
+  std::vector<int64_t> start, stop;  // what of every row of factor is not zero
+  std::vector<double> half;          // G_ii / 2
+  double mean_half;                  // the mean of half
+
+  Bins(int64_t modes, const double* gram, const double* factor)
+      : modes(modes), gram(gram), factor(factor), mean_half(0) {
+    for (int64_t i = 0; i < modes; ++i) {
+      int64_t from = 0, to = modes;
+      const double* row = factor + i * modes;
+      while (from < to && row[from] == 0) ++from;
+      while (to > from && row[to - 1] == 0) --to;
+      start.push_back(from);
+      stop.push_back(to);
+      half.push_back(gram[i * modes + i] / 2);
+      mean_half += half.back() / static_cast<double>(modes);
+    }
+  }
+};
+
+// The factor's row times the normals.
+JPK_INLINE void combine(const double* factor, int64_t from, int64_t to, const Row* normals,
+                        double* __restrict out) {
+  Row sum = {};
+  for (int64_t k = from; k < to; ++k) {
+    for (int l = 0; l < kLanes; ++l) sum[l] += factor[k] * normals[k][l];
+  }
+  for (int l = 0; l < kLanes; ++l) out[l] = sum[l];
+}
+
+class BinsBlocks {
+ public:
+  BinsBlocks(const Bins& bins, Key key)
+      : bins_(bins),
+        normal_key_(split(key, 0)),
+        choice_key_(split(key, 1)),
+        normals_(static_cast<size_t>((bins.modes + kRows - 1) / kRows * kRows * kLanes)),
+        products_(static_cast<size_t>(bins.modes * kLanes)),
+        offsets_(products_.size()),
+        centers_(products_.size()) {
+    for (int64_t i = 0; i < bins.modes; ++i) {
+      for (int l = 0; l < kLanes; ++l) centers_[i * kLanes + l] = -bins.half[i];
+    }
+  }
+
+  // Samples sample .. sample + kLanes - 1, of which the first `count` are counted.
+  JPK_TARGET_CLONES void run(uint64_t sample, int count, Tally& tally) {
+    const int64_t modes = bins_.modes;
+    auto rows = [](std::vector<double>& v) { return reinterpret_cast<Row*>(v.data()); };
+    Row *normals = rows(normals_), *products = rows(products_), *offsets = rows(offsets_);
+    const Row* centers = rows(centers_);
+    for (int64_t i = 0; i < modes; i += kRows) {
+      normal_rows(normal_key_, sample, static_cast<uint64_t>(modes), static_cast<uint64_t>(i),
+                  normals + i);
+    }
+    Row mean = {};
+    for (int64_t i = 0; i < modes; ++i) {
+      combine(bins_.factor + i * modes, bins_.start[i], bins_.stop[i], normals, products[i]);
+      for (int l = 0; l < kLanes; ++l) mean[l] += products[i][l];
+    }
+    for (int l = 0; l < kLanes; ++l) mean[l] /= static_cast<double>(modes);
+    for (int l = 0; l < kLanes; ++l) {
+      const double u = unit(choice_key_, sample + static_cast<uint64_t>(l));
+      const int64_t j = std::min(static_cast<int64_t>(u * static_cast<double>(modes)), modes - 1);
+      const double* row = bins_.gram + j * modes;
+      for (int64_t i = 0; i < modes; ++i) offsets[i][l] = row[i] - bins_.half[i];
+    }
+
+    const double least = tally.targets.least_epsilon;
+    for (int64_t s = 0; s < tally.targets.sigma_count; ++s) {
+      const double sigma = tally.targets.sigmas[s], a = 1 / sigma, v = a * a;
+      const double up = tally.targets.margins[s];
+      // By Jensen's inequality, L >= mean_i t_i: most samples of Q need no more than that.
+      int open = 0;
+      for (int l = 0; l < kLanes; ++l) open |= v * bins_.mean_half - a * mean[l] + up > least;
+      if (open) evaluate(kNegative, s, count, products, centers, a, v, up, tally);
+      evaluate(kPositive, s, count, products, offsets, a, v, up, tally);
+    }
+  }
+
+ private:
+  JPK_INLINE void evaluate(Sign sign, int64_t s, int count, const Row* __restrict products,
+                           const Row* __restrict offsets, double a, double v, double up,
+                           Tally& tally) const {
+    const int64_t modes = bins_.modes;
+    Row top, sum = {}, loss;
+    for (int l = 0; l < kLanes; ++l) top[l] = a * products[0][l] + v * offsets[0][l];
+    for (int64_t i = 1; i < modes; ++i) {
+      for (int l = 0; l < kLanes; ++l) {
+        const double t = a * products[i][l] + v * offsets[i][l];
+        top[l] = t > top[l] ? t : top[l];
+      }
+    }
+    if (sign == kPositive) {  // L <= max_i t_i
+      int open = 0;
+      for (int l = 0; l < kLanes; ++l) open |= !(top[l] + up <= tally.targets.least_epsilon);
+      if (!open) return;
+    }
+    for (int64_t i = 0; i < modes; ++i) {
+      for (int l = 0; l < kLanes; ++l) {
+        sum[l] += exp_lane(a * products[i][l] + v * offsets[i][l] - top[l]);
+      }
+    }
+    const double log_modes = std::log(static_cast<double>(modes));
+    for (int l = 0; l < kLanes; ++l) {
+      const double value = top[l] + log_lane(sum[l]) - log_modes;
+      loss[l] = l < count ? (sign == kPositive ? value : -value) + up : kNever;
+    }
+    tally.add(sign, s, loss);
+  }
+
+  const Bins& bins_;
+  Key normal_key_, choice_key_;
+  // [modes, kLanes]: z; g; and what is added to sigma g in t, G_ij - G_ii / 2 and -G_ii / 2.
+  std::vector<double> normals_, products_, offsets_, centers_;
+};
+
+// -- Step by step -------------------------------------------------------------------------------
+//
+// x is a random sequence, no two participations closer than C has bands, so that the columns of C
+// that make up C x do not overlap, and y has a likelihood ratio
+// of its own for each: a participation at step i multiplies it by exp(r_i),
+//
+//   r_i = (<c_i, y> - |c_i|^2 / 2) / sigma^2,   c_i = column i of C,
+//
+// and <c_i, y> is the correlation of c with y. For y = C x + sigma z it is <c_i, C x> + sigma
+// <c_i, z>, where the two inner products serve all sigmas.
+//
+// b-min-sep: F_i is the likelihood ratio of y over the x up to step i that leave step i open to a
+// participation, times their probability, so that
+//
+//   F_{i+1} = (1 - p) F_i + p exp(r_{i+1-b}) F_{i+1-b}.
+//
+// A start that is warm puts F_i into the first b steps by itself. In the end, x that are still
+// waiting count as well. (The recurrence of https://arxiv.org/abs/2602.09338, turned around so that
+// it runs forward with the samples.)
+//
+// Cyclic Poisson: every residue of the steps by the cycle is as likely, and in its steps
+// participations are independent: L = log mean_j exp sum_i log(1 - p + p exp(r_i)).
+struct Steps {
+  enum Scheme { kMinSep, kMinSepWarm, kCyclic };
+
+  Scheme scheme;
+  int64_t n, period;  // the separation or the cycle's length
+  double p;
+  int64_t taps;  // at most period, at most n
+  const double* c;
+
+  // No |r_i| is larger: |<c_i, C x>| is at most that of two columns that meet c_i.
+  double reach(double sigma) const {
+    double sum = 0, squares = 0;
+    for (int64_t k = 0; k < taps; ++k) sum += std::fabs(c[k]), squares += c[k] * c[k];
+    return kLargestNormal * sum / sigma + 2.5 * squares / (sigma * sigma);
+  }
+
+  // Steps between two scalings, if F may be kept as it is, which costs half as much, and not as its
+  // logarithm: between scalings all that was not zero stays between e^-600 and e^600. Or 0.
+  int64_t interval(double sigma) const {
+    if (scheme == kCyclic || !(p > 0) || !(p < 1)) return 0;
+    const int64_t steps = period < 4 ? 16 * period : (period + kTile - 1) / kTile * kTile;
+    const double takes = static_cast<double>((steps + period - 1) / period + 2);
+    const double waits = static_cast<double>(steps + 2 * period) * -std::log1p(-p);
+    const double spread =
+        takes * reach(sigma) + waits - std::log(p) + std::log1p(static_cast<double>(period) * p);
+    return spread <= 600 ? steps : 0;
+  }
+
+  static constexpr int64_t kTile = 64;  // steps that are made together
+};
+
+class StepsBlocks {
+ public:
+  StepsBlocks(const Steps& steps, Key key, const Targets& targets)
+      : steps_(steps),
+        normal_key_(split(key, 0)),
+        choice_key_(split(key, 1)),
+        draw_key_(split(key, 2)),
+        ahead_((steps.taps - 1 + kRows - 1) / kRows * kRows),
+        normals_(static_cast<size_t>((ahead_ + kTile) * kLanes)),
+        states_(static_cast<size_t>(2 * targets.sigma_count * (steps.period + 2) * kLanes)),
+        products_(static_cast<size_t>(steps.taps)) {
+    const int64_t taps = steps.taps;
+    for (int64_t d = 0; d < taps; ++d) products_[d] = product(d, taps - d);
+    for (int64_t k = 1; k <= taps; ++k) half_.push_back(product(0, k) / 2);
+    for (int64_t s = 0; s < targets.sigma_count; ++s) {
+      interval_.push_back(steps.interval(targets.sigmas[s]));
+    }
+  }
+
+  JPK_TARGET_CLONES void run(uint64_t sample, int count, Tally& tally) {
+    const Targets& targets = tally.targets;
+    auto rows = [](std::vector<double>& v) { return reinterpret_cast<Row*>(v.data()); };
+    Row *normals = rows(normals_), *states = rows(states_);
+    const int64_t n = steps_.n, each = steps_.period + 2;
+    const double log_p = steps_.p > 0 ? std::log(steps_.p) : kNever;
+    const double log_rest = steps_.p < 1 ? std::log1p(-steps_.p) : kNever;
+
+    begin(states, targets.sigma_count, log_p);
+    participate(sample);
+    for (int64_t i = 0; i < ahead_; i += kRows) extend(sample, i, normals + i);
+    Row noise[kTile], signal[kTile];
+    for (int64_t first = 0; first < n; first += kTile) {
+      const int64_t tile = std::min<int64_t>(kTile, n - first);
+      for (int64_t i = 0; i < kTile; i += kRows) {
+        extend(sample, first + ahead_ + i, normals + ahead_ + i);
+      }
+      for (int64_t i = 0; i < tile; ++i) correlate(normals + i, noise[i]);
+      overlap(first, tile, signal);
+      std::memmove(normals, normals + kTile, static_cast<size_t>(ahead_) * sizeof(Row));
+      for (int64_t s = 0; s < targets.sigma_count; ++s) {
+        const double a = 1 / targets.sigmas[s], v = a * a;
+        for (int sign = 0; sign < 2; ++sign) {
+          const double by_signal = sign == kPositive ? v : 0;
+          Row* state = states + (2 * s + sign) * each;
+          if (interval_[s]) {
+            advance(first, tile, noise, signal, a, v, by_signal, interval_[s], state);
+          } else {
+            advance_logs(first, tile, noise, signal, a, v, by_signal, log_p, log_rest, state);
+          }
+        }
+      }
+    }
+    for (int64_t s = 0; s < targets.sigma_count; ++s) {
+      const double up = targets.margins[s];
+      for (int sign = 0; sign < 2; ++sign) {
+        Row value, loss;
+        finish(states + (2 * s + sign) * each, interval_[s] != 0, value);
+        for (int l = 0; l < kLanes; ++l) {
+          loss[l] = l < count ? (sign == kPositive ? value[l] : -value[l]) + up : kNever;
+        }
+        tally.add(static_cast<Sign>(sign), s, loss);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kTile = Steps::kTile;
+
+  // The state of one sigma and sign: row 0 is F_i, or its logarithm; row 1 + i % period, what F_i
+  // will get once it is reached; the last row, the power of two that was taken out of all of them.
+  // For a cycle, row 1 + j is the sum of residue j.
+  JPK_INLINE void begin(Row* states, int64_t sigma_count, double log_p) const {
+    const int64_t period = steps_.period;
+    const double likely = std::log1p(static_cast<double>(period - 1) * steps_.p);
+    const bool cyclic = steps_.scheme == Steps::kCyclic, warm = steps_.scheme == Steps::kMinSepWarm;
+    const double at_once = warm ? -likely : 0, later = warm ? log_p - likely : kNever;
+    for (int64_t i = 0; i < 2 * sigma_count; ++i) {
+      const bool logs = interval_[i / 2] == 0;
+      auto start = [&](double x) { return cyclic ? 0.0 : logs ? x : std::exp(x); };
+      for (int64_t row = 0; row < period + 2; ++row) {
+        const double value = row == period + 1 ? 0 : start(row == 0 ? at_once : later);
+        for (int l = 0; l < kLanes; ++l) (*states)[l] = value;
+        ++states;
+      }
+    }
+  }
+
+  // The steps of participations, row by row: the first of every lane, the second, ..., n if there
+  // is none. Waiting times are geometric, in steps, or in turns of the cycle.
+  JPK_INLINE void participate(uint64_t sample) {
+    const int64_t n = steps_.n;
+    const bool cyclic = steps_.scheme == Steps::kCyclic, warm = steps_.scheme == Steps::kMinSepWarm;
+    const double period = static_cast<double>(steps_.period), end = static_cast<double>(n);
+    const double unspent = 1 / (1 + (period - 1) * steps_.p);  // the probability to be open
+    const double turn = cyclic ? period : 1, scale = 1 / std::log1p(-steps_.p);
+    Row at;
+    for (int l = 0; l < kLanes; ++l) {
+      const double u = unit(choice_key_, sample + static_cast<uint64_t>(l));
+      const double bin = std::floor(u * period);
+      const double wait = u < unspent ? 0 : 1 + std::floor((u - unspent) / (steps_.p * unspent));
+      at[l] = std::min(cyclic ? bin : warm ? wait : 0.0, period - 1);
+      passed_[l] = 0;
+    }
+    events_.clear();
+    for (uint64_t number = 0, some = 1; some != 0; ++number) {
+      for (int l = 0; l < kLanes; ++l) {
+        const uint64_t counter = (sample + static_cast<uint64_t>(l)) * static_cast<uint64_t>(n + 1);
+        const double u = unit(draw_key_, counter + number);
+        const double waits = std::floor(log_lane(1.0 - u) * scale);
+        const double next = at[l] + waits * turn;
+        at[l] = next < end ? next : end;  // without a probability to wait for, too
+      }
+      some = 0;
+      for (int l = 0; l < kLanes; ++l) some |= at[l] < end;
+      events_.insert(events_.end(), at, at + kLanes);
+      for (int l = 0; l < kLanes; ++l) at[l] += period;
+    }
+  }
+
+  // z of the steps from `first` on, kRows of them.
+  JPK_INLINE void extend(uint64_t sample, int64_t first, Row* normals) const {
+    if (first < steps_.n) {
+      const uint64_t stride = static_cast<uint64_t>(steps_.n);
+      normal_rows(normal_key_, sample, stride, static_cast<uint64_t>(first), normals);
+    }
+    for (int64_t i = std::max<int64_t>(steps_.n - first, 0); i < kRows; ++i) {
+      for (int l = 0; l < kLanes; ++l) normals[i][l] = 0;  // there is no such step
+    }
+  }
+
+  // <c_i, z>.
+  JPK_INLINE void correlate(const Row* normals, double* __restrict noise) const {
+    Row sum = {};
+    for (int64_t k = 0; k < steps_.taps; ++k) {
+      for (int l = 0; l < kLanes; ++l) sum[l] += steps_.c[k] * normals[k][l];
+    }
+    for (int l = 0; l < kLanes; ++l) noise[l] = sum[l];
+  }
+
+  // sum_{k < count} c_k c_{k + d}: two columns of C, d apart, with so many steps in common.
+  double product(int64_t d, int64_t count) const {
+    double sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += steps_.c[k] * steps_.c[k + d];
+    return sum;
+  }
+
+  // <c_i, C x> of a tile: the columns at participations that meet c_i.
+  JPK_INLINE void overlap(int64_t first, int64_t tile, Row* signal) {
+    const int64_t n = steps_.n, taps = steps_.taps;
+    std::memset(signal, 0, static_cast<size_t>(tile) * sizeof(Row));
+    for (int l = 0; l < kLanes; ++l) {
+      const double* event = events_.data() + passed_[l] * kLanes + l;
+      for (; *event < static_cast<double>(n); event += kLanes) {
+        const int64_t at = static_cast<int64_t>(*event);
+        if (at - taps + 1 >= first + tile) break;
+        if (at + taps <= first) ++passed_[l];
+        const int64_t from = std::max(first, at - taps + 1);
+        const int64_t to = std::min(first + tile, at + taps);
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t d = i < at ? at - i : i - at, left = n - std::max(i, at);
+          signal[i - first][l] += left >= taps - d ? products_[d] : product(d, left);
+        }
+      }
+    }
+  }
+
+  JPK_INLINE void advance(int64_t first, int64_t tile, const Row* noise, const Row* signal,
+                          double a, double v, double by_signal, int64_t interval,
+                          Row* state) const {
+    const int64_t n = steps_.n, taps = steps_.taps, period = steps_.period;
+    const double p = steps_.p, rest = 1 - p;
+    Row* const slots = state + 1;
+    int64_t slot = first % period, until = interval - first % interval;
+    Row open;
+    for (int l = 0; l < kLanes; ++l) open[l] = state[0][l];
+    for (int64_t i = 0; i < tile; ++i) {
+      const double shift = v * half_[std::min(taps, n - first - i) - 1];
+      double* now = slots[slot];
+      slot = slot + 1 == period ? 0 : slot + 1;
+      for (int l = 0; l < kLanes; ++l) {
+        const double r = a * noise[i][l] + by_signal * signal[i][l] - shift;
+        now[l] = p * open[l] * exp_lane(r);
+      }
+      for (int l = 0; l < kLanes; ++l) open[l] = rest * open[l] + slots[slot][l];
+      if (--until == 0) {
+        rescale(open, slots, state[period + 1]);
+        until = interval;
+      }
+    }
+    for (int l = 0; l < kLanes; ++l) state[0][l] = open[l];
+  }
+
+  // Takes the power of two out of `open`.
+  JPK_INLINE void rescale(double* open, Row* slots, double* exponents) const {
+    Row factor;
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t exponent = static_cast<int32_t>(bit_cast<uint64_t>(open[l]) >> 52) - 1023;
+      factor[l] = bit_cast<double>(static_cast<uint64_t>(1023 - exponent) << 52);
+      exponents[l] += static_cast<double>(static_cast<int32_t>(exponent));
+      open[l] *= factor[l];
+    }
+    for (int64_t i = 0; i < steps_.period; ++i) {
+      for (int l = 0; l < kLanes; ++l) slots[i][l] *= factor[l];
+    }
+  }
+
+  JPK_INLINE void advance_logs(int64_t first, int64_t tile, const Row* noise, const Row* signal,
+                               double a, double v, double by_signal, double log_p, double log_rest,
+                               Row* state) const {
+    const int64_t n = steps_.n, taps = steps_.taps, period = steps_.period;
+    Row* const slots = state + 1;
+    int64_t slot = first % period;
+    for (int64_t i = 0; i < tile; ++i) {
+      const double shift = v * half_[std::min(taps, n - first - i) - 1];
+      double *open = state[0], *now = slots[slot];
+      slot = slot + 1 == period ? 0 : slot + 1;
+      Row take;
+      for (int l = 0; l < kLanes; ++l) {
+        take[l] = log_p + (a * noise[i][l] + by_signal * signal[i][l] - shift);
+      }
+      if (steps_.scheme == Steps::kCyclic) {
+        for (int l = 0; l < kLanes; ++l) now[l] += log_add_exp_lane(log_rest, take[l]);
+      } else {
+        for (int l = 0; l < kLanes; ++l) now[l] = take[l] + open[l];
+        for (int l = 0; l < kLanes; ++l) {
+          open[l] = log_add_exp_lane(log_rest + open[l], slots[slot][l]);
+        }
+      }
+    }
+  }
+
+  // L, from the state after n steps: F_n has got what was due at n, and the other slots count too.
+  JPK_INLINE void finish(const Row* state, bool scaled, double* value) const {
+    const int64_t period = steps_.period;
+    const bool cyclic = steps_.scheme == Steps::kCyclic;
+    const int64_t done = cyclic ? 0 : steps_.n % period;
+    const Row& first = state[cyclic ? 1 : 0];
+    for (int l = 0; l < kLanes; ++l) value[l] = first[l];
+    for (int64_t i = 1; i < period; ++i) {
+      const Row& slot = state[1 + (done + i) % period];
+      if (scaled) {
+        for (int l = 0; l < kLanes; ++l) value[l] += slot[l];
+      } else {
+        for (int l = 0; l < kLanes; ++l) value[l] = log_add_exp_lane(value[l], slot[l]);
+      }
+    }
+    const double mean = cyclic ? std::log(static_cast<double>(period)) : 0;
+    const Row& exponents = state[period + 1];
+    for (int l = 0; l < kLanes; ++l) {
+      const double base = scaled ? 0.693147180559945309 * exponents[l] : -mean;
+      value[l] = (scaled ? log_lane(value[l]) : value[l]) + base;
+    }
+  }
+
+  const Steps& steps_;
+  Key normal_key_, choice_key_, draw_key_;
+  int64_t ahead_;
+  std::vector<double> normals_;    // z of the tile and of `ahead_` steps more
+  std::vector<double> states_;     // [sigma, sign, period + 2, kLanes]
+  std::vector<double> products_;   // of whole columns, by their distance
+  std::vector<double> half_;       // half the squared norms of columns that are cut off
+  std::vector<int64_t> interval_;  // of every sigma
+  std::vector<double> events_;     // [participations, kLanes]
+  int64_t passed_[kLanes];         // participations that no later step meets
+};
+
+// -- Both ---------------------------------------------------------------------------------------
+
+// Writes sums, counts and maxima [sign, sigma, epsilon] of samples first .. first + count - 1.
+// make() gives the blocks of one strand.
+template <typename Pool, typename Make>
+void sum_up(Pool& pool, int64_t workers, uint64_t first, int64_t count, const Targets& targets,
+            const Make& make, double* sums, double* counts, double* maxima) {
+  const int64_t blocks = (count + kLanes - 1) / kLanes, strands = std::min(blocks, kStrands);
+  std::vector<std::vector<Cell>> parts(static_cast<size_t>(strands));
+  parallel_for(pool, strands, workers, [&](int64_t strand, int64_t) {
+    Tally tally(targets);
+    auto work = make();
+    // 128-bit products: blocks may be many.
+    const auto limit = [&](int64_t i) {
+      return static_cast<int64_t>(static_cast<__int128>(blocks) * i / strands);
+    };
+    for (int64_t block = limit(strand); block < limit(strand + 1); ++block) {
+      const int64_t at = block * kLanes;
+      work.run(first + static_cast<uint64_t>(at),
+               static_cast<int>(std::min<int64_t>(kLanes, count - at)), tally);
+    }
+    parts[strand] = std::move(tally.cells);
+  });
+  const int64_t cells = 2 * targets.sigma_count * targets.epsilon_count;
+  for (int64_t i = 0; i < cells; ++i) {
+    sums[i] = counts[i] = maxima[i] = 0;
+    for (const auto& part : parts) {
+      for (int l = 0; l < kLanes; ++l) {
+        sums[i] += part[i].sum[l];
+        counts[i] += part[i].count[l];
+        maxima[i] = std::max(maxima[i], part[i].maximum[l]);
+      }
+    }
+  }
+}
+
+}  // namespace privacy_loss
+}  // namespace jpk
+
+#endif  // JPK_PRIVACY_LOSS_SUMS_H_

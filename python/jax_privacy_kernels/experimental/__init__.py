@@ -1,0 +1,5 @@
+"""What jax_privacy has as experimental."""
+
+from jax_privacy_kernels.experimental import monte_carlo
+
+__all__ = ["monte_carlo"]

@@ -1,0 +1,582 @@
+"""Privacy accounting of matrix mechanisms that are amplified by sampling, by Monte Carlo.
+
+Sampling amplifies correlated noise too, and the tightest known accounting of that is simulation:
+balls in bins (https://arxiv.org/abs/2410.06266), b-min-sep (https://arxiv.org/abs/2602.09338),
+cyclic Poisson. Strategies are lower-triangular Toeplitz and non-negative, given by their first
+column ``c_col``; adjacent datasets differ by one example being zeroed out.
+
+    calibrate   the noise multiplier for a guarantee, verified: the result is (epsilon, delta)-DP
+    delta       an upper confidence bound on delta, at a noise multiplier and epsilon
+    epsilon     an upper confidence bound on epsilon, at a noise multiplier and delta
+
+Samples are never kept, so that memory does not depend on their number. Results do not depend on the
+number of threads, and are reproduced by their seed. ``docs/amplified_accounting.md`` has the
+arguments: why the guarantee of `calibrate` holds although it is found by chance, and why all noise
+multipliers may share their samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from jax_privacy_kernels import _sampling
+from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
+from jax_privacy_kernels.ops.privacy_loss_sums import (
+    BallsInBins,
+    BMinSep,
+    CyclicPoisson,
+    PrivacyLossSums,
+    Problem,
+    Scheme,
+    privacy_loss_sums,
+    problem,
+)
+
+__all__ = [
+    "BMinSep",
+    "BallsInBins",
+    "Calibration",
+    "CyclicPoisson",
+    "DeltaBound",
+    "EpsilonBound",
+    "Scheme",
+    "calibrate",
+    "delta",
+    "epsilon",
+]
+
+_WORK = 2**29  # about what a chunk of samples takes; Ctrl-C waits for no more than one chunk
+_LARGEST_EPSILON = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A noise multiplier, and what was verified about it.
+
+    Attributes:
+      noise_multiplier: run the mechanism with this; noise has this standard deviation times the
+        clip norm, whatever the norm of c_col.
+      epsilon, delta: what verification and the run together guarantee.
+      base_delta: every noise multiplier from the first on to the one chosen has an estimate of at
+        most this, for both signs.
+      num_samples: of either sign.
+      sampling: how examples take part.
+      sweep: the noise multipliers that were to be tried, from the most private on.
+      estimates: for every one of them, delta estimated with and without the example. Those after
+        the first that failed, and of it, are of the samples that it took to fail.
+      unamplified: the noise multiplier that needs no amplification, for epsilon and base_delta. It
+        is what is left if all of the sweep fails.
+      seed: reproduces the result.
+    """
+
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    base_delta: float
+    num_samples: int
+    sampling: Scheme
+    sweep: tuple[float, ...]
+    estimates: tuple[tuple[float, float], ...]
+    unamplified: float
+    seed: int
+
+    @property
+    def is_amplified(self) -> bool:
+        """Whether anything of the sweep passed, as opposed to what needs no amplification."""
+        return self.noise_multiplier != self.unamplified
+
+    def __str__(self) -> str:
+        lines = [
+            f"noise multiplier {self.noise_multiplier:.6g} for ({self.epsilon:g}, {self.delta:g})"
+            "-DP, zero-out adjacency",
+            f"  sampling           {type(self.sampling).__name__}"
+            + "".join(
+                f"\n    {field.name:<17}{getattr(self.sampling, field.name)}"
+                for field in dataclasses.fields(self.sampling)
+            ),
+            f"  unamplified        {self.unamplified:.6g}",
+            f"  verified           at base delta {self.base_delta:g}, with {self.num_samples:,} "
+            "samples",
+            "  why it holds       every noise multiplier before the first that fails is",
+            "                     taken only if those before it pass: one event can go",
+            f"                     wrong, and its probability is part of delta = {self.delta:g}",
+            f"  seed               {self.seed}",
+            "  noise multiplier  delta, with  and without the example",
+        ]
+        for sigma, (positive, negative) in zip(self.sweep, self.estimates, strict=True):
+            passed = max(positive, negative) <= self.base_delta
+            chosen = " <-" if sigma == self.noise_multiplier else ""
+            verdict = "pass" if passed else "fail"
+            lines.append(
+                f"  {sigma:>16.6g}  {positive:>11.3e}  {negative:>11.3e}  {verdict}{chosen}"
+            )
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaBound:
+    """A bound on delta at a given epsilon.
+
+    Attributes:
+      delta: at least the true delta, with a probability of at least ``confidence``.
+      estimates: means over the samples, with and without the example.
+      epsilon, noise_multiplier, num_samples, confidence, seed: what it was computed for.
+    """
+
+    delta: float
+    estimates: tuple[float, float]
+    epsilon: float
+    noise_multiplier: float
+    num_samples: int
+    confidence: float
+    seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"delta <= {self.delta:.4g} at epsilon {self.epsilon:g} and noise multiplier "
+            f"{self.noise_multiplier:g},\n"
+            f"  with confidence {self.confidence:g} over {self.num_samples:,} samples "
+            f"(seed {self.seed});\n"
+            f"  estimates: {self.estimates[0]:.4g} with the example, {self.estimates[1]:.4g} "
+            "without"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EpsilonBound:
+    """A bound on epsilon at a given delta.
+
+    Attributes:
+      epsilon: at least the true epsilon, with a probability of at least ``confidence``.
+      estimate: where the mean over the samples is delta: above or below the truth.
+      delta, noise_multiplier, num_samples, confidence, seed: what it was computed for.
+    """
+
+    epsilon: float
+    estimate: float
+    delta: float
+    noise_multiplier: float
+    num_samples: int
+    confidence: float
+    seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"epsilon <= {self.epsilon:.4g} at delta {self.delta:g} and noise multiplier "
+            f"{self.noise_multiplier:g},\n"
+            f"  with confidence {self.confidence:g} over {self.num_samples:,} samples "
+            f"(seed {self.seed}); estimate: {self.estimate:.4g}"
+        )
+
+
+def calibrate(
+    sampling: Any,
+    c_col: Any,
+    *,
+    epsilon: float,
+    delta: float,
+    base_delta: float | None = None,
+    seed: int | None = None,
+    progress: bool | None = None,
+    implementation: str | None = None,
+) -> Calibration:
+    """The least noise multiplier found for an ``(epsilon, delta)``-DP mechanism, verified.
+
+    Algorithm 5 of https://arxiv.org/abs/2602.09338: from the most private noise multiplier of a
+    sweep on, estimate delta for both signs, and take the last one before the first whose estimate
+    exceeds ``base_delta``. Both this search and the run of what it finds are then one mechanism
+    that is ``(epsilon, delta)``-DP, the chance that the search goes wrong included. The argument
+    asks for three things:
+
+    * The losses of a noise multiplier are independent. Those of different noise multipliers may
+      depend on each other, and so may the two signs: the search errs only if the first noise
+      multiplier of the sweep whose true delta is too large passes, which is one event.
+    * Less noise is less private, so that all before that one are private enough.
+    * The sweep is fixed before the samples that verify it are drawn. It is chosen by samples of
+      its own, around the noise multiplier whose estimate they find to be ``base_delta``.
+
+    It ends above at the noise multiplier that needs no amplification, in closed form. The least is
+    found to 0.5 %, and lies above the true one by what ``base_delta`` is below ``delta``.
+
+    Cost: `delta_calculation.minimum_samples_to_calibrate` samples, 1.07e7 for delta = 1e-5 and
+    twice that for half of it; more, the closer base_delta is to delta.
+
+    Args:
+      sampling: a `BallsInBins`, `BMinSep` or `CyclicPoisson`, or jax_privacy's strategy of that
+        kind. Truncated batches are not supported.
+      c_col: ``[b]``, non-negative, c_col[0] > 0; at most as many as there are steps, and as
+        ``min_sep`` or (cyclic Poisson) the cycle.
+      epsilon: of the guarantee, at least 0.
+      delta: of the guarantee, in (0, 1).
+      base_delta: what estimates may be at most, in (0, delta); by default delta / 2.
+      seed: from 0 to 2^64 - 1, or None for one of the system's.
+      progress: whether to show progress on standard error; None does where that is a terminal.
+      implementation: "jax", "cpp", or None for the fastest.
+
+    Returns:
+      The noise multiplier, and what was verified. If nothing of the sweep passes, it is the one
+      that needs no amplification.
+
+    Raises:
+      ValueError: an argument is out of range, or the implementation cannot run here.
+    """
+    scheme, prepared = _checked(sampling, c_col)
+    epsilon = _check_epsilon(epsilon)
+    delta = _check_delta("delta", delta)
+    base_delta = delta / 2 if base_delta is None else _check_delta("base_delta", base_delta)
+    if base_delta >= delta:
+        raise ValueError(f"expected base_delta < delta={delta}, found base_delta={base_delta}")
+    count = delta_calculation.minimum_samples_to_calibrate(base_delta, delta)
+    seed, (pilot_key, key) = _keys(seed, 2)
+    unamplified = _gaussian_sigma(epsilon, base_delta) * prepared.sensitivity
+
+    run = _Run(scheme, c_col, (epsilon,), implementation)
+    least = min(count, 2**14)
+    with _bar(progress, least + 2 * (count // 8) + count) as bar:
+        center = unamplified
+        # Each finds the noise multiplier more closely: the first may miss it by a lot.
+        pilots = ((least, 1e3, 25), (count // 8, 3.0, 17), (count // 8, 1.1, 9))
+        for own_key, (samples, reach, size) in zip(_split(pilot_key, 3), pilots, strict=True):
+            if samples:
+                sigmas = np.minimum(center * np.geomspace(reach, 1 / reach, size), unamplified)
+                sigmas = np.unique(sigmas)[::-1]
+                center = _crossing(run, sigmas, base_delta, own_key, samples, bar)
+        steps = np.concatenate([[1.25, 1.12], 1.05 * 1.005 ** -np.arange(18.0)])
+        sweep = center * steps
+        sweep = sweep[sweep < unamplified]
+        failed, estimates = 0, np.zeros((2, 0))
+        if sweep.size:
+            failed, estimates = _scan(run, sweep, base_delta, key, count, bar)
+    return Calibration(
+        noise_multiplier=float(sweep[failed - 1]) if failed else unamplified,
+        epsilon=epsilon,
+        delta=delta,
+        base_delta=base_delta,
+        num_samples=count,
+        sampling=scheme,
+        sweep=tuple(map(float, sweep)),
+        estimates=tuple((float(p), float(q)) for p, q in estimates.T),
+        unamplified=unamplified,
+        seed=seed,
+    )
+
+
+def delta(
+    sampling: Any,
+    c_col: Any,
+    *,
+    noise_multiplier: float,
+    epsilon: float,
+    num_samples: int = 10_000_000,
+    confidence: float = 0.999,
+    seed: int | None = None,
+    progress: bool | None = None,
+    implementation: str | None = None,
+) -> DeltaBound:
+    """An upper confidence bound on delta at a given epsilon.
+
+    The mean m of ``num_samples`` numbers in [0, 1] falls short of their expectation u with
+    ``m <= u`` and ``KL(m, u) >= log(1 / (1 - confidence)) / num_samples`` with a probability of at
+    most ``1 - confidence`` (Chernoff and Hoeffding): the bound is the largest u that this leaves
+    possible. For counts it is close to that of Clopper and Pearson. The larger of the signs' bounds
+    bounds the larger of their deltas with the same confidence, since only that one's can err.
+
+    A bound holds with a probability, and a guarantee of differential privacy does not; for one that
+    includes that probability use `calibrate`.
+
+    Args:
+      sampling, c_col, seed, progress, implementation: as for `calibrate`.
+      noise_multiplier: sigma, from 1e-6 to 1e6.
+      epsilon: at least 0.
+      num_samples: of either sign, at least 1.
+      confidence: in (0, 1).
+
+    Raises:
+      ValueError: an argument is out of range, or the implementation cannot run here.
+    """
+    scheme, _ = _checked(sampling, c_col)
+    epsilon = _check_epsilon(epsilon)
+    sigma = _check_sigma(noise_multiplier)
+    num_samples = check_int("num_samples", num_samples)
+    failure = 1 - _check_delta("confidence", confidence)
+    seed, (key,) = _keys(seed, 1)
+    run = _Run(scheme, c_col, (epsilon,), implementation)
+    with _bar(progress, num_samples) as bar:
+        sums = run.total(np.array([sigma]), key, num_samples, bar)
+    estimates = sums.sums[:, 0, 0] / num_samples
+    return DeltaBound(
+        delta=_upper_bound(float(estimates.max()), num_samples, failure),
+        estimates=(float(estimates[0]), float(estimates[1])),
+        epsilon=epsilon,
+        noise_multiplier=sigma,
+        num_samples=num_samples,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def epsilon(
+    sampling: Any,
+    c_col: Any,
+    *,
+    noise_multiplier: float,
+    delta: float,
+    num_samples: int = 10_000_000,
+    confidence: float = 0.999,
+    seed: int | None = None,
+    progress: bool | None = None,
+    implementation: str | None = None,
+) -> EpsilonBound:
+    """An upper confidence bound on epsilon at a given delta.
+
+    The least of a grid of 64 epsilons at which the bound of `delta` is at most ``delta``; or, where
+    there is none, the epsilon without amplification. Both the true delta and its bound fall with
+    epsilon, for the same samples: the result is below the true epsilon only if the bound errs at
+    the last epsilon of the grid that is, which is one event, whatever the size of the grid. Samples
+    of their own choose the grid.
+
+    Args:
+      sampling, c_col, seed, progress, implementation: as for `calibrate`.
+      noise_multiplier: sigma, from 1e-6 to 1e6.
+      delta: in (0, 1).
+      num_samples: of either sign, at least as many as it takes for a bound below delta.
+      confidence: in (0, 1).
+
+    Raises:
+      ValueError: an argument is out of range, or the implementation cannot run here.
+    """
+    scheme, prepared = _checked(sampling, c_col)
+    delta = _check_delta("delta", delta)
+    sigma = _check_sigma(noise_multiplier)
+    num_samples = check_int("num_samples", num_samples)
+    failure = 1 - _check_delta("confidence", confidence)
+    if _upper_bound(0.0, num_samples, failure) > delta:
+        least = math.ceil(math.log(failure) / math.log1p(-delta))
+        raise ValueError(
+            f"expected num_samples >= {least} for delta={delta} and confidence={confidence}, found "
+            f"num_samples={num_samples}"
+        )
+    seed, (pilot_key, key) = _keys(seed, 2)
+    unamplified = _gaussian_epsilon(sigma / prepared.sensitivity, delta)
+    sigmas = np.array([sigma])
+    pilot = min(num_samples, max(num_samples // 10, math.ceil(30 / delta)))
+    with _bar(progress, pilot + num_samples) as bar:
+        wide = np.concatenate([[0.0], np.geomspace(1e-4, 1, 63)]) * unamplified
+        run = _Run(scheme, c_col, wide, implementation)
+        found = run.total(sigmas, pilot_key, pilot, bar).sums[:, 0].max(axis=0) / pilot
+        guess = _interpolated(wide, found, delta)
+        low, high = max(0.0, 0.8 * guess - 0.01), min(unamplified, 1.4 * guess + 0.1)
+        grid = np.linspace(low, high, 64)
+        run = _Run(scheme, c_col, grid, implementation)
+        means = run.total(sigmas, key, num_samples, bar).sums[:, 0].max(axis=0) / num_samples
+    result = unamplified
+    for value, mean in zip(grid[::-1], means[::-1], strict=True):
+        if _upper_bound(float(mean), num_samples, failure) > delta:
+            break
+        result = min(result, float(value))
+    return EpsilonBound(
+        epsilon=result,
+        estimate=_interpolated(grid, means, delta),
+        delta=delta,
+        noise_multiplier=sigma,
+        num_samples=num_samples,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+# -- Arguments --------------------------------------------------------------------------------
+
+
+def _checked(sampling: Any, c_col: Any) -> tuple[Scheme, Problem]:
+    scheme, truncated = _sampling.as_scheme(sampling)
+    if truncated is not None:
+        raise ValueError(
+            f"expected sampling without truncated batches, found truncated_batch_size={truncated}; "
+            "experimental.monte_carlo has samples of the truncated mechanism"
+        )
+    prepared = problem(scheme, c_col)
+    if not np.asarray(c_col)[0] > 0:
+        raise ValueError(f"expected c_col[0] > 0, found c_col[0] = {np.asarray(c_col)[0]}")
+    return scheme, prepared
+
+
+def _check_epsilon(epsilon: float) -> float:
+    if not 0 <= epsilon <= _LARGEST_EPSILON:
+        raise ValueError(f"expected 0 <= epsilon <= {_LARGEST_EPSILON:g}, found epsilon={epsilon}")
+    return float(epsilon)
+
+
+def _check_delta(name: str, value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError(f"expected 0 < {name} < 1, found {name}={value}")
+    return float(value)
+
+
+def _check_sigma(sigma: float) -> float:
+    if not 1e-6 <= sigma <= 1e6:
+        raise ValueError(f"expected 1e-6 <= noise_multiplier <= 1e6, found {sigma}")
+    return float(sigma)
+
+
+def _keys(seed: int | None, count: int) -> tuple[int, list[np.ndarray]]:
+    """A seed, the system's if there is none, and keys that it makes."""
+    seed = secrets.randbits(64) if seed is None else check_int("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"expected seed < 2^64, found seed={seed}")
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return seed, _split(words, count)
+
+
+def _split(words: np.ndarray, count: int) -> list[np.ndarray]:
+    key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    return list(np.asarray(jax.random.key_data(jax.random.split(key, count))))
+
+
+# -- Sums of samples --------------------------------------------------------------------------
+
+
+def _bar(progress: bool | None, samples: int) -> Any:
+    from tqdm import tqdm
+
+    disable = None if progress is None else not progress  # None: unless on a terminal
+    return tqdm(total=samples, unit=" samples", unit_scale=True, disable=disable, leave=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Samples of a mechanism, in chunks whose limits depend on nothing but their work."""
+
+    scheme: Scheme
+    c_col: Any
+    epsilons: Sequence[float] | np.ndarray
+    implementation: str | None
+
+    def chunks(self, sigma_count: int, samples: int) -> Iterator[tuple[int, int]]:
+        scheme = self.scheme
+        width = scheme.cycle_length if isinstance(scheme, BallsInBins) else scheme.iterations
+        work = width * (16 + sigma_count) + sigma_count * len(self.epsilons)
+        size = max(_WORK // work // 4096, 1) * 4096
+        for first in range(0, samples, size):
+            yield first, min(size, samples - first)
+
+    def sums(self, sigmas: np.ndarray, key: np.ndarray, first: int, count: int) -> PrivacyLossSums:
+        return privacy_loss_sums(
+            self.scheme,
+            self.c_col,
+            sigmas,
+            self.epsilons,
+            key=key,
+            num_samples=count,
+            first_sample=first,
+            implementation=self.implementation,
+        )
+
+    def total(self, sigmas: np.ndarray, key: np.ndarray, samples: int, bar: Any) -> PrivacyLossSums:
+        result = None
+        for first, count in self.chunks(len(sigmas), samples):
+            found = self.sums(sigmas, key, first, count)
+            result = found if result is None else result + found
+            bar.update(count)
+        assert result is not None
+        return result
+
+
+def _scan(
+    run: _Run, sigmas: np.ndarray, base_delta: float, key: np.ndarray, samples: int, bar: Any
+) -> tuple[int, np.ndarray]:
+    """How many noise multipliers pass before the first that fails, and estimates ``[2, s]``.
+
+    Sums only grow: a noise multiplier whose sum exceeds what all samples together may have has
+    failed, and neither it nor those after it need more samples.
+    """
+    sums, taken = np.zeros((2, len(sigmas))), np.zeros(len(sigmas))
+    alive = len(sigmas)
+    for first, count in run.chunks(len(sigmas), samples):
+        if alive:
+            sums[:, :alive] += run.sums(sigmas[:alive], key, first, count).sums[:, :, 0]
+            taken[:alive] += count
+            failed = np.flatnonzero(~(sums.max(axis=0) <= base_delta * samples))
+            alive = min(alive, failed[0]) if failed.size else alive
+        bar.update(count)
+    return alive, sums / taken
+
+
+def _crossing(
+    run: _Run, sigmas: np.ndarray, delta: float, key: np.ndarray, samples: int, bar: Any
+) -> float:
+    """About the noise multiplier where delta is reached; sigmas fall."""
+    # Beyond thirty times that, it is not in question.
+    _, estimates = _scan(run, sigmas, 30 * delta, key, samples, bar)
+    found = np.maximum.accumulate(estimates.max(axis=0))
+    return math.exp(_interpolated(-np.log(sigmas), found, delta, rising=True) * -1)
+
+
+def _interpolated(x: np.ndarray, y: np.ndarray, at: float, rising: bool = False) -> float:
+    """Where y, which falls (or rises) with x, is ``at``; log y is taken for linear in between."""
+    above = y >= at if rising else y <= at
+    i = int(np.argmax(above)) if above.any() else len(x) - 1
+    if i == 0 or not above.any():
+        return float(x[i])
+    low, high = np.log(np.maximum(y[i - 1 : i + 1], 1e-300))
+    if min(y[i - 1], y[i]) <= 0:  # nothing seen: as if it was halfway
+        return float((x[i - 1] + x[i]) / 2)
+    fraction = (math.log(at) - low) / (high - low)
+    return float(x[i - 1] + min(max(fraction, 0.0), 1.0) * (x[i] - x[i - 1]))
+
+
+# -- Bounds -----------------------------------------------------------------------------------
+
+
+def _upper_bound(mean: float, samples: int, failure: float) -> float:
+    """The largest expectation that is possible: KL(mean, u) = log(1 / failure) / samples."""
+    allowed = -math.log(failure) / samples
+    low, high = min(mean, 1.0), 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        # At mean = 1 the relative entropy to less is infinite.
+        far = middle < 1 and (mean >= 1 or float(delta_calculation._kl(mean, middle)) > allowed)
+        low, high = (low, middle) if far else (middle, high)
+    return high
+
+
+def _gaussian_delta(epsilon: float, sigma: float) -> float:
+    """Delta of the Gaussian mechanism of sensitivity 1, https://arxiv.org/abs/1805.06530."""
+    a, b = 1 / (2 * sigma), epsilon * sigma
+    return float(special.ndtr(a - b) - math.exp(min(epsilon + special.log_ndtr(-a - b), 0.0)))
+
+
+def _gaussian_sigma(epsilon: float, delta: float) -> float:
+    """The least sigma of a Gaussian mechanism of sensitivity 1, rounded up."""
+    low, high = 1e-3, 1.0
+    while _gaussian_delta(epsilon, high) > delta:
+        low, high = high, 2 * high
+    while _gaussian_delta(epsilon, low) <= delta:
+        low /= 2
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if _gaussian_delta(epsilon, middle) <= delta else (middle, high)
+    return high * (1 + 1e-6)
+
+
+def _gaussian_epsilon(sigma: float, delta: float) -> float:
+    """The least epsilon of a Gaussian mechanism of sensitivity 1, rounded up."""
+    low, high = 0.0, 1.0
+    while _gaussian_delta(high, sigma) > delta:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _gaussian_delta(middle, sigma) <= delta else (middle, high)
+    return high * (1 + 1e-6) + 1e-9

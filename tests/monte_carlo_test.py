@@ -1,0 +1,328 @@
+"""Calibrations and bounds: that they hold where the truth is known, and as often as they say.
+
+Seeds are fixed. Counts of repeated runs are compared with what a binomial law allows: its quantile
+at 1e-6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+from scipy import optimize, stats
+from support import privacy_losses
+
+from jax_privacy_kernels import monte_carlo, ops
+from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
+from jax_privacy_kernels.monte_carlo import BallsInBins, BMinSep, CyclicPoisson
+
+C = np.array([1.0, 0.5, 0.375, 0.3125])
+ONE_MODE = BallsInBins(6, 1)  # the Gaussian mechanism of this sensitivity
+SENSITIVITY = float(np.linalg.norm(np.convolve(C, np.ones(6))[:6]))
+ONE_STEP = BallsInBins(1, 4)  # subsampled with probability 1/4
+
+
+def allowed(runs, probability):
+    return stats.binom.isf(1e-6, runs, probability)
+
+
+def worst(epsilon, sigma):
+    return max(privacy_losses.subsampled_deltas(epsilon, sigma, 0.25))
+
+
+class TestCalibrate:
+    def test_gaussian(self):
+        found = monte_carlo.calibrate(ONE_MODE, C, epsilon=1.0, delta=1e-3, seed=0)
+        assert not found.is_amplified or found.noise_multiplier < found.unamplified
+        true = privacy_losses.gaussian_delta(1.0, found.noise_multiplier / SENSITIVITY)
+        assert true <= 1e-3
+        # Not by much more than the base delta asks for, and the noise of the estimates.
+        assert true >= 2e-4
+        unamplified = privacy_losses.gaussian_delta(1.0, found.unamplified / SENSITIVITY)
+        assert unamplified == pytest.approx(5e-4, rel=1e-3)
+        assert unamplified <= 5e-4
+
+    @pytest.mark.parametrize(
+        ("scheme", "c"),
+        [(BallsInBins(20, 5), C), (BMinSep(20, 4, 0.25), C), (CyclicPoisson(20, 4, 0.5), C)],
+    )
+    def test_what_it_reports(self, scheme, c):
+        arguments = {"epsilon": 1.0, "delta": 0.02, "base_delta": 0.012, "seed": 3}
+        found = monte_carlo.calibrate(scheme, c, **arguments)
+        assert found == monte_carlo.calibrate(scheme, c, **arguments)
+        assert found.num_samples == delta_calculation.minimum_samples_to_calibrate(0.012, 0.02)
+        assert delta_calculation.get_overall_delta(found.num_samples, 0.012) <= 0.02
+        assert found.is_amplified
+        assert list(found.sweep) == sorted(found.sweep, reverse=True)
+        chosen = found.sweep.index(found.noise_multiplier)
+        estimates = np.max(found.estimates, axis=1)
+        assert np.all(estimates[: chosen + 1] <= 0.012)
+        assert chosen + 1 == len(estimates) or estimates[chosen + 1] > 0.012
+        # The same samples, one by one.
+        bound = monte_carlo.delta(
+            scheme,
+            c,
+            noise_multiplier=found.noise_multiplier,
+            epsilon=1.0,
+            num_samples=200_000,
+            seed=1,
+        )
+        assert 0.8 * 0.012 < max(bound.estimates) < 1.1 * 0.012
+        text = str(found)
+        assert max(map(len, text.splitlines())) <= 80
+        for word in (f"{found.noise_multiplier:.6g}", "base delta 0.012", type(scheme).__name__):
+            assert word in text
+        assert text.count("pass") == np.sum(estimates <= 0.012) + 1  # and once in words
+
+    def test_seeds(self):
+        arguments = {"epsilon": 1.0, "delta": 0.1}
+        one, other = (monte_carlo.calibrate(ONE_STEP, [1.0], **arguments) for _ in range(2))
+        assert one.seed != other.seed
+        assert one.estimates != other.estimates
+        assert monte_carlo.calibrate(ONE_STEP, [1.0], **arguments, seed=one.seed) == one
+
+    def test_implementations_agree(self):
+        found = [
+            monte_carlo.calibrate(
+                ONE_STEP, [1.0], epsilon=0.5, delta=0.1, seed=2, implementation=name
+            )
+            for name in ("cpp", "jax")
+        ]
+        assert found[0].noise_multiplier == pytest.approx(found[1].noise_multiplier, rel=1e-9)
+        assert found[0].sweep == pytest.approx(found[1].sweep, rel=1e-9)
+
+    def test_jax_privacys_strategies(self):
+        batch_selection = pytest.importorskip("jax_privacy.batch_selection")
+        arguments = {"epsilon": 1.0, "delta": 0.1, "seed": 1}
+        pairs = [
+            (batch_selection.BallsInBinsSampling(iterations=8, cycle_length=4), BallsInBins(8, 4)),
+            (batch_selection.BMinSepSampling(0.5, 8, 4), BMinSep(8, 4, 0.5)),
+            (batch_selection.CyclicPoissonSampling(0.5, 8), CyclicPoisson(8, 1, 0.5)),
+        ]
+        for theirs, ours in pairs:
+            c = C if ours != pairs[2][1] else [1.0]
+            assert monte_carlo.calibrate(theirs, c, **arguments) == monte_carlo.calibrate(
+                ours, c, **arguments
+            )
+
+    def test_nothing_passes(self, monkeypatch):
+        """What needs no amplification is left."""
+        monkeypatch.setattr(monte_carlo, "_crossing", lambda *_: 1e-3)
+        found = monte_carlo.calibrate(BallsInBins(8, 4), C, epsilon=1.0, delta=0.1, seed=0)
+        assert not found.is_amplified
+        assert found.noise_multiplier == found.unamplified
+        assert np.max(found.estimates[0]) > found.base_delta
+
+    def test_it_is_delta_dp_on_average(self):
+        """1,000 calibrations with few samples: the search included, delta is what was promised."""
+        epsilon, delta, runs = 0.3, 0.1, 1000
+        found = [
+            monte_carlo.calibrate(ONE_STEP, [1.0], epsilon=epsilon, delta=delta, seed=seed)
+            for seed in range(runs)
+        ]
+        sigmas = np.array([f.noise_multiplier for f in found])
+        points = np.linspace(sigmas.min(), sigmas.max(), 60)
+        true = np.interp(sigmas, points, [worst(epsilon, s) for s in points])
+        assert true.mean() <= delta
+        samples, base = found[0].num_samples, found[0].base_delta
+        for t in (1.2 * base, 1.5 * base, 1.8 * base):
+            q = math.exp(-samples * delta_calculation._kl(base, t))
+            assert np.sum(true > t) <= allowed(runs, q)
+        # And it is no bound for its own sake.
+        assert true.mean() > 0.7 * base
+
+
+class TestDelta:
+    def test_bounds_err_no_more_often_than_they_say(self):
+        epsilon, sigma, runs = 0.3, 0.8, 1000
+        true = worst(epsilon, sigma)
+        found = [
+            monte_carlo.delta(
+                ONE_STEP, [1.0], noise_multiplier=sigma, epsilon=epsilon, num_samples=300,
+                confidence=0.9, seed=seed,
+            )
+            for seed in range(runs)
+        ]  # fmt: skip
+        assert sum(f.delta < true for f in found) <= allowed(runs, 0.1)
+        assert np.mean([max(f.estimates) for f in found]) == pytest.approx(true, rel=0.1)
+        assert np.mean([f.delta for f in found]) < 2 * true
+
+    @pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])
+    def test_gaussian(self, epsilon):
+        found = monte_carlo.delta(
+            ONE_MODE, C, noise_multiplier=SENSITIVITY, epsilon=epsilon, num_samples=200_000, seed=0
+        )
+        true = privacy_losses.gaussian_delta(epsilon, 1.0)
+        assert true < found.delta < 1.1 * true + 1e-4
+        assert found.estimates == pytest.approx((true, true), rel=0.05)
+        assert f"delta <= {found.delta:.4g}" in str(found)
+
+    def test_poisson_is_dp_accountings(self):
+        dp_accounting = pytest.importorskip("dp_accounting")
+        gaussian = dp_accounting.GaussianDpEvent(1.0)
+        event = dp_accounting.PoissonSampledDpEvent(0.2, gaussian)
+        accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+        accountant.compose(event, 10)
+        for epsilon in (0.3, 1.0):
+            true = accountant.get_delta(epsilon)
+            for scheme in (BMinSep(10, 1, 0.2), CyclicPoisson(10, 1, 0.2)):
+                found = monte_carlo.delta(
+                    scheme, [1.0], noise_multiplier=1.0, epsilon=epsilon, num_samples=200_000,
+                    seed=4,
+                )  # fmt: skip
+                assert max(found.estimates) == pytest.approx(true, rel=0.04)
+                assert true * 0.999 < found.delta < 1.15 * true
+
+    def test_extremes(self):
+        """Every estimate has a bound above it, however few samples there are."""
+        for mean, samples in ((0.0, 1), (0.0, 10**9), (1.0, 5), (1 - 1e-12, 10**6), (1e-9, 10**7)):
+            for failure in (0.1, 1e-6):
+                bound = monte_carlo._upper_bound(mean, samples, failure)
+                assert mean <= bound <= 1
+                assert bound > mean or mean == 1
+        # Without successes, the bound of Clopper and Pearson.
+        found = monte_carlo._upper_bound(0.0, 50, 0.05)
+        assert found == pytest.approx(stats.beta.isf(0.05, 1, 50), rel=1e-9)
+        # And else not far above it.
+        found = monte_carlo._upper_bound(10 / 50, 50, 0.05)
+        assert stats.beta.isf(0.05, 11, 40) < found < 1.2 * stats.beta.isf(0.05, 11, 40)
+
+
+class TestEpsilon:
+    def test_bounds_err_no_more_often_than_they_say(self):
+        delta, sigma, runs = 0.1, 0.8, 200
+        true = optimize.brentq(lambda e: worst(e, sigma) - delta, 0.0, 3.0, xtol=1e-4)
+        found = [
+            monte_carlo.epsilon(
+                ONE_STEP, [1.0], noise_multiplier=sigma, delta=delta, num_samples=400,
+                confidence=0.9, seed=seed,
+            )
+            for seed in range(runs)
+        ]  # fmt: skip
+        assert sum(f.epsilon < true for f in found) <= allowed(runs, 0.1)
+        assert np.median([f.estimate for f in found]) == pytest.approx(true, abs=0.1)
+
+    @pytest.mark.parametrize("delta", [0.3, 1e-2, 1e-3])
+    def test_gaussian(self, delta):
+        found = monte_carlo.epsilon(
+            ONE_MODE, C, noise_multiplier=SENSITIVITY, delta=delta, num_samples=200_000, seed=0
+        )
+        true = optimize.brentq(
+            lambda e: privacy_losses.gaussian_delta(e, 1.0) - delta, 0.0, 20.0, xtol=1e-9
+        )
+        assert true < found.epsilon < 1.1 * true + 0.05
+        assert found.estimate == pytest.approx(true, abs=0.05)
+        assert f"epsilon <= {found.epsilon:.4g}" in str(found)
+
+    def test_it_is_the_inverse_of_delta(self):
+        scheme = BMinSep(20, 4, 0.25)
+        found = monte_carlo.epsilon(
+            scheme, C, noise_multiplier=1.0, delta=0.01, num_samples=100_000, seed=0
+        )
+        bound = monte_carlo.delta(
+            scheme, C, noise_multiplier=1.0, epsilon=found.epsilon, num_samples=100_000, seed=1
+        )
+        assert bound.delta == pytest.approx(0.01, rel=0.15)
+
+    def test_hardly_any_noise(self):
+        """The grid ends at what needs no amplification, and is no worse."""
+        found = monte_carlo.epsilon(
+            BallsInBins(4, 1), [1.0], noise_multiplier=0.05, delta=0.01, num_samples=2000, seed=0
+        )
+        true = optimize.brentq(
+            lambda e: privacy_losses.gaussian_delta(e, 0.025) - 0.01, 0.0, 3000.0
+        )
+        assert true * 0.99 < found.epsilon < 1.1 * true
+
+
+def test_more_noise_is_more_private_for_the_same_samples():
+    """What makes the sweep's last step before a failure mean something."""
+    sigmas = np.geomspace(3, 0.5, 30)
+    for scheme in (BallsInBins(20, 5), BMinSep(20, 4, 0.25), CyclicPoisson(20, 4, 0.5)):
+        sums = ops.privacy_loss_sums(
+            scheme, C, sigmas, 0.5, key=jax.random.key(0), num_samples=200_000
+        )
+        assert np.all(np.diff(sums.sums[:, :, 0], axis=1) > 0)
+
+
+def test_progress_and_chunks(capsys, monkeypatch):
+    """Chunks change sums by rounding only; the bar is seen where it is asked for."""
+    arguments = {"noise_multiplier": 1.0, "epsilon": 0.5, "num_samples": 20_000, "seed": 5}
+    whole = monte_carlo.delta(ONE_STEP, [1.0], **arguments)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(monte_carlo, "_WORK", 1)
+    parts = monte_carlo.delta(ONE_STEP, [1.0], **arguments, progress=True)
+    assert parts.estimates == pytest.approx(whole.estimates, rel=1e-12)
+    assert "/20.0k" in capsys.readouterr().err
+
+
+def test_interrupts_are_passed_on(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(monte_carlo, "privacy_loss_sums", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        monte_carlo.delta(ONE_STEP, [1.0], noise_multiplier=1.0, epsilon=1.0)
+
+
+GOOD = {
+    "calibrate": {"epsilon": 1.0, "delta": 0.1},
+    "delta": {"epsilon": 1.0, "noise_multiplier": 1.0, "num_samples": 100},
+    "epsilon": {"delta": 0.1, "noise_multiplier": 1.0, "num_samples": 100},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("calibrate", {"epsilon": -1.0}, "0 <= epsilon <= 10000, found epsilon=-1.0"),
+        ("calibrate", {"epsilon": math.nan}, "found epsilon=nan"),
+        ("calibrate", {"delta": 0.0}, "0 < delta < 1, found delta=0.0"),
+        ("calibrate", {"delta": 1.0}, "0 < delta < 1, found delta=1.0"),
+        ("calibrate", {"base_delta": 0.1}, "base_delta < delta=0.1, found base_delta=0.1"),
+        ("calibrate", {"base_delta": 0.0}, "0 < base_delta < 1, found base_delta=0.0"),
+        ("calibrate", {"seed": -1}, "seed >= 0, found seed=-1"),
+        ("calibrate", {"seed": 2**64}, r"seed < 2\^64"),
+        ("calibrate", {"implementation": "fast"}, "'fast' of privacy_loss_sums was asked for"),
+        ("delta", {"noise_multiplier": 0.0}, "noise_multiplier <= 1e6, found 0.0"),
+        ("delta", {"noise_multiplier": math.nan}, "found nan"),
+        ("delta", {"epsilon": -0.1}, "found epsilon=-0.1"),
+        ("delta", {"num_samples": 0}, "num_samples >= 1, found num_samples=0"),
+        ("delta", {"confidence": 1.0}, "0 < confidence < 1, found confidence=1.0"),
+        ("epsilon", {"delta": 0.0}, "0 < delta < 1, found delta=0.0"),
+        ("epsilon", {"num_samples": 10}, "num_samples >= 66 .* found num_samples=10"),
+    ],
+)
+def test_bad_arguments(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(monte_carlo, name)(ONE_STEP, [1.0], **{**GOOD[name], **changes})
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize(
+    ("c", "message"),
+    [
+        ([-1.0], r"non-negative, found c_col\[0\] = -1.0"),
+        ([0.0], r"c_col\[0\] > 0, found c_col\[0\] = 0.0"),
+        ([1.0, 1.0], "at most iterations=1 coefficients, found 2"),
+    ],
+)
+def test_bad_strategies(name, c, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(monte_carlo, name)(ONE_STEP, c, **GOOD[name])
+
+
+@pytest.mark.parametrize("sampling", [None, types.SimpleNamespace(iterations=3), "bins"])
+def test_bad_sampling(sampling):
+    with pytest.raises(ValueError, match=r"expected balls-in-bins, .* found a "):
+        monte_carlo.calibrate(sampling, [1.0], **GOOD["calibrate"])
+
+
+def test_results_are_frozen():
+    found = monte_carlo.delta(ONE_STEP, [1.0], **GOOD["delta"], seed=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.delta = 0.0

@@ -749,9 +749,9 @@ def test_sensitivity_checks_the_strategy():
         ((3, 0), ValueError, "max_participations >= 1, found max_participations=0"),
         ((3, -1), ValueError, "max_participations >= 1, found max_participations=-1"),
         ((3, None, 0), ValueError, "n >= 1, found n=0"),
-        ((3.0,), TypeError, "min_sep to be an integer"),
+        ((3.5,), TypeError, "min_sep to be an integer"),
         ((3, 1.5), TypeError, "max_participations to be an integer"),
-        ((3, None, 5.0), TypeError, "n to be an integer"),
+        ((3, None, 5.5), TypeError, "n to be an integer"),
     ],
 )
 def test_sensitivity_checks_limits(arguments, error, message, skip_checks):

@@ -514,7 +514,7 @@ def test_workload_is_checked(A, message):
         ({"bands": -1}, ValueError, "bands >= 1, found"),
         ({"bands": 1.5}, TypeError, "bands to be an integer"),
         ({"max_optimizer_steps": -1}, ValueError, "max_optimizer_steps >= 0"),
-        ({"max_optimizer_steps": 1.0}, TypeError, "max_optimizer_steps to be an integer"),
+        ({"max_optimizer_steps": 1.5}, TypeError, "max_optimizer_steps to be an integer"),
     ],
 )
 def test_options_are_checked(options, error, message):

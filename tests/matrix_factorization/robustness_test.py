@@ -206,7 +206,9 @@ def test_forward_and_reverse_derivatives_agree(name):
         loss = LOSSES[name]
         reverse = jax.grad(loss)(c)
         np.testing.assert_allclose(jax.jacfwd(loss)(c), reverse, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(jax.linearize(loss, c)[1](c), reverse @ c, rtol=1e-9)
+        along = jnp.array([1.0, -2.0, 3.0])
+        tangent = jax.linearize(loss, c)[1](along)
+        np.testing.assert_allclose(tangent, reverse @ along, rtol=1e-9, atol=1e-12)
         hessian = jax.hessian(loss)(c)
         np.testing.assert_allclose(hessian, hessian.T, rtol=1e-7, atol=1e-9)
         step = 1e-5 * jnp.array([1.0, -1.0, 0.5])

@@ -929,10 +929,10 @@ def test_optimize_checks_values(arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"n": 5.0, "bands": 2},
-        {"n": 5, "bands": 2.0},
+        {"n": 5.5, "bands": 2},
+        {"n": 5, "bands": 2.5},
         {"n": 5, "bands": None},
-        {"n": 5, "bands": 2, "max_optimizer_steps": 2.0},
+        {"n": 5, "bands": 2, "max_optimizer_steps": 2.5},
     ],
 )
 def test_optimize_checks_types(arguments):

@@ -252,7 +252,7 @@ def test_numbers_of_rounds_and_epochs_are_checked(function, n, epochs, message):
         function(n, epochs=epochs)
 
 
-@pytest.mark.parametrize(("n", "epochs"), [(4.0, 1), (4, 2.0), ("4", 1), (4, None)])
+@pytest.mark.parametrize(("n", "epochs"), [(4.5, 1), (4, 2.5), ("4", 1), (4, None)])
 @pytest.mark.parametrize("function", [dense.get_orthogonal_mask, dense.optimize])
 def test_types_of_rounds_and_epochs_are_checked(function, n, epochs):
     with pytest.raises(TypeError, match="to be an integer"):

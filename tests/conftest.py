@@ -1,7 +1,8 @@
-"""What holds for all tests: devices, profiles of hypothesis, and memory that is given back."""
+"""What holds for all tests: devices, profiles, what quick runs take, and memory given back."""
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import gc
 import pathlib
@@ -25,12 +26,25 @@ def eight_devices():
         pytest.skip(f"needs eight devices, found {jax.devices()}: set JAX_PLATFORMS=cpu")
 
 
+# -- Quick runs -------------------------------------------------------------------------------
+
+QUICK = 4  # cases of a test
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at markers
 def pytest_collection_modifyitems(items):
-    """The fixture `run` of tests of benchmarks and examples runs a whole program."""
+    """Quick runs take no whole program, and of every test a few cases from all over its list."""
+    cases = collections.defaultdict(list)
     for item in items:
-        if "run" in getattr(item, "fixturenames", ()):
+        if "run" in getattr(item, "fixturenames", ()):  # of tests of benchmarks and of examples
             item.add_marker(pytest.mark.slow)
+        elif not any(item.get_closest_marker(name) for name in ("gpu", "interpreted", "slow")):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for of_test in cases.values():
+        quick = {len(of_test) * i // QUICK for i in range(QUICK)}
+        for i, item in enumerate(of_test):
+            if i not in quick:
+                item.add_marker(pytest.mark.slow)
 
 
 # -- Memory -----------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import sweeps
 
 from jax_privacy_kernels import noise_addition
 from jax_privacy_kernels.matrix_factorization import banded as banded_strategies
@@ -35,7 +34,6 @@ needs_cpp = pytest.mark.skipif(
 
 COEF = (0.9, 0.3, -0.2, 0.1)
 UNIT_COEF = tuple(np.array(COEF) / np.linalg.norm(COEF))
-N = 5
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +88,7 @@ MATRICES = {
     "identity": lambda lib: lib.streaming.identity(),
     "banded": banded,
     "one band": lambda lib: lib.toeplitz.inverse_as_streaming_matrix(jnp.array([2.0])),
-    # N < the number of steps: rows from N on keep the last scale.
-    "column-normalized": lambda lib: banded(lib, column_normalize_for_n=N),
+    "column-normalized": lambda lib: banded(lib, column_normalize_for_n=STEPS),
     "scaled": lambda lib: banded(lib) * 0.5,
     "rows scaled": lambda lib: banded(lib).scale_rows_and_columns(jnp.array([1.0, 3.0, 0.2])),
     "columns scaled": lambda lib: banded(lib).scale_rows_and_columns(None, jnp.array([1.0, 3.0])),
@@ -169,18 +166,13 @@ def theirs(reference):
 # -- The same noise as jax_privacy ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "matrix", sweeps.some(list(MATRICES), quick=["banded", "product", "dense"])
-)
+@pytest.mark.parametrize("matrix", MATRICES)
 def test_noise_of_the_reference(theirs, matrix):
     assert_same_noise(run(build(Ours, matrix)), run(build(theirs, matrix)))
 
 
 @pytest.mark.filterwarnings("ignore:column_normalize_for_n")
-@pytest.mark.parametrize(
-    "matrix",
-    sweeps.some(["identity", "column-normalized", "product", "dense"], quick=["column-normalized"]),
-)
+@pytest.mark.parametrize("matrix", ["identity", "column-normalized", "product", "dense"])
 @pytest.mark.parametrize(
     ("grads", "noise"),
     [
@@ -242,9 +234,7 @@ FUSED = ["banded", "column-normalized", "general banded", "buffers", *BEYOND_THE
 
 
 @pytest.mark.parametrize("scale", [None, (0.5,), (1.0, 3.0, 0.2)])
-@pytest.mark.parametrize(
-    "matrix", sweeps.some(FUSED, quick=["column-normalized", "general banded", "buffers"])
-)
+@pytest.mark.parametrize("matrix", FUSED)
 def test_fused_noise_is_that_of_the_streaming_matrix(matrix, scale):
     """The description that kernels take describes what the two functions of the matrix do."""
     fused = (MATRICES | BEYOND_THE_REFERENCE)[matrix](Ours)
@@ -328,10 +318,7 @@ def test_noise_without_state_takes_the_memory_of_independent_noise():
 
 # -- How it is used ---------------------------------------------------------------------------
 
-KINDS = sweeps.some(
-    ["identity", "banded", "product", "dense", "general banded", "banded inverse", "buffers"],
-    quick=["identity", "banded", "dense"],
-)
+KINDS = ["identity", "banded", "product", "dense", "general banded", "banded inverse", "buffers"]
 
 
 @pytest.mark.parametrize("matrix", KINDS)
@@ -427,7 +414,7 @@ def test_state_is_the_rings_and_little_else():
     state = build(Ours, "banded").init({"w": jnp.zeros(size)})
     memory = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert memory <= 1.01 * (bands - 1) * size * 4
-    assert build(Ours, "identity").init(jnp.zeros(size)).buffers.shape == (0, size)
+    assert build(Ours, "identity").init(jnp.zeros(size)).inner == ()
 
 
 def test_numpy_gradients():
@@ -469,18 +456,18 @@ def test_fresh_keys_are_all_entropy(monkeypatch):
     state = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2))
     assert requests == [8]
     expected = np.frombuffer(bytes(range(251, 243, -1)), np.uint32)
-    after, _ = jax.random.split(jax.random.wrap_key_data(expected))
-    np.testing.assert_array_equal(state.clock.key, jax.random.key_data(after))
+    split = jax.random.split(jax.random.wrap_key_data(expected))
+    np.testing.assert_array_equal(state.clock.keys, jax.random.key_data(split)[::-1])
 
 
 def test_fresh_keys_leave_numpy_alone():
     np.random.seed(0)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    first = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2)).clock.key
+    first = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2)).clock.keys
     after = np.random.get_state()  # noqa: NPY002
     np.testing.assert_array_equal(before, after[1])
     np.random.seed(0)  # noqa: NPY002
-    second = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2)).clock.key
+    second = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2)).clock.keys
     assert np.any(np.asarray(first) != np.asarray(second))
 
 
@@ -593,25 +580,6 @@ def test_float8_gradients_get_no_noise_of_another_dtype_either():
     privatizer = gaussian_privatizer(stddev=1.0, prng_key=0, dtype=jnp.float32)
     with pytest.raises(TypeError, match=r"gradients of dtype.*float8_e4m3fn"):
         privatizer.init(jnp.ones(100, jnp.float8_e4m3fn))
-
-
-def test_stddev_that_changes_scales_the_row_of_that_step():
-    """Also where the row was made ahead: no step may get less noise than asked for."""
-    grads = jnp.zeros(5000)
-
-    def rows(stddevs):
-        state = banded_privatizer(1.0).init(grads)
-        for stddev in stddevs:
-            noisy, state = banded_privatizer(stddev).update(grads, state)
-            yield np.asarray(noisy)
-
-    def banded_privatizer(stddev):
-        matrix = toeplitz.inverse_as_streaming_matrix(jnp.array([1.0, 0.5, 0.25]))
-        return matrix_factorization_privatizer(matrix, stddev=stddev, prng_key=0)
-
-    stddevs = [1.0, 1.0, 8.0, 8.0, 2.0]
-    for scaled, unit, stddev in zip(rows(stddevs), rows([1.0] * 5), stddevs, strict=True):
-        np.testing.assert_allclose(scaled, stddev * unit, rtol=1e-6)
 
 
 @pytest.mark.parametrize("matrix", KINDS)
@@ -752,10 +720,7 @@ def noise_at(privatizer, step):
     state = privatizer.init(grads)
 
     def noise(step):
-        if hasattr(state, "clock"):
-            changed = state._replace(clock=state.clock._replace(step=step))
-        else:
-            changed = state._replace(step=step)
+        changed = state._replace(clock=state.clock._replace(step=step))
         return privatizer.update(grads, changed)[0]
 
     return jax.block_until_ready(jax.jit(noise)(jnp.int32(step)))

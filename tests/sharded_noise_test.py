@@ -165,27 +165,13 @@ def collectives(hlo):
     ]
 
 
-def on_every_mesh():
-    """Every mechanism on every mesh: in quick runs one mechanism on all, and all on one."""
-    for matrix in MATRICES:
-        for axes in MESHES:
-            quick = matrix == "banded" or axes == "xy"
-            yield matrix, axes, () if quick else (pytest.mark.slow,)
-
-
 def cases():
     """Every mechanism and mesh compiled; a few in plain JAX, which takes long to compile."""
-    for matrix, axes, slow in on_every_mesh():
-        yield pytest.param("cpp", matrix, axes, marks=(needs_cpp, *slow))
-    for matrix in ("banded", "inverse banded", "buffered"):
-        yield pytest.param("jax", matrix, "xy", marks=pytest.mark.slow)
-    for matrix in ("dense", "prefix"):
-        yield pytest.param("jax", matrix, "x", marks=pytest.mark.slow)
-
-
-all_on_all = pytest.mark.parametrize(
-    ("matrix", "axes"), [pytest.param(*names, marks=slow) for *names, slow in on_every_mesh()]
-)
+    for matrix in MATRICES:
+        for axes in MESHES:
+            yield pytest.param("cpp", matrix, axes, marks=needs_cpp)
+    yield from (("jax", matrix, "xy") for matrix in ("banded", "inverse banded", "buffered"))
+    yield from (("jax", matrix, "x") for matrix in ("dense", "prefix"))
 
 
 @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
@@ -259,9 +245,10 @@ class TestEightDevices:
 
         with within(mesh):
             outs = jax.jit(all_steps)(on_mesh(model(), mesh, "xy"))
+        outs = jax.tree.map(np.asarray, outs)  # JAX 0.10 cannot slice empty ones without the mesh
         expected, _ = on_one_device("banded", None, tuple(SHAPES))
         for t, want in enumerate(expected):
-            assert_same("cpp", jax.tree.map(lambda x, t=t: np.asarray(x[t]), outs), want)
+            assert_same("cpp", jax.tree.map(lambda x, t=t: x[t], outs), want)
 
     def test_layouts_that_no_spec_can_say(self):
         """XLA splits a dimension of 4 over half of an axis of 8, and another over the rest."""
@@ -398,7 +385,8 @@ class TestEightDevices:
 
     @needs_cpp
     @pytest.mark.parametrize("kind", KINDS)
-    @all_on_all
+    @pytest.mark.parametrize("axes", MESHES)
+    @pytest.mark.parametrize("matrix", MATRICES)
     def test_nothing_is_communicated(self, matrix, axes, kind):
         mesh = mesh_of(axes, kind)
         with within(mesh):
@@ -465,7 +453,8 @@ class TestEightDevices:
 
     # -- ZeRO ---------------------------------------------------------------------------------
 
-    @all_on_all
+    @pytest.mark.parametrize("axes", MESHES)
+    @pytest.mark.parametrize("matrix", MATRICES)
     def test_zero_is_the_same_noise_elsewhere(self, matrix, axes):
         """Over all steps: what a parameter gets is the series of noise of one parameter."""
         mechanism, mesh = privatizer(matrix, strategy="ZERO"), mesh_of(axes)

@@ -1,8 +1,8 @@
 """Does an installed package work here? Needs nothing but the package itself.
 
-CI runs it on JAX from the oldest supported to the newest: the extension loads, takes part in a jitted
-and a scanned step, updates its ring in place, and agrees with the plain JAX implementation; so do
-the ops on coefficients, their gradients and their maps; and a strategy is optimized.
+CI runs it on JAX from the oldest supported to the newest: the extension loads, takes part in a
+jitted and a scanned step, updates its ring in place, and agrees with the plain JAX implementation;
+so do the ops on coefficients, their gradients and their maps; and a strategy is optimized.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, program: pathlib.Path, arguments: list[str]
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Run("", options.timeout, "no end in sight")
+        return Run("", options.timeout, f"no end within {options.timeout:.0f} seconds")
     lines = done.stderr.strip().splitlines()
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     why = (errors or lines or ["?"])[-1][:160] if done.returncode else ""

@@ -32,6 +32,7 @@ __all__ = [
     "is_tracing",
     "leaf_name",
     "owned",
+    "promote_types",
 ]
 
 
@@ -48,6 +49,12 @@ def is_tracing() -> bool:
 def leaf_name(path: Any) -> str:
     """What errors call the leaf of a tree at a path of jax.tree_util."""
     return jax.tree_util.keystr(path) or "(the only one)"
+
+
+def promote_types(first: Any, second: Any) -> Any:
+    """The dtype that two dtypes promote to, also where JAX's strict mode has operands agree."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
 
 
 def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be positive") -> int:

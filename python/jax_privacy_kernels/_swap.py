@@ -351,17 +351,18 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
 
         make(0)  # checks the other arguments
         # Without a key one may be made in a trace, where only init needs it.
-        start = None if prng_key is None else noise_addition._as_key(prng_key)
+        keys = None if prng_key is None else noise_addition._Keys(prng_key)
 
         def init(model: Any) -> Any:
-            key = noise_addition._as_key(None) if start is None else start
+            key = (keys or noise_addition._Keys(None)).draw()
             jax.eval_shape(make(key).init, model)  # checks the model
             given = prng_key if isinstance(prng_key, jax.Array | np.ndarray) else key
             return _like(given, jnp.copy(key)), ()
 
         def update(sum_of_clipped_grads: Any, noise_state: Any, params: Any = None) -> Any:
             del params
-            if not (isinstance(noise_state, tuple | list) and len(noise_state) == 2):
+            pair_like = isinstance(noise_state, tuple | list) and len(noise_state) == 2
+            if not pair_like or not isinstance(noise_state[0], jax.Array | np.ndarray):
                 raise ValueError(f"expected noise_state to be (key, ()), found {noise_state!r}")
             key, _ = noise_state
             noisy, next_key = _gaussian_step(

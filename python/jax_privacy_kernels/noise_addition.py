@@ -117,12 +117,18 @@ def matrix_factorization_privatizer(
 
     Args:
       noising_matrix: ``C^-1``, a StreamingMatrix or an array ``[n, m]``.
-      stddev: standard deviation of Z, in the units of the gradients; finite and not negative. A
-        stddev that varies from step to step (traced, or by another privatizer on the same state)
-        scales the rows of ``C^-1 Z`` where the matrix has a fused kernel, those of Z where not.
-      prng_key: a typed or a raw key, a seed, or None for a fresh key from the operating system's
-        entropy. Who knows the key knows the noise: give one only to reproduce a run. Every ``init``
-        of a privatizer starts the same noise again.
+      stddev: standard deviation of Z, in the units of the gradients; finite and not negative, 0 or
+        between 1e-30 and the largest float32. One that is traced may change from step to step: row
+        t of ``C^-1 diag(stddev) Z`` is added. Then no noise is made ahead, in plain JAX: for b
+        bands a step reads all b - 1 slots. Such a state is of another kind, made by the ``init`` of
+        a privatizer whose stddev is traced as well. For a dense matrix stddev_t scales row t of
+        ``C^-1 Z``.
+      prng_key: a typed or a raw key, a seed, or None. A key that is given begins every ``init`` of
+        the privatizer and of its copies, cloudpickled ones for instance: the same noise each time.
+        For None every ``init`` draws a key of its own from the operating system's entropy. Inside
+        of jit, the key that is drawn is a constant of the compiled ``init``: every call of it begins
+        the same noise. Who knows the key, or a state, knows the noise: keep states secret, and give
+        a key only to reproduce a run.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
         gradient's own dtype. It is correlated and scaled in 32 bits at least. Gradients of 16 bits
         deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values.
@@ -133,19 +139,24 @@ def matrix_factorization_privatizer(
     Returns:
       A transformation with ``init(model)``, which takes arrays or ShapeDtypeStructs shaped like
       the gradients, and ``update(sum_of_clipped_grads, noise_state, params=None)``. Noise is added
-      in the wider of the gradient's and its own dtype; the result has the gradient's.
+      in the wider of the gradient's and its own dtype; the result has the gradient's. Its
+      derivative with respect to the gradients is the identity, and with respect to a traced stddev
+      the unit noise.
 
     Raises:
       TypeError: a noising matrix, key or stddev of a wrong type. From init and update: leaves that
         are not real floating, or a noise dtype that is not one of the above.
       ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, NaN,
-        infinite or beyond float32; a key that is not one key; no key inside a trace. From update:
-        a state whose tree, shapes or dtypes are not those of this privatizer and these gradients;
+        infinite or beyond float32; a key that is not one key; no key inside a trace. From init: no
+        key where several processes work together. From update: a state of another format, strategy,
+        stddev or number of bands, or of gradients of other shapes or dtypes (coefficients and
+        stddev that a trace hides give NaN);
         a step beyond the rows of a dense matrix (NaN instead inside a trace, and beyond those of a
         ColumnNormalizedBanded); an implementation asked for that cannot run. Coefficients that are
         refused where a matrix is made give NaN if a trace has hidden them.
-      ValueError from update, too: in a shard_map, gradients that vary over axes that the state's
-        key does not, whose shards would have the same noise; gradients unreduced over a mesh axis.
+      ValueError from init and update, too: in a vmap, gradients that are mapped where the key is
+        not, which would all have the same noise. From update: in a shard_map, gradients that vary
+        over axes that the state's key does not; gradients unreduced over a mesh axis.
       From init and update with ``SupportedStrategies.ZERO``, ValueError: a leaf without a mesh;
       RuntimeError: one on a mesh with axes that are not explicit.
     """
@@ -354,8 +365,7 @@ def _zero_redundancy(
         del params
         likes = jax.tree_util.tree_map_with_path(flat, sum_of_clipped_grads)
         ending = suffix(sum_of_clipped_grads)
-        # Without the ending that it expects, the name stays, and the privatizer refuses it.
-        inner = _renamed(noise_state, lambda name: name.removesuffix(ending))
+        inner = _renamed(noise_state, lambda name: _without_ending(name, ending))
         zeros = jax.tree.map(
             lambda like: zeros_on_mesh(like.shape, like.dtype, like.sharding), likes
         )
@@ -364,6 +374,17 @@ def _zero_redundancy(
         return noisy, _renamed(state, lambda name: name + ending)
 
     return optax.GradientTransformation(init, update)
+
+
+def _without_ending(name: str, ending: str) -> str:
+    """The name of a kind without the ending that tells the shards of the gradients."""
+    if not name.endswith(ending):
+        found = "gradients that are split into other shards" if "_zero_" in name else "DEFAULT"
+        raise ValueError(
+            f"expected noise_state to be of SupportedStrategies.ZERO, of kind ...{ending} for "
+            f"gradients that are split as these are, found one of {found}, of kind {name}"
+        )
+    return name.removesuffix(ending)
 
 
 def _renamed(state: Any, rename: Callable[[str], str]) -> Any:

@@ -1261,7 +1261,7 @@ def test_useless_buffers_warn():
             ValueError,
             "min_buffers=3 and max_buffers=2",
         ),
-        ({"n": 9, "rtol": 0.0}, ValueError, "rtol > 0"),
+        ({"n": 9, "rtol": 0.0}, ValueError, "rtol to be positive"),
         ({"n": 9, "max_optimizer_steps": -1}, ValueError, "max_optimizer_steps >= 0"),
         ({"n": 9.5}, TypeError, "n to be an integer"),
         ({"n": 9, "max_buffers": 2.5}, TypeError, "max_buffers to be an integer"),

@@ -178,13 +178,6 @@ class TestImplementation:
             function = op(min_sep, k, implementation)
             jax.test_util.check_grads(function, (x,), 1, ["rev"], rtol=1e-6, atol=1e-8)
 
-    def test_differentiable_once(self, implementation):
-        gradient = jax.grad(op(1, 2, implementation))
-        if implementation == "jax":
-            pytest.skip("what JAX says of its own operations is its business")
-        with pytest.raises(NotImplementedError):
-            jax.grad(lambda x: gradient(x).sum())(jnp.ones(3))
-
     # -- Not a number, infinite
 
     @pytest.mark.parametrize("k", [0, 1, 4])

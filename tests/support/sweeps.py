@@ -1,4 +1,4 @@
-"""How much tests try: the cases of quick runs, and how many examples hypothesis makes.
+"""How many examples hypothesis makes: the profiles `dev`, `ci` and `nightly`.
 
 The profile `dev` makes a fifth of the examples that a test asks for, `ci` half of them, `nightly`
 ten times as many and others every time. The option `--hypothesis-profile` chooses one, or the
@@ -8,10 +8,7 @@ environment variable HYPOTHESIS_PROFILE; else it is `dev`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 # In per cent of what tests ask for.
@@ -38,13 +35,3 @@ def compiling(count: int) -> settings:
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-
-
-def some(cases: Mapping[str, Any] | Collection[str], quick: Collection[str]) -> list[Any]:
-    """Parameters of a test, by name or names themselves, of which quick runs take only some."""
-    values = cases if isinstance(cases, Mapping) else dict(zip(cases, cases, strict=True))
-    assert set(quick) <= set(values)
-    return [
-        pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow)
-        for name, value in values.items()
-    ]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels import ops
+from jax_privacy_kernels._checks import promote_types
 from jax_privacy_kernels.matrix_factorization._scaling import Scale, scaled
 
 __all__ = ["bounded_inverse"]
@@ -43,7 +44,7 @@ def bounded_inverse(noising_coef: jax.Array, n: int) -> tuple[np.ndarray | jax.A
     """
     w, scale = scaled(noising_coef)
     if not isinstance(w, np.ndarray):
-        dtype = jnp.promote_types(w.dtype, jnp.result_type(float))
+        dtype = promote_types(w.dtype, jnp.result_type(float))
         c = ops.toeplitz_solve(w.astype(dtype), _unit(n, dtype))
         # A scalar times the largest coefficient; constant, so that derivatives are those of c.
         fixed = jax.lax.stop_gradient(c)

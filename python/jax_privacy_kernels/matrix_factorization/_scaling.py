@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels._checks import (
+    is_concrete,
+    promote_types,
+)
 
 __all__ = [
     "ORDINARY",
@@ -158,7 +161,7 @@ def within_range(x: jax.Array, axis: int | None = None) -> jax.Array:
 
     For strategies of which the scale does not matter, since their columns are normalized.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(promote_types(x.dtype, jnp.float32))
     if is_concrete(x):
         values = np.asarray(x, np.float64)
         largest = np.max(np.abs(values), axis=axis, keepdims=True, initial=0.0)

@@ -22,6 +22,8 @@ from jax_privacy_kernels._checks import (
     check_one_given,
     check_real,
     is_concrete,
+    owned,
+    promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import sensitivity
 from jax_privacy_kernels.matrix_factorization._certified import bounded_inverse
@@ -70,11 +72,11 @@ def reconcile(
     n = coef.size if n is None else check_int("n", n)
     check_memory("n", n, 32 * n)
     coef = coef if coef.size <= n else coef[:n]
-    return coef.astype(jnp.promote_types(coef.dtype, jnp.float32)), n
+    return coef.astype(promote_types(coef.dtype, jnp.float32)), n
 
 
 def _at_least_default(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+    return x.astype(promote_types(x.dtype, jnp.result_type(float)))
 
 
 def _norm_squared(x: jax.Array) -> jax.Array:
@@ -257,7 +259,7 @@ def solve_banded(coef: jax.Array, rhs: jax.Array) -> jax.Array:
       TypeError: if one is not real.
     """
     coef, _ = reconcile(coef, invertible=True)
-    rhs = jnp.asarray(rhs)
+    rhs = owned("rhs", rhs)
     if rhs.ndim == 0 or rhs.shape[0] == 0:
         raise ValueError(f"expected rhs of shape [n, ...], n >= 1, found shape {rhs.shape}")
     return ops.toeplitz_solve(coef, check_real("rhs to hold real numbers", rhs))
@@ -430,7 +432,7 @@ def compute_banded_inverse_sensitivity_squared(
         are not real.
     """
     coef, n = reconcile(noising_coef, n, name="noising_coef", invertible=True)
-    dtype = jnp.promote_types(coef.dtype, jnp.result_type(float))
+    dtype = promote_types(coef.dtype, jnp.result_type(float))
     C, scale = bounded_inverse(coef, n)
     bound = _min_sep_norm(C, n, min_sep, max_participations)
     if use_matrix_upper_bound:
@@ -480,12 +482,12 @@ def per_query_error(
         coef, n = reconcile(strategy_coef, n, name="strategy_coef", invertible=True)
     else:
         coef, n = reconcile(noising_coef, n, name="noising_coef")
-    dtype = jnp.promote_types(coef.dtype, jnp.result_type(float))
+    dtype = promote_types(coef.dtype, jnp.result_type(float))
     A: Array | None = None
     workload_scale: Scale = 0
     if workload_coef is not None:
         workload, _ = reconcile(workload_coef, n, name="workload_coef")
-        dtype = jnp.promote_types(dtype, workload.dtype)
+        dtype = promote_types(dtype, workload.dtype)
         A, workload_scale = scaled(workload)
     c, scale = scaled(coef)
     with _in_float64(all(isinstance(x, np.ndarray) for x in (c, A) if x is not None)):
@@ -499,7 +501,8 @@ def per_query_error(
             B = multiply(c, jnp.asarray(A), n)
         errors = _cumsum(B * B)
         vanished = (errors == 0) & (B != 0)
-        errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
+        if not is_concrete(vanished) or vanished.any():
+            errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
     power = -2 if strategy_coef is not None else 2
     return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
 

@@ -23,6 +23,7 @@ from jax_privacy_kernels._checks import (
     check_memory,
     check_real,
     is_concrete,
+    promote_types,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
@@ -135,7 +136,7 @@ class ColumnNormalizedBanded(Mirrored):
         rows, norms = _rows(C).astype(params.dtype), _column_norms(C)
 
         def init_multiply(abstract_value: Any) -> tuple[jax.Array, jax.Array]:
-            dtype = jnp.promote_types(abstract_value.dtype, params.dtype)
+            dtype = promote_types(abstract_value.dtype, params.dtype)
             zero = jnp.zeros_like(abstract_value, dtype=dtype)  # keeps the sharding of the value
             return jnp.array(0), jnp.broadcast_to(zero, (bands - 1, *zero.shape))
 
@@ -289,7 +290,7 @@ def per_query_error(
     structure = getattr(A, "structure", None)
     if not isinstance(structure, ops.Momentum):
         errors = (A @ C.inverse_as_streaming_matrix()).row_norms_squared(C.n, scan_fn=scan_fn)
-        return errors.astype(jnp.promote_types(C.params.dtype, jnp.float32))
+        return errors.astype(promote_types(C.params.dtype, jnp.float32))
     rates = np.ones(1) if structure.learning_rates is None else structure.learning_rates
     return _momentum_error(C, rates, structure.momentum, ops.asked())
 
@@ -303,7 +304,7 @@ def _check_scan(scan_fn: Any) -> None:
 def _momentum_error(
     C: ColumnNormalizedBanded, rates: jax.Array, momentum: jax.Array, name: str | None
 ) -> jax.Array:
-    dtype = jnp.promote_types(C.params.dtype, jnp.float32)
+    dtype = promote_types(C.params.dtype, jnp.float32)
     rates = jnp.asarray(rates, dtype).at[jnp.arange(C.n)].get(mode="clip")
     momentum = jnp.asarray(momentum, dtype)
     return ops.banded_error(_rows(C), _column_norms(C), rates, momentum, implementation=name)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels._checks import is_concrete, owned
 
 __all__ = [
     "check",
@@ -105,7 +105,7 @@ def _check_entries(M: Any, are_valid: Any, name: str, expected: str) -> None:
     if not is_concrete(M):
         return
     with jax.ensure_compile_time_eval():  # values are known, also inside of a trace
-        M = jnp.asarray(M)
+        M = owned(_matrix(name), M)
         valid = are_valid(M)
         if not valid.all():
             at = tuple(int(i) for i in jnp.argwhere(~valid, size=1)[0])

@@ -25,7 +25,9 @@ from jax_privacy_kernels._checks import (
     check_memory,
     check_one_given,
     check_real,
+    is_concrete,
     owned,
+    promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import checks, optimization, sensitivity
 from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
@@ -74,7 +76,7 @@ def per_query_error(
         A = _real_matrix("workload_matrix", workload_matrix)
     if A.shape != (n, n):
         raise ValueError(f"expected workload_matrix of shape ({n}, {n}), found {A.shape}")
-    dtype = jnp.promote_types(jnp.promote_types(M.dtype, A.dtype), jnp.float32)
+    dtype = promote_types(promote_types(M.dtype, A.dtype), jnp.float32)
     M, A = M.astype(dtype), A.astype(dtype)
     if strategy_matrix is not None:
         # Of a C that is not square, which inverse is meant would decide the error.
@@ -92,7 +94,8 @@ def per_query_error(
         B = jnp.matmul(A, M, precision="highest")
     errors = jnp.sum(B * B, axis=1)
     vanished = (errors == 0) & (B != 0).any(axis=1)
-    errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
+    if not is_concrete(vanished) or vanished.any():
+        errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
     power = -2 if strategy_matrix is not None else 2
     return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
 

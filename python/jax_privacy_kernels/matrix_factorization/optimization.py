@@ -144,6 +144,8 @@ def optimize(
             raise TypeError(f"expected {name} to be a function, found {value!r}")
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"expected optimizer to be an optax transformation, found {optimizer!r}")
+    if not jax.tree.leaves(params):
+        raise ValueError(f"expected params with an array to vary, found {params!r}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = "params" + jax.tree_util.keystr(path)
         array = owned(name, leaf)

@@ -34,6 +34,7 @@ from jax_privacy_kernels._checks import (
     check_vector,
     is_concrete,
     owned,
+    promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import checks
 from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
@@ -428,7 +429,7 @@ def _matrix(M: Any) -> jax.Array:
     M = check_real("a matrix of real numbers", owned("a matrix", M))
     if M.size == 0:
         raise ValueError(f"expected a matrix with entries, found shape {M.shape}")
-    return M.astype(jnp.promote_types(M.dtype, jnp.result_type(float)))
+    return M.astype(promote_types(M.dtype, jnp.result_type(float)))
 
 
 def _gram(C: Any) -> tuple[jax.Array, int]:

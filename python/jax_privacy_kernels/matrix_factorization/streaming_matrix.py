@@ -24,7 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, check_memory, check_vector
+from jax_privacy_kernels._checks import (
+    check_instance,
+    check_int,
+    check_memory,
+    check_scalar,
+    check_vector,
+    is_concrete,
+    owned,
+)
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
 from jax_privacy_kernels.ops import (
@@ -224,6 +232,7 @@ def scale_rows_and_columns(
     Raises:
       ValueError: if a scale is not 1-D or is empty.
     """
+    check_instance("matrix", matrix, StreamingMatrix)
     result = matrix
     if row_scale is not None:
         row_scale = check_vector("row_scale", row_scale)
@@ -270,7 +279,8 @@ def multiply_array(A: StreamingMatrix, x: jax.Array) -> jax.Array:
     Raises:
       ValueError: if x has no rows.
     """
-    x = jnp.asarray(x)
+    check_instance("A", A, StreamingMatrix)
+    x = owned("x", x)
     if x.ndim == 0 or x.shape[0] == 0:
         raise ValueError(f"expected an array with at least one row, found shape {x.shape}")
 
@@ -285,7 +295,12 @@ def multiply_streaming_matrices(A: StreamingMatrix, B: StreamingMatrix) -> Strea
     """Returns the product ``A B``, which runs the stream through B and then through A.
 
     Its state is the pair (state of A, state of B). It has no structure.
+
+    Raises:
+      TypeError: if one is not a :class:`StreamingMatrix`.
     """
+    check_instance("A", A, StreamingMatrix)
+    check_instance("B", B, StreamingMatrix)
 
     def init_multiply(abstract_value: Any) -> tuple[Any, Any]:
         return A.init_multiply(abstract_value), B.init_multiply(abstract_value)
@@ -353,6 +368,10 @@ def momentum_sgd_matrix(
       ValueError: if ``learning_rates`` is not 1-D, is empty, or has an entry that is not finite and
         positive (a rate of zero makes the workload singular).
     """
+    if is_concrete(momentum):
+        check_scalar("momentum", momentum)
+    if isinstance(momentum, np.ndarray):
+        momentum = momentum.item()
     rates = check_vector(
         "learning_rates",
         jnp.ones(1, jnp.result_type(float)) if learning_rates is None else learning_rates,

@@ -36,6 +36,7 @@ from jax_privacy_kernels._checks import (
     check_int,
     check_memory,
     is_concrete,
+    promote_types,
 )
 from jax_privacy_kernels.matrix_factorization._scaling import ending_in_nan, within_range
 from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
@@ -137,7 +138,7 @@ def inverse_as_streaming_matrix(
     bands = c.size
 
     def init_multiply(abstract_value: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        dtype = jnp.promote_types(abstract_value.dtype, c.dtype)
+        dtype = promote_types(abstract_value.dtype, c.dtype)
         # zeros_like keeps the sharding of the value, zeros would not.
         zero = jnp.zeros_like(abstract_value, dtype=dtype)
         return jnp.broadcast_to(zero, (bands - 1, *zero.shape))
@@ -197,7 +198,7 @@ def noising_coef_as_streaming_matrix(
     slots = p - 1 if look_ahead is None else check_int("look_ahead", look_ahead, minimum=0)
 
     def init_multiply(abstract_value: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        dtype = jnp.promote_types(abstract_value.dtype, w.dtype)
+        dtype = promote_types(abstract_value.dtype, w.dtype)
         zero = jnp.zeros_like(abstract_value, dtype=dtype)  # keeps the sharding of the value
         return jnp.broadcast_to(zero, (p - 1, *zero.shape))
 
@@ -218,7 +219,7 @@ def _row_scale(coef: jax.Array, n: int) -> jax.Array:
     The last entry of a row scale goes on. Columns past n would have the norm of all coefficients,
     and the norm of the last would be too little noise for them.
     """
-    dtype = jnp.promote_types(coef.dtype, jnp.float32)  # also of the result
+    dtype = promote_types(coef.dtype, jnp.float32)  # also of the result
     if is_concrete(coef):
         # Of hypotenuses no square vanishes, however small the first coefficients are.
         norms = np.hypot.accumulate(np.abs(np.asarray(coef, np.float64)))

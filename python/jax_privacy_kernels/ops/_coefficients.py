@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels._checks import check_real
+from jax_privacy_kernels._checks import (
+    check_real,
+    promote_types,
+)
 from jax_privacy_kernels.ops import _dispatch
 
 __all__ = ["call", "in_float64", "real", "refuse_long"]
@@ -23,7 +26,7 @@ def real(x: Any) -> jax.Array:
     Raises a TypeError unless x holds real numbers.
     """
     x = check_real("real numbers", jnp.asarray(x))
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(promote_types(x.dtype, jnp.float32))
 
 
 def call(

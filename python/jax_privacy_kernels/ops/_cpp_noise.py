@@ -13,6 +13,9 @@ from jax_privacy_kernels.ops._noise import NoiseInputs, NoiseOutputs
 
 __all__ = ["call", "refuse"]
 
+# Leaves of one call. XLA's time to compile a call grows with the square of its operands, or faster.
+MOST = 128
+
 
 def refuse(leaf: Leaf, ahead: bool) -> str | None:
     """Why C++ cannot take the leaf, or None."""
@@ -29,7 +32,7 @@ def refuse(leaf: Leaf, ahead: bool) -> str | None:
 def call(
     target: str, operands: list[jax.Array], inputs: NoiseInputs, **static: Any
 ) -> NoiseOutputs:
-    """Calls a handler of csrc/ on all leaves.
+    """Calls a handler of csrc/ on all leaves, once for up to MOST of them.
 
     Its operands are ``operands``, the leaves' base, then the gradient and the ring of each leaf;
     its results the output and the ring of each, in the memory of the ring that went in. Rings that
@@ -42,6 +45,14 @@ def call(
       **static: attributes that the leaves share.
     """
     assert inputs.base is not None
+    if len(inputs.leaves) > MOST:
+        outs, rings = [], []
+        for first in range(0, len(inputs.leaves), MOST):
+            some = inputs.some(range(first, min(first + MOST, len(inputs.leaves))))
+            results = call(target, operands, some, **static)
+            outs += results.outs
+            rings += results.rings
+        return NoiseOutputs(outs, rings)
     operands = [*operands, inputs.base]
     per_leaf = [inputs.grads, inputs.rings] if inputs.rings else [inputs.grads]
     buffers = [buffer for leaf in zip(*per_leaf, strict=True) for buffer in leaf]

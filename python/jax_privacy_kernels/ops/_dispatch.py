@@ -179,7 +179,11 @@ def _may_have_devices(leaves: list[jax.Array]) -> bool:
 
 @functools.cache
 def _kinds_of_devices() -> frozenset[str]:
-    return frozenset(device.device_kind for device in jax.devices()) | {"cpu"}
+    kinds: set[str] = set()
+    for platform in PLATFORMS:
+        with contextlib.suppress(RuntimeError):  # there is none
+            kinds.update(device.device_kind for device in jax.devices(platform))
+    return frozenset(kinds)
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -52,6 +52,7 @@ def families() -> str:
 
 
 def text(version: Version) -> str:
+    """The version as packages write it."""
     return ".".join(map(str, version))
 
 

@@ -10,7 +10,7 @@ import jax.extend.core
 import numpy as np
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["mark"]
+__all__ = ["mark", "mark_model"]
 
 
 def mark(keys: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
@@ -19,6 +19,14 @@ def mark(keys: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
     Under a vmap that maps gradients and not the keys, a ValueError: all would get the same noise.
     """
     return _mark_p.bind(keys, *grads)
+
+
+def mark_model(keys: jax.Array, model: Any) -> jax.Array:
+    """The same for a model, a tree of arrays or ShapeDtypeStructs, whose noise begins at the keys.
+
+    All states would be of one key, which the updates of mapped states could not see any more.
+    """
+    return mark(keys, [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array | np.ndarray)])
 
 
 _mark_p = jax.extend.core.Primitive("jax_privacy_kernels_mark")
@@ -41,9 +49,9 @@ def _batch(args: Any, dims: Any) -> Any:
     mapped = [isinstance(dim, int) for dim in dims]
     if any(mapped[1:]) and not mapped[0]:
         raise ValueError(
-            "expected the noise_state to be mapped over the axis of a vmap as the gradients are, "
-            "found it shared: all of them would get the same noise. Map over states of different "
-            "keys too, or add noise to the sum outside of vmap"
+            "expected the noise_state, or the key that it begins with, to be mapped over the axis "
+            "of a vmap as the gradients are, found it shared: all of them would get the same "
+            "noise. Map over states of different keys too, or add noise to the sum outside of vmap"
         )
     return _mark_p.bind(*args), dims[0]
 

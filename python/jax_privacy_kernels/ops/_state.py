@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels._checks import check_like, is_concrete
 from jax_privacy_kernels.ops._fingerprint import WORDS
 from jax_privacy_kernels.ops._leaves import Leaf
 
@@ -82,8 +82,13 @@ def abstract_kind(name: str) -> Any:
     return {name: jax.ShapeDtypeStruct((WORDS,), jnp.uint32)}
 
 
-def check_kind(state: Any, name: str, fingerprint: Any) -> jax.Array:
+def check_kind(state: Any, expected: NoiseState, fingerprint: Any) -> jax.Array:
     """Whether a state is of a kind and of the noising matrix with that fingerprint: a boolean.
+
+    Args:
+      state: what the caller gave as a state.
+      expected: shapes and dtypes of a state of that kind.
+      fingerprint: that of the noising matrix.
 
     Raises:
       ValueError: it is seen not to be.
@@ -95,10 +100,13 @@ def check_kind(state: Any, name: str, fingerprint: Any) -> jax.Array:
             f"step before, found a {type(state).__name__}"
         )
     ((found, of_state),) = kind.items()
+    ((name, _),) = expected.clock.kind.items()
     if found != name:
+        if found.rpartition("_")[0] == name.rpartition("_")[0]:  # the leaves differ
+            check_like("noise_state.inner", state.inner, expected.inner)
         raise ValueError(
-            f"expected noise_state to be of kind {name}, of this privatizer and these gradients, "
-            f"found one of kind {found}"
+            f"expected noise_state to be of kind {name}, of this privatizer and these gradients "
+            f"(a strategy of b bands has b - 1 slots), found one of kind {found}"
         )
     if jnp.shape(of_state) != (WORDS,):
         raise ValueError(

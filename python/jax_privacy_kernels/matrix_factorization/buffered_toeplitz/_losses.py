@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, is_concrete, is_tracing
+from jax_privacy_kernels._checks import (
+    check_instance,
+    check_int,
+    is_concrete,
+    is_tracing,
+    promote_types,
+)
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization._scaling import as_dtype
@@ -58,7 +64,7 @@ def _scalar(
     x: jax.typing.ArrayLike, blt: BufferedToeplitz, name: str = "", *, upward: bool = False
 ) -> jax.Array:
     """x in the dtype of a result of the BLT; given a name, a ValueError if it does not hold it."""
-    dtype = jnp.promote_types(blt.dtype, jnp.float32)
+    dtype = promote_types(blt.dtype, jnp.float32)
     if name and is_concrete(x):
         return as_dtype(name, x, dtype, upward=upward)
     return result(x, dtype)
@@ -371,6 +377,7 @@ class LossFn(Mirrored):
           ValueError: If C is of float64 when JAX is not in 64-bit mode.
         """
         check_float64_dtype(blt)
+        check_instance("inv_blt", inv_blt, BufferedToeplitz)
         positive: dict[str, Array] = {
             "buf_decay>0": blt.buf_decay,
             "buf_decay<1": 1 - blt.buf_decay,

@@ -12,11 +12,14 @@ import numpy as np
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import (
+    check_instance,
     check_int,
     check_memory,
     check_real,
+    check_scalar,
     is_concrete,
     owned,
+    promote_types,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import toeplitz
@@ -48,6 +51,7 @@ MIN_GAP = 1e-9
 
 def check_float64_dtype(blt: BufferedToeplitz) -> None:
     """Raises a ValueError if the BLT is of float64 and JAX is not in its 64-bit mode."""
+    check_instance("the BLT", blt, BufferedToeplitz)
     if blt.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "dtype=jnp.float64 needs 64-bit mode: "
@@ -126,7 +130,7 @@ class StreamingMatrixBuilder(Mirrored):
         )
 
     def _init(self, abstract_value: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        dtype = jnp.promote_types(abstract_value.dtype, self.dtype)
+        dtype = promote_types(abstract_value.dtype, self.dtype)
         # zeros_like keeps the sharding of the value, zeros would not.
         zero = jnp.zeros_like(abstract_value, dtype=dtype)
         return jnp.broadcast_to(zero, (len(self.buf_decay), *zero.shape))
@@ -224,7 +228,7 @@ class BufferedToeplitz(Mirrored):
             JAX is not in 64-bit mode.
           TypeError: If they are not real numbers, or ``dtype`` is not floating.
         """
-        dtype = np.dtype(dtype)
+        dtype = np.dtype(dtype)  # a TypeError if it is none
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"expected a floating dtype, found {dtype}")
         if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
@@ -278,8 +282,9 @@ class BufferedToeplitz(Mirrored):
             ("max_pillutla_score", max_pillutla_score),
             ("buf_decay_scale", buf_decay_scale),
         ):
-            if bound is not None and not 0 < bound < np.inf:
-                raise ValueError(f"expected {name} to be positive and finite, found {bound}")
+            if bound is not None:
+                check_scalar(name, bound, lambda x: 0 < x < np.inf, "positive and finite")
+        check_scalar("buf_decay_shift", buf_decay_shift)
         half = (m + 1) // 2
         spacing = buf_decay_scale * np.pi / np.sqrt(2 * (half + 1))
         x = spacing * (np.arange(m) + 1 - half + buf_decay_shift)
@@ -481,6 +486,7 @@ def _blt(theta: Array, omega: Array, dtype: np.dtype) -> BufferedToeplitz:
 
 def values_of(blt: BufferedToeplitz, *others: object) -> tuple[Array, Array, Arithmetic]:
     """Decays and scales of a valid BLT, and how to compute with them and others."""
+    check_instance("the BLT", blt, BufferedToeplitz)
     blt.validate()
     if is_concrete((blt, others)):
         return (
@@ -488,7 +494,7 @@ def values_of(blt: BufferedToeplitz, *others: object) -> tuple[Array, Array, Ari
             np.asarray(blt.output_scale, np.float64),
             KNOWN,
         )
-    dtype = jnp.promote_types(blt.dtype, jnp.result_type(float))
+    dtype = promote_types(blt.dtype, jnp.result_type(float))
     return jnp.asarray(blt.buf_decay, dtype), jnp.asarray(blt.output_scale, dtype), TRACED
 
 
@@ -518,7 +524,8 @@ def scales_of(theta: Array, theta_hat: Array, on: Arithmetic) -> Array:
 def min_gap(theta: Array, on: Arithmetic) -> Array:
     """The least distance of two decays, infinity if there are fewer than two."""
     xp = on.xp
-    gaps = xp.where(np.eye(len(theta), dtype=bool), xp.inf, xp.abs(theta[:, None] - theta))
+    gaps = xp.abs(theta[:, None] - theta[None, :])
+    gaps = xp.where(np.eye(len(theta), dtype=bool), xp.inf, gaps)
     return xp.min(gaps, initial=xp.inf)
 
 
@@ -528,7 +535,7 @@ def min_buf_decay_gap(buf_decay: jax.typing.ArrayLike) -> jax.Array:
     Raises:
       ValueError: If ``buf_decay`` is not 1-D.
     """
-    theta = jnp.asarray(buf_decay)
+    theta = check_real("buf_decay to hold real numbers", owned("buf_decay", buf_decay))
     if theta.ndim != 1:
         raise ValueError(f"expected buf_decay to be 1-D, found shape {theta.shape}")
     return jnp.asarray(min_gap(theta, TRACED))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_privacy_kernels._checks import check_int, is_concrete
+from jax_privacy_kernels._checks import check_instance, check_int, check_scalar, is_concrete
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._losses import LossFn
@@ -89,6 +89,7 @@ class Parameterization(Mirrored):
 
         The same one for the same loss, so that `optimization.optimize` compiles it once.
         """
+        check_instance("loss_fn", loss_fn, LossFn)
         return _penalized_loss(loss_fn, self.blt_and_inverse_from_params)
 
 
@@ -182,6 +183,7 @@ def get_init_blt(
         return BufferedToeplitz.from_rational_approx_to_sqrt_x(
             m, max_buf_decay=1 - 1e-6, max_pillutla_score=1 - 1e-6
         )
+    check_instance("init_blt", init_blt, BufferedToeplitz)
     if len(init_blt.buf_decay) != m:
         raise ValueError(
             f"expected init_blt with num_buffers={m} buffers, found {len(init_blt.buf_decay)}"
@@ -254,6 +256,9 @@ def optimize_loss(
       UserWarning: If a scale of the result is within 1e-8 of 0, so that fewer buffers would do.
     """
     m = check_int("num_buffers", num_buffers, minimum=0)
+    check_instance("loss_fn", loss_fn, LossFn)
+    if parameterization is not None:
+        check_instance("parameterization", parameterization, Parameterization)
     start = get_init_blt(m, init_blt)
     if m == 0 or (init_blt is None and parameterization is None):
         *_, (blt, loss) = _grow(loss_fn, m, kwargs)
@@ -382,8 +387,7 @@ def optimize(
             "expected min_buffers <= max_buffers <= 15, more of which have decays too close to "
             f"each other to compute with, found min_buffers={fewest} and max_buffers={most}"
         )
-    if not rtol > 0:
-        raise ValueError(f"expected rtol > 0, found {rtol}")
+    rtol = check_scalar("rtol", rtol, lambda x: x > 0, "positive")
     if init_blt is not None and fewest != most:
         raise ValueError(
             "expected min_buffers == max_buffers with init_blt, "

@@ -23,7 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, is_concrete
+from jax_privacy_kernels._checks import (
+    check_int,
+    is_concrete,
+    promote_types,
+)
 
 __all__ = [
     "KNOWN",
@@ -300,7 +304,7 @@ def squares_of_coefs(
 
 def _arrays(n: Count, *xs: jax.typing.ArrayLike) -> tuple[np.dtype, Arithmetic, Sequence[Array]]:
     """Their dtype, how to compute with them and n, and the arrays for that."""
-    dtype = jnp.promote_types(jnp.result_type(*xs), jnp.result_type(float))
+    dtype = promote_types(jnp.result_type(*xs), jnp.result_type(float))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"expected real numbers, found dtype {dtype}")
     if is_concrete((n, xs)):

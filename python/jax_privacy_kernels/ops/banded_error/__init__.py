@@ -82,7 +82,7 @@ def banded_error(
     """
     arrays = [_coefficients.real(x) for x in (rows, scale, rates, momentum)]
     n, b = arrays[0].shape[-2:]
-    started = jnp.arange(n)[:, None] >= jnp.arange(b)
+    started = jnp.arange(n)[:, None] >= jnp.arange(b)[None, :]
     arrays[0] = jnp.where(started, arrays[0], 0)
     dtype = jnp.result_type(*arrays)
     name = _dispatch.requested("banded_error", IMPLEMENTATIONS, implementation)

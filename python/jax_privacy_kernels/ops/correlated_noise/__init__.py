@@ -90,6 +90,7 @@ def init_correlated_noise(
 
     Raises:
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
+      ValueError: the model is mapped over an axis (vmap) that the key is not mapped over.
     """
     filter = _filter(matrix, jax.random.key_impl(key), stddev)
     matrix = jax.tree.map(_canonical, matrix)
@@ -149,8 +150,7 @@ def correlated_noise(
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     expected = _state.abstract_state(tree, leaves, filter, key_impl)
-    ((kind, _),) = expected.clock.kind.items()
-    valid = check_kind(state, kind, fingerprint)
+    valid = check_kind(state, expected, fingerprint)
     check_like("noise_state", state, expected)
     _leaves.check_shared(grads, state.clock.keys)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):

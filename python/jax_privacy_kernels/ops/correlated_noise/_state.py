@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels.ops import _partition
+from jax_privacy_kernels.ops import _once, _partition
 from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._state import Clock, NoiseState, abstract_kind, key_words, kind_of
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
@@ -19,7 +19,11 @@ __all__ = ["abstract_state", "init_state", "kind", "tick"]
 def kind(filter: Filter, key_impl: Any, leaves: tuple[Leaf, ...]) -> str:
     """The name of the kind of a state."""
     schedule = "ahead" if filter.ahead else "plain"
-    sizes = f"s{filter.slots}_u{filter.buffers}_p{filter.behind + 1}"
+    sizes = f"slots{filter.slots}"
+    if filter.buffers:
+        sizes += f"_buffers{filter.buffers}"
+    if filter.behind:
+        sizes += f"_samples{filter.behind + 1}"
     changing = "_changing_stddev" if filter.varying else ""
     return kind_of(f"{filter.name}_{schedule}_{sizes}{changing}", key_impl, leaves)
 
@@ -54,9 +58,10 @@ def init_state(
         return _partition.zeros(ring.shape, ring.dtype, _partition.rows_like(leaf))
 
     ((name, _),) = expected.clock.kind.items()
+    data = _once.mark_model(jax.random.key_data(key), model)
     clock = Clock(
         step=jnp.zeros((), jnp.int32),
-        keys=_first_keys(filter.behind, _stored(filter), key_impl, jax.random.key_data(key)),
+        keys=_first_keys(filter.behind, _stored(filter), key_impl, data),
         stddevs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), expected.clock.stddevs),
         kind={name: jnp.asarray(fingerprint)},
     )

@@ -81,10 +81,12 @@ def init_dense_noise(
 
     Raises:
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
+      ValueError: the model is mapped over an axis (vmap) that the key is not mapped over.
     """
     kind = _kind(_leaves.plan(model, matrix.dtype, dtype), jax.random.key_impl(key))
     fingerprint = jnp.asarray(_fingerprint.fingerprint([matrix]))
-    words = jnp.copy(jax.random.key_data(key))[None]  # the state is there to be donated
+    words = _once.mark_model(jax.random.key_data(key), model)
+    words = jnp.copy(words)[None]  # the state is there to be donated
     return NoiseState(Clock(jnp.zeros((), jnp.int32), words, (), {kind: fingerprint}), ())
 
 
@@ -123,11 +125,11 @@ def dense_noise(
     """
     name = _dispatch.requested("dense_noise", IMPLEMENTATIONS, implementation)
     leaves = _leaves.plan(grads, matrix.dtype, dtype)
-    kind = _kind(leaves, key_impl)
-    valid = check_kind(state, kind, _fingerprint.fingerprint([matrix]))
     struct: Any = jax.ShapeDtypeStruct
     keys = struct((1, *key_words(key_impl)), jnp.uint32)
-    expected = NoiseState(Clock(struct((), jnp.int32), keys, (), abstract_kind(kind)), ())
+    kind = abstract_kind(_kind(leaves, key_impl))
+    expected = NoiseState(Clock(struct((), jnp.int32), keys, (), kind), ())
+    valid = check_kind(state, expected, _fingerprint.fingerprint([matrix]))
     check_like("noise_state", state, expected)
     step, n = state.clock.step, matrix.shape[0]
     if is_concrete(step) and not 0 <= int(step) < n:

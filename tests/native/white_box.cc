@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <complex>
 #include <tuple>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "correlated_noise.h"
 #include "min_sep_norm.h"
 #include "participation_max.h"
+#include "privacy_loss_sums.h"
 #include "toeplitz.h"
 #include "toeplitz_fft.h"
 
@@ -125,6 +127,21 @@ auto with_gradient(const Vector& row, const Function& function) {
   return std::make_tuple(value, gradient);
 }
 
+// Sums [sign, sigma, epsilon] of samples 0 .. count - 1. make(targets) gives the blocks.
+template <typename Make>
+Vector privacy_loss(const Vector& sigmas, const Vector& margins, const Vector& epsilons,
+                    int64_t count, const Make& make) {
+  const double* least = std::min_element(epsilons.data(), epsilons.data() + epsilons.size());
+  const privacy_loss::Targets targets{sigmas.data(),   margins.data(),  sigmas.size(),
+                                      epsilons.data(), epsilons.size(), *least};
+  Vector sums(2 * sigmas.size() * epsilons.size()), counts(sums.size()), maxima(sums.size());
+  DeafPool pool;
+  privacy_loss::sum_up(
+      pool, 2, 0, count, targets, [&] { return make(targets); }, sums.mutable_data(),
+      counts.mutable_data(), maxima.mutable_data());
+  return sums;
+}
+
 PYBIND11_MODULE(JPK_WHITE_BOX_NAME, m) {
   m.def("toeplitz", toeplitz_product);
   m.def("complex_product", complex_product);
@@ -138,6 +155,25 @@ PYBIND11_MODULE(JPK_WHITE_BOX_NAME, m) {
       return participation_max(row, x.size(), sep, k, gradient);
     });
   });
+  m.def("privacy_loss_bins", [](const Vector& gram, const Vector& factor, const Vector& sigmas,
+                                const Vector& margins, const Vector& epsilons, int64_t count) {
+    const privacy_loss::Bins bins(gram.shape(0), gram.data(), factor.data());
+    return privacy_loss(sigmas, margins, epsilons, count, [&](const privacy_loss::Targets&) {
+      return privacy_loss::BinsBlocks(bins, {1, 2});
+    });
+  });
+  m.def("privacy_loss_steps",
+        [](int scheme, int64_t n, int64_t period, double p, const Vector& c, const Vector& sigmas,
+           const Vector& margins, const Vector& epsilons, int64_t count) {
+          const privacy_loss::Steps steps{
+              static_cast<privacy_loss::Steps::Scheme>(scheme), n, period, p, c.size(), c.data()};
+          return privacy_loss(sigmas, margins, epsilons, count,
+                              [&](const privacy_loss::Targets& targets) {
+                                return privacy_loss::StepsBlocks(steps, {1, 2}, targets);
+                              });
+        });
+  m.def("exp", py::vectorize(exp_lane));
+  m.def("log", py::vectorize(log_lane));
   m.def("threefry", py::vectorize([](uint32_t k0, uint32_t k1, uint32_t x0, uint32_t x1) {
           threefry2x32({k0, k1}, x0, x1);
           return static_cast<uint64_t>(x0) << 32 | x1;

@@ -20,6 +20,14 @@ import pytest
 import scipy.special
 from jax.extend.random import threefry2x32_p
 
+from jax_privacy_kernels.ops.privacy_loss_sums import (
+    BallsInBins,
+    BMinSep,
+    CyclicPoisson,
+    privacy_loss_sums,
+    problem,
+)
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Flags of /proc/cpuinfo that an instruction set takes, as far as GCC makes use of them here.
@@ -383,3 +391,48 @@ def test_participation_max(kernels, sep, k):
     assert set(gradient) <= {0, 1}
     assert gradient.sum() <= k
     assert np.all(np.diff(np.flatnonzero(gradient)) >= sep)
+
+
+def test_exp_and_log(kernels):
+    x = np.concatenate([np.linspace(-708, 708, 100_001), np.geomspace(1e-300, 1, 1000)])
+    np.testing.assert_allclose(kernels.exp(x), np.exp(x), rtol=2**-50)
+    y = np.exp(x)
+    np.testing.assert_allclose(kernels.log(y), np.log(y), rtol=2**-51, atol=2**-51)
+    ends = kernels.exp(np.array([-708.0, 708.0]))
+    np.testing.assert_allclose(kernels.exp(np.array([-1e9, 1e9])), ends, rtol=2**-50)
+    assert np.isnan(kernels.exp(np.nan))
+    assert np.isnan(kernels.log(np.nan))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        BallsInBins(50, 11),
+        BMinSep(90, 6, 0.3),
+        BMinSep(90, 6, 0.3, warm_start=False),
+        CyclicPoisson(90, 6, 0.5),
+    ],
+)
+def test_privacy_loss_sums(kernels, scheme):
+    """The same samples as those of the oracle; the least noise takes logarithms."""
+    c, count = np.array([1.0, 0.5, 0.375, 0.3125]), 70
+    sigmas, epsilons = np.array([0.05, 1.0, 3.0]), np.array([0.0, -0.5, 1.0])
+    prepared = problem(scheme, c)
+    targets = (sigmas, prepared.margins(sigmas), epsilons, count)
+    static = dict(prepared.static)
+    kind = static.pop("scheme")
+    if kind == "bins":
+        sums = kernels.privacy_loss_bins(*prepared.operands, *targets)
+    else:
+        number = ("min_sep", "min_sep_warm", "cyclic").index(kind)
+        sums = kernels.privacy_loss_steps(number, *static.values(), c, *targets)
+    right = privacy_loss_sums(
+        scheme,
+        c,
+        sigmas,
+        epsilons,
+        key=np.array([1, 2], np.uint32),
+        num_samples=count,
+        implementation="jax",
+    )
+    np.testing.assert_allclose(sums, right.sums.ravel(), rtol=1e-8, atol=1e-8)

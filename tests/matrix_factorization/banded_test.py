@@ -259,7 +259,7 @@ def test_from_banded_toeplitz_checks_values(n, coefs, message):
         ColumnNormalizedBanded.from_banded_toeplitz(n, coefs)
 
 
-@pytest.mark.parametrize(("n", "coefs"), [(3.0, [1.0]), ("3", [1.0]), (3, [1j]), (3, [True])])
+@pytest.mark.parametrize(("n", "coefs"), [(3.5, [1.0]), ("3", [1.0]), (3, [1j]), (3, [True])])
 def test_from_banded_toeplitz_checks_types(n, coefs):
     with pytest.raises(TypeError, match=r"to be an integer|real numbers"):
         ColumnNormalizedBanded.from_banded_toeplitz(n, coefs)

@@ -80,6 +80,7 @@ def our_module(module):
 
 def names_in_jax_privacy():
     """Every object that a loaded module of jax_privacy holds, by module and name."""
+    _swap.replacements()  # loads the modules that it names
     return {
         (module_name, name): value
         for module_name, module in sys.modules.items()

@@ -500,6 +500,17 @@ def test_gaussian_privatizer_in_a_trace_needs_no_key(swapped):
         jax.jit(lambda grads: make(stddev=1.0).init(grads))(GRADS)
 
 
+def test_gaussian_privatizer_uses_a_key_once(swapped):
+    privatizer = jax_privacy.noise_addition.gaussian_privatizer(stddev=1.0)
+    models = jnp.zeros((3, 5))
+    with pytest.raises(ValueError, match="same noise"):
+        jax.vmap(privatizer.init)(models)
+    with pytest.raises(ValueError, match="same noise"):
+        jax.vmap(privatizer.update, (0, None))(models, privatizer.init(models[0]))
+    one, other = (privatizer.init(models[0])[0] for _ in range(2))
+    assert (jax.random.key_data(one) != jax.random.key_data(other)).any()
+
+
 def test_gaussian_privatizer_draws_keys_and_checks(swapped):
     make = jax_privacy.noise_addition.gaussian_privatizer
     keys = [make(stddev=1.0).init(GRADS)[0] for _ in range(2)]

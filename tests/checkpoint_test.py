@@ -25,6 +25,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_privacy_kernels.matrix_factorization import (
+    banded,
     buffered_toeplitz,
     sensitivity,
     streaming_matrix,
@@ -226,12 +227,19 @@ def test_sigkill(tmp_path):
 
 # -- Eight devices ----------------------------------------------------------------------------
 
-SHAPES = {"w": (16, 200), "b": (8,), "empty": (0, 2), "scalar": ()}
-DIVISIBLE = {"w": (16, 200), "b": (8,), "empty": (0, 2)}
+SHAPES = {"w": (16, 200), "b": (8,), "scalar": ()}
+DIVISIBLE = {"w": (16, 200), "b": (8,)}
 SAVED = 3, 10  # in the first and in the second round of b - 1 = 7 steps
 END = 12
 
+# What orbax says of trees and of shapes that are not those saved.
+ORBAX = r"(?i)tree structure|shape|do not match"
+
 MATRICES = {
+    "identity": streaming_matrix.identity,
+    "column-normalized": lambda: banded.ColumnNormalizedBanded.default(
+        END, 8
+    ).inverse_as_streaming_matrix(),
     "banded": lambda: toeplitz.inverse_as_streaming_matrix(
         toeplitz.optimal_max_error_strategy_coefs(8)
     ),
@@ -399,28 +407,27 @@ class TestEightDevices:
     def test_zero_does_not_move_where_it_does_not_fit(self, tmp_path, before, after, leaf):
         saved = Saved(tmp_path, setting("banded", before, ZERO))
         other = setting("banded", after, ZERO)
-        with pytest.raises(
-            ValueError, match=rf"expected \['noise'\]\..*\['{leaf}'\] to be float32"
-        ):
+        with pytest.raises(ValueError, match=ORBAX):
             saved.restored(3, other)
         # Restored in another way
         state = jax.tree.map(np.asarray, saved.restored(3, setting("banded", before, ZERO)))
         with other.within():
             state = jax.device_put(state, NamedSharding(other.mesh, P()))
-            message = rf"expected noise_state\.(shards|noise\.buffers)\['{leaf}'\] to have shape"
+            padded = rf"noise_state\.inner\['{leaf}'\] to have shape"
+            message = rf"expected ({padded}|.*for gradients that are split as these are)"
             with pytest.raises(ValueError, match=message):
                 other.update(other.grads(3), state)
 
     @pytest.mark.parametrize("strategies", [(ZERO, DEFAULT), (DEFAULT, ZERO)])
     def test_strategies_do_not_take_each_others_states(self, tmp_path, strategies):
         before, after = (setting("banded", "8", strategy) for strategy in strategies)
-        with pytest.raises(ValueError, match=r"expected \['noise'\]\.\S+ to be .*, found"):
+        with pytest.raises(ValueError, match=ORBAX):
             Saved(tmp_path, before).restored(3, after)
 
     @pytest.mark.parametrize("matrix", ["buffers", "banded inverse"])
     def test_another_matrix_is_refused(self, tmp_path, matrix):
         saved = Saved(tmp_path, setting("banded", "no mesh"))
-        with pytest.raises(ValueError, match=r"expected \['noise'\]\.kind to be"):
+        with pytest.raises(ValueError, match=ORBAX):
             saved.restored(3, setting(matrix, "no mesh"))
 
     @pytest.mark.skipif(not HAS_CPP, reason="the extension is missing")
@@ -434,7 +441,7 @@ class TestEightDevices:
         saved = Saved(tmp_path, setting(matrix, "no mesh"))
         saved.check(setting(matrix, "no mesh", prng_key=None))
         rbg = Setting(matrix, "no mesh", DEFAULT, SHAPES, jax.random.key(3, impl="rbg"))
-        with pytest.raises(ValueError, match=r"expected \['noise'\]\.(kind|key) to be"):
+        with pytest.raises(ValueError, match=ORBAX):
             saved.restored(3, rbg)
 
     def test_what_is_being_saved_may_be_donated(self, tmp_path):

@@ -598,7 +598,12 @@ def test_states_that_are_not_the_privatizers():
         (privatizer, {"a": jnp.zeros(4), "c": jnp.zeros(2)}, state, r"\['c'\]"),
         (privatizer, {"a": jnp.zeros(5), "b": jnp.zeros(2)}, state, r"\(3, 5\).*found.*\(3, 4\)"),
         (privatizer, {"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)}, state, r"\(3, 2, 2\)"),
-        (privatizer, grads, build(Ours, "identity").init(grads), "noise_state.kind.*another"),
+        (
+            privatizer,
+            grads,
+            build(Ours, "identity").init(grads),
+            "noise_state to be of kind.*found one of kind",
+        ),
         (privatizer, grads, build(Ours, "product").init(grads), "noise_state"),
         (privatizer, grads, build(Ours, "banded inverse").init(grads), "noise_state"),
         (build(Ours, "banded inverse"), grads, state, "noise_state"),
@@ -606,14 +611,14 @@ def test_states_that_are_not_the_privatizers():
         (build(Ours, "product"), grads, state, "noise_state"),
         (build(Ours, "product"), {"a": jnp.zeros(4)}, build(Ours, "product").init(grads), "b"),
         (build(Ours, "dense"), grads, state, "noise_state"),
-        (privatizer, grads, None, "noise_state to be a NoiseState, found a NoneType"),
-        (privatizer, grads, tuple(state), "noise_state to be a NoiseState, found a tuple"),
+        (privatizer, grads, None, "noise_state to be a NoiseState.* found a NoneType"),
+        (privatizer, grads, tuple(state), "noise_state to be a NoiseState.* found a tuple"),
         (privatizer, [*grads.values()], state, "noise_state"),
     ]
     other_bands = matrix_factorization_privatizer(
         toeplitz.inverse_as_streaming_matrix(jnp.array([1.0, 0.5, 0.2])), stddev=1.0, prng_key=0
     )
-    cases.append((other_bands, grads, state, "noise_state.kind.*another"))
+    cases.append((other_bands, grads, state, "noise_state to be of kind.*found one of kind"))
     for owner, gradients, foreign, message in cases:
         with pytest.raises(ValueError, match=message):
             owner.update(gradients, foreign)
@@ -745,7 +750,18 @@ def test_a_negative_step_fails_in_the_compiled_kernel(matrix):
 def test_leaves_that_are_not_arrays(matrix):
     privatizer = build(Ours, matrix)
     with pytest.raises(TypeError, match=r"\['b'\].*an array.*1.5"):
-        privatizer.init({"a": jnp.zeros(3), "b": 1.5})
+        privatizer.init({"a": jnp.zeros(3), "b": "1.5"})
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_leaves_that_are_python_numbers(matrix):
+    privatizer = build(Ours, matrix)
+    number, array = {"w": 1.0}, {"w": jnp.float32(1)}
+    expected, _ = privatizer.update(array, privatizer.init(array))
+    for update in (privatizer.update, jax.jit(privatizer.update)):
+        assert_same_noise(update(number, privatizer.init(number))[0], expected)
+    with pytest.raises(TypeError, match=r"\['w'\].*gradients of dtype.*int32"):
+        privatizer.init({"w": 1})
 
 
 @pytest.mark.parametrize("matrix", KINDS)
@@ -753,6 +769,16 @@ def test_strict_ranks(matrix):
     privatizer, grads = build(Ours, matrix), {"w": jnp.zeros((3, 1500))}
     with jax.numpy_rank_promotion("raise"):
         jax.jit(privatizer.update)(grads, privatizer.init(grads))
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_strict_dtypes(matrix):
+    privatizer, grads = build(Ours, matrix), {"w": jnp.zeros(1500, jnp.bfloat16)}
+    expected, _ = privatizer.update(grads, privatizer.init(grads))
+    with jax.numpy_dtype_promotion("strict"):
+        for update in (privatizer.update, jax.jit(privatizer.update)):
+            out, _ = update(grads, privatizer.init(grads))
+            jax.tree.map(np.testing.assert_array_equal, out, expected)
 
 
 @pytest.mark.usefixtures("eight_devices")

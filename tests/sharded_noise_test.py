@@ -305,8 +305,8 @@ class TestEightDevices:
 
     @pytest.mark.parametrize("kind", [None, *KINDS])
     @pytest.mark.parametrize("matrix", ["banded", "dense"])
-    def test_derivatives_of_plain_jax(self, matrix, kind):
-        mechanism = privatizer(matrix, "jax")
+    def test_derivatives(self, matrix, kind):
+        mechanism = privatizer(matrix)
 
         def loss(grads, state):
             out, _ = mechanism.update(grads, state)
@@ -493,8 +493,8 @@ class TestEightDevices:
         with jax.set_mesh(mesh):
             grads = on_mesh({"scalar": jnp.zeros(()), "odd": jnp.zeros((7, 5))}, mesh, axes)
             outs, state = run(mechanism, grads)
-        assert state.noise.buffers["scalar"].shape == (4, 8)
-        assert state.noise.buffers["odd"].shape == (4, 40)
+        assert state.inner["scalar"].shape == (4, 8)
+        assert state.inner["odd"].shape == (4, 40)
         values = np.concatenate([x.ravel() for out in outs for x in out.values()])
         assert len(np.unique(values)) == len(values) == 36 * STEPS
         assert 0.5 < values.std() < 2
@@ -624,7 +624,7 @@ class TestEightDevices:
             state = mechanism.init(grads)
             for spec in (P("x"), P(None, "y"), P("x", "y")):
                 moved = {"w": jax.device_put(grads["w"], NamedSharding(mesh, spec))}
-                with pytest.raises(ValueError, match=r"shards\['w'\].*\(0, .*found.*\(0, 1, 1\)"):
+                with pytest.raises(ValueError, match="gradients that are split into other"):
                     mechanism.update(moved, state)
 
     def test_zero_state_of_another_size(self):

@@ -49,10 +49,11 @@ def run(implementation: str, matrix, steps: int) -> np.ndarray:
     state = privatizer.init(grads)
     rows = []
     for _ in range(steps):
-        pointer = state.buffers["w"].unsafe_buffer_pointer()
+        pointers = [ring.unsafe_buffer_pointer() for ring in jax.tree.leaves(state.inner)]
         noisy, state = update(grads, state)
-        if implementation == "cpp" and state.buffers["w"].size:
-            assert state.buffers["w"].unsafe_buffer_pointer() == pointer, "the ring was copied"
+        if implementation == "cpp":
+            moved = [ring.unsafe_buffer_pointer() for ring in jax.tree.leaves(state.inner)]
+            assert moved == pointers, "a ring was copied"
         rows.append(noisy)
 
     def step(state, _):

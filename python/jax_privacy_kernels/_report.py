@@ -64,8 +64,10 @@ def _device_lines() -> list[str]:
     """The devices, or why there are none."""
     try:
         return [f"  {device.platform:<20} {device.device_kind}" for device in jax.devices()]
-    except RuntimeError as error:  # a platform that JAX_PLATFORMS names is not there
-        return textwrap.wrap(f"none: {error}", 100, initial_indent="  ", subsequent_indent="  ")
+    # A platform that JAX_PLATFORMS names is not there, on which JAX may fail without a word.
+    except (RuntimeError, AssertionError) as error:
+        why = str(error) or f"JAX finds no platform of {jax.config.jax_platforms!r}"
+        return textwrap.wrap(f"none: {why}", 100, initial_indent="  ", subsequent_indent="  ")
 
 
 def _swap_lines() -> list[str]:

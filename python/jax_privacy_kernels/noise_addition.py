@@ -49,8 +49,10 @@ from jax_privacy_kernels.ops import (
     check_shared,
     correlated_noise,
     dense_noise,
+    fingerprint_of_function,
     init_correlated_noise,
     init_dense_noise,
+    mark_tree,
     sharding_of,
     zeros_on_mesh,
 )
@@ -149,14 +151,14 @@ def matrix_factorization_privatizer(
       ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, NaN,
         infinite or beyond float32; a key that is not one key; no key inside a trace. From init: no
         key where several processes work together. From update: a state of another format, strategy,
-        stddev or number of bands, or of gradients of other shapes or dtypes (coefficients and
-        stddev that a trace hides give NaN);
-        a step beyond the rows of a dense matrix (NaN instead inside a trace, and beyond those of a
+        stddev or number of bands, or of gradients of other shapes or dtypes (NaN where
+        a trace hides coefficients, stddev or shapes); a step beyond the rows of a dense matrix (NaN instead inside a trace, and beyond those of a
         ColumnNormalizedBanded); an implementation asked for that cannot run. Coefficients that are
         refused where a matrix is made give NaN if a trace has hidden them.
       ValueError from init and update, too: in a vmap, gradients that are mapped where the key is
         not, which would all have the same noise. From update: in a shard_map, gradients that vary
-        over axes that the state's key does not; gradients unreduced over a mesh axis.
+        over axes that the state's key does not (with ``check_vma=False``, and in a pmap, nobody can
+        see that); gradients unreduced over a mesh axis.
       From init and update with ``SupportedStrategies.ZERO``, ValueError: a leaf without a mesh;
       RuntimeError: one on a mesh with axes that are not explicit.
     """
@@ -182,7 +184,7 @@ def matrix_factorization_privatizer(
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
-    return optax.GradientTransformation(_on_mesh(privatizer.init), privatizer.update)
+    return _for_any_caller(_on_mesh(privatizer.init), privatizer.update)
 
 
 def gaussian_privatizer(
@@ -248,8 +250,17 @@ def _streaming(
     def init_inner(model: Any) -> Any:
         return matrix.init_multiply(jax.tree_util.tree_map_with_path(wide, model))
 
+    def of_matrix() -> Any:
+        """The fingerprint of what the matrix computes with, to be added to that of the noise."""
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        try:
+            inner = jax.eval_shape(matrix.init_multiply, scalar)
+            return fingerprint_of_function(matrix.multiply_next, scalar, inner)
+        except Exception:  # functions of a caller, who may have written them for another tree
+            return np.uint32(0)
+
     def init(model: Any) -> NoiseState:
-        return independent.init(model)._replace(inner=init_inner(model))
+        return _owned(independent.init(model), of_matrix())._replace(inner=init_inner(model))
 
     def update(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
@@ -262,13 +273,15 @@ def _streaming(
         if not isinstance(noise_state, NoiseState):
             noise_state = NoiseState(noise_state, ())  # which the independent noise refuses
         # The independent noise checks its own state; a matrix may promote the dtype of its own.
-        unit, noise = independent.update(zeros, noise_state._replace(inner=()))
+        own = of_matrix()
+        noise_state = _marked(noise_state, sum_of_clipped_grads)
+        unit, noise = independent.update(zeros, _owned(noise_state, -own)._replace(inner=()))
         expected = jax.eval_shape(init_inner, sum_of_clipped_grads)
         check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
         check_shared(sum_of_clipped_grads, noise_state.clock.keys)
         z = jax.tree.map(lambda u: stddev * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
         x, inner = matrix.multiply_next(z, noise_state.inner)
-        return jax.tree.map(_add, sum_of_clipped_grads, x), noise._replace(inner=inner)
+        return jax.tree.map(_add, sum_of_clipped_grads, x), _owned(noise, own)._replace(inner=inner)
 
     return optax.GradientTransformation(init, update)
 
@@ -311,6 +324,26 @@ def _dense(
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _for_any_caller(init: Any, update: Any) -> optax.GradientTransformation:
+    """The privatizer, where JAX is strict about dtypes and where leaves are Python numbers, too."""
+
+    def arrays(tree: Any) -> Any:
+        number = int, float, complex
+        return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, number) else x, tree)
+
+    def init_for_any_caller(model: Any) -> NoiseState:
+        with jax.numpy_dtype_promotion("standard"):
+            return init(arrays(model))
+
+    def update_for_any_caller(
+        sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
+    ) -> tuple[Any, NoiseState]:
+        with jax.numpy_dtype_promotion("standard"):
+            return update(arrays(sum_of_clipped_grads), noise_state, params)
+
+    return optax.GradientTransformation(init_for_any_caller, update_for_any_caller)
 
 
 def _on_mesh(init: Any) -> Any:
@@ -366,6 +399,7 @@ def _zero_redundancy(
         likes = jax.tree_util.tree_map_with_path(flat, sum_of_clipped_grads)
         ending = suffix(sum_of_clipped_grads)
         inner = _renamed(noise_state, lambda name: _without_ending(name, ending))
+        inner = _marked(inner, sum_of_clipped_grads)
         zeros = jax.tree.map(
             lambda like: zeros_on_mesh(like.shape, like.dtype, like.sharding), likes
         )
@@ -389,9 +423,27 @@ def _without_ending(name: str, ending: str) -> str:
 
 def _renamed(state: Any, rename: Callable[[str], str]) -> Any:
     """The state with another name of its kind; what is no such state stays as it is."""
-    if not isinstance(state, NoiseState) or not isinstance(state.clock.kind, dict):
+    return _relabeled(state, lambda name, fingerprint: (rename(name), fingerprint))
+
+
+def _marked(state: Any, grads: Any) -> Any:
+    """The state, known to make noise for these gradients, which it is then not made with."""
+    keys = getattr(getattr(state, "clock", None), "keys", None)
+    if not isinstance(state, NoiseState) or not isinstance(keys, jax.Array | np.ndarray):
         return state
-    kind = {rename(name): fingerprint for name, fingerprint in state.clock.kind.items()}
+    return state._replace(clock=state.clock._replace(keys=mark_tree(keys, grads)))
+
+
+def _owned(state: NoiseState, own: Any) -> NoiseState:
+    """The state with a fingerprint added to its own."""
+    return _relabeled(state, lambda name, fingerprint: (name, fingerprint + own))
+
+
+def _relabeled(state: Any, relabel: Callable[[str, Any], tuple[str, Any]]) -> Any:
+    kind = getattr(getattr(state, "clock", None), "kind", None)
+    if not isinstance(state, NoiseState) or not isinstance(kind, dict):
+        return state
+    kind = dict(relabel(*item) for item in kind.items())
     return state._replace(clock=state.clock._replace(kind=kind))
 
 

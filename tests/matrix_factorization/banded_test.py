@@ -259,7 +259,7 @@ def test_from_banded_toeplitz_checks_values(n, coefs, message):
         ColumnNormalizedBanded.from_banded_toeplitz(n, coefs)
 
 
-@pytest.mark.parametrize(("n", "coefs"), [(3.0, [1.0]), ("3", [1.0]), (3, [1j]), (3, [True])])
+@pytest.mark.parametrize(("n", "coefs"), [(3.5, [1.0]), ("3", [1.0]), (3, [1j]), (3, [True])])
 def test_from_banded_toeplitz_checks_types(n, coefs):
     with pytest.raises(TypeError, match=r"to be an integer|real numbers"):
         ColumnNormalizedBanded.from_banded_toeplitz(n, coefs)
@@ -283,7 +283,7 @@ def test_default_checks_values(n, bands, message):
         ColumnNormalizedBanded.default(n, bands)
 
 
-@pytest.mark.parametrize(("n", "bands"), [(3.0, 2), (3, 2.0), (None, 2), (3, "2")])
+@pytest.mark.parametrize(("n", "bands"), [(3.5, 2), (3, 2.5), (None, 2), (3, "2")])
 def test_default_checks_types(n, bands):
     with pytest.raises(TypeError, match="to be an integer"):
         ColumnNormalizedBanded.default(n, bands)
@@ -749,9 +749,9 @@ def test_sensitivity_checks_the_strategy():
         ((3, 0), ValueError, "max_participations >= 1, found max_participations=0"),
         ((3, -1), ValueError, "max_participations >= 1, found max_participations=-1"),
         ((3, None, 0), ValueError, "n >= 1, found n=0"),
-        ((3.0,), TypeError, "min_sep to be an integer"),
+        ((3.5,), TypeError, "min_sep to be an integer"),
         ((3, 1.5), TypeError, "max_participations to be an integer"),
-        ((3, None, 5.0), TypeError, "n to be an integer"),
+        ((3, None, 5.5), TypeError, "n to be an integer"),
     ],
 )
 def test_sensitivity_checks_limits(arguments, error, message, skip_checks):
@@ -929,10 +929,10 @@ def test_optimize_checks_values(arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"n": 5.0, "bands": 2},
-        {"n": 5, "bands": 2.0},
+        {"n": 5.5, "bands": 2},
+        {"n": 5, "bands": 2.5},
         {"n": 5, "bands": None},
-        {"n": 5, "bands": 2, "max_optimizer_steps": 2.0},
+        {"n": 5, "bands": 2, "max_optimizer_steps": 2.5},
     ],
 )
 def test_optimize_checks_types(arguments):

@@ -252,7 +252,7 @@ def test_numbers_of_rounds_and_epochs_are_checked(function, n, epochs, message):
         function(n, epochs=epochs)
 
 
-@pytest.mark.parametrize(("n", "epochs"), [(4.0, 1), (4, 2.0), ("4", 1), (4, None)])
+@pytest.mark.parametrize(("n", "epochs"), [(4.5, 1), (4, 2.5), ("4", 1), (4, None)])
 @pytest.mark.parametrize("function", [dense.get_orthogonal_mask, dense.optimize])
 def test_types_of_rounds_and_epochs_are_checked(function, n, epochs):
     with pytest.raises(TypeError, match="to be an integer"):
@@ -514,7 +514,7 @@ def test_workload_is_checked(A, message):
         ({"bands": -1}, ValueError, "bands >= 1, found"),
         ({"bands": 1.5}, TypeError, "bands to be an integer"),
         ({"max_optimizer_steps": -1}, ValueError, "max_optimizer_steps >= 0"),
-        ({"max_optimizer_steps": 1.0}, TypeError, "max_optimizer_steps to be an integer"),
+        ({"max_optimizer_steps": 1.5}, TypeError, "max_optimizer_steps to be an integer"),
     ],
 )
 def test_options_are_checked(options, error, message):

@@ -315,3 +315,23 @@ def test_odd_arguments_are_type_errors_or_value_errors(seed):
         if error is not None:
             failures.append(f"{name}({arguments}): {type(error).__name__}: {error}"[:300])
     assert not failures, "\n".join(failures)
+
+
+@pytest.fixture
+def strict_modes():
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.enable_checks(True),
+        jax.enable_x64(True),
+    ):
+        yield
+
+
+@pytest.mark.usefixtures("strict_modes")
+@pytest.mark.parametrize("name", [name for name in VALID if "optimize" not in name])
+def test_jaxs_strict_modes(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jax.block_until_ready(jax.tree.leaves(find(name)(**VALID[name])))

@@ -97,7 +97,11 @@ def per_query_error(
     if not is_concrete(vanished) or vanished.any():
         errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
     power = -2 if strategy_matrix is not None else 2
-    return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
+    powers = (scale, power), (workload_scale, 2)
+    if skip_checks and is_concrete((errors, powers)) and not jnp.isfinite(errors).all():
+        exponent = int(scale) * power + int(workload_scale) * 2
+        return jnp.asarray(np.ldexp(np.asarray(errors, np.float64), exponent), dtype)
+    return restored("the squared errors", errors, dtype, *powers)
 
 
 def _real_matrix(name: str, M: Any) -> jax.Array:

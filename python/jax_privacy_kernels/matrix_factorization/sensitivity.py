@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -256,9 +257,11 @@ def _root(squared: jax.Array, exponent: Any) -> float:
     """The root of ``squared 2^exponent``, rounded up; a ValueError if it is out of range."""
     exponent = int(exponent)
     # Of an even exponent.
-    root = math.sqrt(math.ldexp(float(squared), exponent % 2))
+    even = math.ldexp(float(squared), exponent % 2)
+    root = math.sqrt(even)
     exponent -= exponent % 2
-    root = math.nextafter(root, math.inf) if root else root
+    if Fraction(root) ** 2 < Fraction(even):
+        root = math.nextafter(root, math.inf)
     try:
         result = math.ldexp(root, exponent // 2)
     except OverflowError:
@@ -320,10 +323,11 @@ def get_sensitivity_banded_for_X(
     X = _matrix(X)
     checks.check(X=X)
     values, scale = scaled(X)
-    return _root(_banded(jnp.asarray(values), min_sep, max_participations), scale)
+    return _root(_banded(jnp.asarray(values), scale, min_sep, max_participations), scale)
 
 
-def _banded(X: jax.Array, min_sep: int, max_participations: int | None) -> jax.Array:
+def _banded(X: jax.Array, exponent: Any, min_sep: int, max_participations: int | None) -> jax.Array:
+    """The squared sensitivity, for a Gram matrix that is ``X 2^exponent``."""
     n = len(X)
     min_sep = check_int("min_sep", min_sep)
     if min_sep > n:
@@ -336,7 +340,7 @@ def _banded(X: jax.Array, min_sep: int, max_participations: int | None) -> jax.A
             raise ValueError(
                 "columns must be orthogonal: "
                 f"expected columns at least min_sep={min_sep} apart to be orthogonal, "
-                f"found X[{i}, {j}] = {X[i, j]}"
+                f"found X[{i}, {j}] = {math.ldexp(float(X[i, j]), exponent)}"
             )
     return ops.participation_max(jnp.diag(X), min_sep=min_sep, max_participations=k)
 
@@ -361,7 +365,7 @@ def get_sensitivity_banded(
       TypeError: if a limit is not an integer.
     """
     X, scale = _gram(C)
-    return _root(_banded(X, min_sep, max_participations), scale)
+    return _root(_banded(X, scale, min_sep, max_participations), scale)
 
 
 # -- Fixed epochs -----------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The hot paths: one public op each, and its implementations."""
 
 from jax_privacy_kernels.ops._dispatch import asked, implementation
+from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
 from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
+from jax_privacy_kernels.ops._once import mark_tree
 from jax_privacy_kernels.ops._partition import sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
 from jax_privacy_kernels.ops._state import NoiseState
@@ -36,9 +38,11 @@ __all__ = [
     "check_shared",
     "correlated_noise",
     "dense_noise",
+    "fingerprint_of_function",
     "implementation",
     "init_correlated_noise",
     "init_dense_noise",
+    "mark_tree",
     "min_sep_norm",
     "participation_max",
     "privacy_loss_sums",

@@ -46,13 +46,13 @@ def call(
     """
     assert inputs.base is not None
     if len(inputs.leaves) > MOST:
-        outs, rings = [], []
+        together = NoiseOutputs([], [])
         for first in range(0, len(inputs.leaves), MOST):
             some = inputs.some(range(first, min(first + MOST, len(inputs.leaves))))
-            results = call(target, operands, some, **static)
-            outs += results.outs
-            rings += results.rings
-        return NoiseOutputs(outs, rings)
+            outs, rings = call(target, operands, some, **static)
+            together.outs.extend(outs)
+            together.rings.extend(rings)
+        return together
     operands = [*operands, inputs.base]
     per_leaf = [inputs.grads, inputs.rings] if inputs.rings else [inputs.grads]
     buffers = [buffer for leaf in zip(*per_leaf, strict=True) for buffer in leaf]

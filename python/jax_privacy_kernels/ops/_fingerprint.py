@@ -6,17 +6,18 @@ by the finalizer of MurmurHash3, and computed alike in NumPy and inside a trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels._checks import is_concrete
 
-__all__ = ["WORDS", "fingerprint"]
+__all__ = ["WORDS", "fingerprint", "fingerprint_of_function", "fingerprint_of_shapes"]
 
 WORDS = 4
 
@@ -33,6 +34,52 @@ def fingerprint(numbers: Sequence[Any]) -> Any:
     found = [_words(np.asarray(x)) for x in numbers]
     with np.errstate(over="ignore"):
         return _mixed(np, np.concatenate(found) if found else np.zeros(0, np.uint32))
+
+
+def fingerprint_of_shapes(shapes: Sequence[Sequence[Any]]) -> Any:
+    """The same of shapes: traced if a dimension is symbolic, as it is where sizes are exported."""
+    sizes = [size for shape in shapes for size in shape]
+    if all(isinstance(size, int) for size in sizes):
+        return _mixed(np, np.array([[n & 0xFFFFFFFF, n >> 32] for n in sizes], np.uint32).ravel())
+    words = [(size, size >> 32 if isinstance(size, int) else 0) for size in sizes]
+    return _mixed(
+        jnp, jnp.array([jnp.asarray(w).astype(jnp.uint32) for pair in words for w in pair])
+    )
+
+
+def fingerprint_of_function(function: Callable[..., Any], *args: Any) -> Any:
+    """The same of all floating numbers that a function of arrays computes with, in any order.
+
+    Args:
+      function: what JAX can trace.
+      args: arrays or ShapeDtypeStructs.
+    """
+    total: Any = np.zeros(WORDS, np.uint32)
+    for x in _numbers(jax.make_jaxpr(function)(*args)):
+        total = total + fingerprint([x])
+    return total
+
+
+def _numbers(closed: jax.extend.core.ClosedJaxpr) -> Iterator[Any]:
+    for x in closed.consts:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            yield x
+    for equation in closed.jaxpr.eqns:
+        for atom in equation.invars:
+            if isinstance(atom, jax.extend.core.Literal) and isinstance(
+                atom.val, float | np.floating | np.ndarray | jax.Array
+            ):
+                if jnp.issubdtype(jnp.result_type(atom.val), jnp.floating):
+                    yield atom.val
+        for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
+            if isinstance(value, jax.extend.core.Jaxpr):
+                value = jax.extend.core.ClosedJaxpr(value, ())
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                yield from _numbers(value)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
 
 
 def _words(x: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax.extend.core
 import numpy as np
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["mark", "mark_model"]
+__all__ = ["mark", "mark_tree"]
 
 
 def mark(keys: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
@@ -21,12 +21,12 @@ def mark(keys: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
     return _mark_p.bind(keys, *grads)
 
 
-def mark_model(keys: jax.Array, model: Any) -> jax.Array:
-    """The same for a model, a tree of arrays or ShapeDtypeStructs, whose noise begins at the keys.
+def mark_tree(keys: jax.Array, tree: Any) -> jax.Array:
+    """The same for a tree of gradients, or of a model whose noise begins at the keys.
 
-    All states would be of one key, which the updates of mapped states could not see any more.
+    Leaves that are no arrays, ShapeDtypeStructs for instance, are mapped over nothing.
     """
-    return mark(keys, [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array | np.ndarray)])
+    return mark(keys, [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | np.ndarray)])
 
 
 _mark_p = jax.extend.core.Primitive("jax_privacy_kernels_mark")

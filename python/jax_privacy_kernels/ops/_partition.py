@@ -241,7 +241,11 @@ def _config() -> tuple[bool, bool, bool]:
 @contextlib.contextmanager
 def _configured(config: tuple[bool, bool, bool]) -> Iterator[None]:
     """The configuration that a step was traced in, wherever it is compiled."""
-    with jax.enable_x64(config[0]), jax.threefry_partitionable(config[1]):
+    with (
+        jax.enable_x64(config[0]),
+        jax.threefry_partitionable(config[1]),
+        jax.numpy_dtype_promotion("standard"),
+    ):
         if _config() != config:
             raise ValueError(
                 f"expected jax_accurate_erf_inv={config[2]}, as when correlated_noise was traced, "

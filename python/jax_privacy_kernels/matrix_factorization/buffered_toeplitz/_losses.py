@@ -207,7 +207,11 @@ def _loss(
         inv_blt = wide.inverse(skip_checks=skip_checks)
         finite = np.all(np.isfinite([inv_blt.buf_decay, inv_blt.output_scale]))
         if finite:
-            return _scalar(np.float64(error(inv_blt)) * np.float64(squared(wide)), blt, "the loss")
+            factors = np.float64(error(inv_blt)), np.float64(squared(wide))
+            with np.errstate(all="ignore"):
+                # Infinite if one of them is; but not because of the range of numbers.
+                name = "the loss" if np.all(np.isfinite(factors)) else ""
+                return _scalar(factors[0] * factors[1], blt, name)
     return _scalar(np.inf, blt)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import check_like, is_concrete
+from jax_privacy_kernels._checks import is_concrete
 from jax_privacy_kernels.ops import (
     _counter_prng,
     _dispatch,
@@ -94,8 +94,8 @@ def init_correlated_noise(
     """
     filter = _filter(matrix, jax.random.key_impl(key), stddev)
     matrix = jax.tree.map(_canonical, matrix)
-    fingerprint = _fingerprint_of(matrix, filter, stddev)
     leaves = _leaves.plan(model, matrix.dtype, dtype)
+    fingerprint = _fingerprint_of(matrix, filter, stddev, leaves)
     return _state.init_state(model, leaves, filter, key, fingerprint)
 
 
@@ -144,14 +144,13 @@ def correlated_noise(
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
     filter = _filter(matrix, key_impl, stddev)
     matrix = jax.tree.map(_canonical, matrix)
-    fingerprint = _fingerprint_of(matrix, filter, stddev)
-    matrix, unit = matrix.scaled()
     leaves = _leaves.plan(grads, matrix.dtype, dtype)
+    fingerprint = _fingerprint_of(matrix, filter, stddev, leaves)
+    matrix, unit = matrix.scaled()
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     expected = _state.abstract_state(tree, leaves, filter, key_impl)
     valid = check_kind(state, expected, fingerprint)
-    check_like("noise_state", state, expected)
     _leaves.check_shared(grads, state.clock.keys)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         _partition.check_summed_up(path, grad)
@@ -250,11 +249,14 @@ def _filter(matrix: NoisingMatrix, key_impl: Any, stddev: Any) -> Filter:
     return matrix.filter(False, counted=counted, varying=True)
 
 
-def _fingerprint_of(matrix: NoisingMatrix, filter: Filter, stddev: Any) -> Any:
+def _fingerprint_of(
+    matrix: NoisingMatrix, filter: Filter, stddev: Any, leaves: tuple[Leaf, ...]
+) -> Any:
     """The fingerprint of all that the terms of a state depend on, beside its keys."""
     numbers = jax.tree.leaves(matrix)
     if filter.remembers and not filter.varying:
         # In two halves of 32 bits, which there are in any mode of JAX.
         high = np.float32(stddev)
         numbers.append(np.array([high, float(stddev) - float(high)], np.float32))
-    return _fingerprint.fingerprint(numbers)
+    of_shapes = _fingerprint.fingerprint_of_shapes([leaf.shape for leaf in leaves])
+    return _fingerprint.fingerprint(numbers) + of_shapes

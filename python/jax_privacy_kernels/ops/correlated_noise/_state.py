@@ -58,7 +58,7 @@ def init_state(
         return _partition.zeros(ring.shape, ring.dtype, _partition.rows_like(leaf))
 
     ((name, _),) = expected.clock.kind.items()
-    data = _once.mark_model(jax.random.key_data(key), model)
+    data = _once.mark_tree(jax.random.key_data(key), model)
     clock = Clock(
         step=jnp.zeros((), jnp.int32),
         keys=_first_keys(filter.behind, _stored(filter), key_impl, data),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels._checks import check_like, is_concrete
+from jax_privacy_kernels._checks import is_concrete
 from jax_privacy_kernels.ops import (
     _counter_prng,
     _dispatch,
@@ -83,9 +83,10 @@ def init_dense_noise(
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
       ValueError: the model is mapped over an axis (vmap) that the key is not mapped over.
     """
-    kind = _kind(_leaves.plan(model, matrix.dtype, dtype), jax.random.key_impl(key))
-    fingerprint = jnp.asarray(_fingerprint.fingerprint([matrix]))
-    words = _once.mark_model(jax.random.key_data(key), model)
+    leaves = _leaves.plan(model, matrix.dtype, dtype)
+    kind = _kind(leaves, jax.random.key_impl(key))
+    fingerprint = jnp.asarray(_fingerprint_of(matrix, leaves))
+    words = _once.mark_tree(jax.random.key_data(key), model)
     words = jnp.copy(words)[None]  # the state is there to be donated
     return NoiseState(Clock(jnp.zeros((), jnp.int32), words, (), {kind: fingerprint}), ())
 
@@ -129,8 +130,7 @@ def dense_noise(
     keys = struct((1, *key_words(key_impl)), jnp.uint32)
     kind = abstract_kind(_kind(leaves, key_impl))
     expected = NoiseState(Clock(struct((), jnp.int32), keys, (), kind), ())
-    valid = check_kind(state, expected, _fingerprint.fingerprint([matrix]))
-    check_like("noise_state", state, expected)
+    valid = check_kind(state, expected, _fingerprint_of(matrix, leaves))
     step, n = state.clock.step, matrix.shape[0]
     if is_concrete(step) and not 0 <= int(step) < n:
         raise ValueError(
@@ -151,6 +151,11 @@ def dense_noise(
 def _kind(leaves: tuple[Leaf, ...], key_impl: Any) -> str:
     counted = "counted" if _counter_prng.looks_ahead(key_impl) else "whole"
     return kind_of(f"dense_{counted}", key_impl, leaves)
+
+
+def _fingerprint_of(matrix: jax.Array, leaves: tuple[Leaf, ...]) -> Any:
+    of_shapes = _fingerprint.fingerprint_of_shapes([leaf.shape for leaf in leaves])
+    return _fingerprint.fingerprint([matrix]) + of_shapes
 
 
 # Jitted, so that a call outside jit compiles once.

@@ -1,0 +1,69 @@
+"""Do an sdist and the wheel that was built from it hold every file of the package, once?
+
+Usage: python tests/distributions.py DIST, a folder with both. CI runs it and installs the wheel.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def tracked(*folders):
+    """The files of folders that git knows, without symbolic links."""
+    command = ["git", "ls-files", "-s", *folders]
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    lines = [line.split(maxsplit=3) for line in text.splitlines()]
+    return {path for mode, _, _, path in lines if mode != "120000"}
+
+
+def once(names, where):
+    counts = collections.Counter(names)
+    several = [name for name, count in counts.items() if count > 1]
+    assert not several, f"{where} holds several times: {several}"
+    return set(counts)
+
+
+def check_sdist(file):
+    with tarfile.open(file) as archive:
+        members = archive.getmembers()
+        links = [member.name for member in members if member.issym() or member.islnk()]
+        assert not links, f"the sdist holds links: {links}"
+        names = [member.name.partition("/")[2] for member in members if member.isfile()]
+    found = once(names, "the sdist")
+    needed = tracked("python", "kernels", "csrc") | {"CMakeLists.txt", "pyproject.toml", "LICENSE"}
+    assert not needed - found, f"the sdist lacks {sorted(needed - found)}"
+    twice = [name for name in found if name.startswith("python/jax_privacy_kernels/kernels/")]
+    assert not twice, f"the sdist holds kernels/ by its symbolic link, too: {twice}"
+
+
+def check_wheel(file):
+    with zipfile.ZipFile(file) as archive:
+        found = once(archive.namelist(), "the wheel")
+    package = {name.removeprefix("python/") for name in tracked("python")}
+    package |= {f"jax_privacy_kernels/{name}" for name in tracked("kernels")}
+    extension = {name for name in found if name.startswith("jax_privacy_kernels/_jpk.")}
+    extension -= package
+    metadata = {name for name in found if ".dist-info/" in name}
+    assert not package - found, f"the wheel lacks {sorted(package - found)}"
+    other = found - package - extension - metadata
+    assert not other, f"the wheel holds {sorted(other)}"
+    assert len(extension) == 1, f"expected one compiled module, found {sorted(extension)}"
+
+
+def main(folder):
+    (sdist,) = pathlib.Path(folder).glob("*.tar.gz")
+    (wheel,) = pathlib.Path(folder).glob("*.whl")
+    check_sdist(sdist)
+    check_wheel(wheel)
+    print(f"{sdist.name} and {wheel.name} hold every file once")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -238,14 +238,14 @@ class BinsBlocks {
 
 // -- Step by step -------------------------------------------------------------------------------
 //
-// x is a random sequence, no two participations closer than C has bands, so that the columns of C
-// that make up C x do not overlap, and y has a likelihood ratio
-// of its own for each: a participation at step i multiplies it by exp(r_i),
+// x is a random sequence, no two participations closer than C has bands: the columns of C that make
+// up C x do not overlap. A participation at step i multiplies the likelihood ratio of y by
+// exp(r_i),
 //
 //   r_i = (<c_i, y> - |c_i|^2 / 2) / sigma^2,   c_i = column i of C,
 //
-// and <c_i, y> is the correlation of c with y. For y = C x + sigma z it is <c_i, C x> + sigma
-// <c_i, z>, where the two inner products serve all sigmas.
+// where <c_i, y> is <c_i, C x> + sigma <c_i, z> for y = C x + sigma z: the two inner products serve
+// all sigmas.
 //
 // b-min-sep: F_i is the likelihood ratio of y over the x up to step i that leave step i open to a
 // participation, times their probability, so that

@@ -41,6 +41,7 @@ def test_floors(bench):
             "n": bench.CASES[name].scheme.iterations,
             "speedup": {"cpp": 100.0},
             "us_per_sample": {"cpp": 0.2},
+            "processor_us_per_sample": {"cpp": 0.4},
             "implementations": {"cpp": {"median_s": 61.0}},
             "more_bytes": 10**6,
         }
@@ -54,7 +55,7 @@ def test_floors(bench):
         "calibrate_bins: bytes": True,
         "calibrate_min_sep: cpp, seconds": True,
         "calibrate_min_sep: bytes": True,
-        "bins_long: cpp, times bins": True,
+        "bins_long: cpp, processor time, times bins": True,
     }
 
 

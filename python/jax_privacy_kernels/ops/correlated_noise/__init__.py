@@ -25,7 +25,7 @@ from jax_privacy_kernels.ops import (
 )
 from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._noise import NoiseOutputs
-from jax_privacy_kernels.ops._state import Clock, NoiseState, check_kind
+from jax_privacy_kernels.ops._state import Clock, NoiseState, check_kind, has_fingerprint
 from jax_privacy_kernels.ops.correlated_noise import _cpp, _jax, _pallas, _state, _triton
 from jax_privacy_kernels.ops.correlated_noise._contract import Inputs, Run
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
@@ -150,12 +150,14 @@ def correlated_noise(
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     expected = _state.abstract_state(tree, leaves, filter, key_impl)
-    valid = check_kind(state, expected, fingerprint)
+    check_kind(state, expected)
     _leaves.check_shared(grads, state.clock.keys)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         _partition.check_summed_up(path, grad)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
+    _partition.check_mesh(grads, state.clock.keys)
+    valid = has_fingerprint(state, fingerprint)
     outs, clock, rings = _step(
         leaves,
         name,

@@ -216,7 +216,9 @@ class Expected:
         """The state before ``step``: rings as the schedule says, and keys exactly."""
         case = self.case
         step = case.steps if step is None else step
-        for i, first_tile in enumerate(naive.first_tiles(case.shapes)):
+        if not self.filter.rows:
+            assert state.inner == ()
+        for i, first_tile in enumerate(naive.first_tiles(case.shapes) if self.filter.rows else ()):
             actual = state.inner[i]
             assert actual.dtype == jnp.promote_types(case.noise_dtypes[i], case.coef_dtype)
             np.testing.assert_allclose(
@@ -270,7 +272,7 @@ def check(case, implementation):
         case.expected.check_state(state)
         jax.tree.map(np.testing.assert_array_equal, state.clock, oracle_state.clock)
         for actual, oracle, tolerance in zip(
-            state.inner, oracle_state.inner, case.expected.tolerance, strict=True
+            state.inner, oracle_state.inner, case.expected.tolerance, strict=bool(state.inner)
         ):
             np.testing.assert_allclose(actual, oracle, rtol=0, atol=tolerance)
 
@@ -1244,7 +1246,7 @@ def test_states_of_another_matrix_are_refused(change):
     other = dataclasses.replace(SMALL, **change)
     state = other.init()
     other.update(None)(SMALL.grads_at(0), state)
-    with pytest.raises(ValueError, match="other coefficients, or of another stddev"):
+    with pytest.raises(ValueError, match="other coefficients, of another stddev"):
         SMALL.update(None)(SMALL.grads_at(0), state)
     outs, _ = jax.jit(SMALL.update(None))(SMALL.grads_at(0), state)
     assert all(np.isnan(out).all() for out in outs)

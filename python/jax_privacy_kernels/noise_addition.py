@@ -45,6 +45,7 @@ from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
     NoiseState,
     NoisingMatrix,
+    check_mesh,
     check_noise_dtype,
     check_shared,
     correlated_noise,
@@ -432,6 +433,7 @@ def _marked(state: Any, grads: Any) -> Any:
     keys = getattr(getattr(state, "clock", None), "keys", None)
     if not isinstance(state, NoiseState) or not isinstance(keys, jax.Array | np.ndarray):
         return state
+    check_mesh(grads, keys)
     return state._replace(clock=state.clock._replace(keys=mark_tree(keys, grads)))
 
 

@@ -1246,7 +1246,7 @@ def test_states_of_another_matrix_are_refused(change):
     other = dataclasses.replace(SMALL, **change)
     state = other.init()
     other.update(None)(SMALL.grads_at(0), state)
-    with pytest.raises(ValueError, match="other coefficients, or of another stddev"):
+    with pytest.raises(ValueError, match="other coefficients, of another stddev"):
         SMALL.update(None)(SMALL.grads_at(0), state)
     outs, _ = jax.jit(SMALL.update(None))(SMALL.grads_at(0), state)
     assert all(np.isnan(out).all() for out in outs)

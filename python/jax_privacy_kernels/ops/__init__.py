@@ -4,7 +4,7 @@ from jax_privacy_kernels.ops._dispatch import asked, implementation
 from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
 from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
 from jax_privacy_kernels.ops._once import mark_tree
-from jax_privacy_kernels.ops._partition import sharding_of
+from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
 from jax_privacy_kernels.ops._state import NoiseState
 from jax_privacy_kernels.ops.banded_error import Momentum, banded_error
@@ -34,6 +34,7 @@ __all__ = [
     "NoisingMatrix",
     "asked",
     "banded_error",
+    "check_mesh",
     "check_noise_dtype",
     "check_shared",
     "correlated_noise",

@@ -149,7 +149,12 @@ def per_platform(
         return branches[PLATFORMS[0]](*tree.unflatten(leaves))
 
     def flat(branch: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
-        return lambda *leaves: jax.tree.leaves(branch(*tree.unflatten(leaves)))
+        def call(*leaves: Any) -> list[jax.Array]:
+            # Lowered where the caller's modes hold, which are not those that it was traced in.
+            with jax.numpy_dtype_promotion("standard"):
+                return jax.tree.leaves(branch(*tree.unflatten(leaves)))
+
+        return call
 
     if not _may_have_devices(leaves):
         spread = None  # JAX refuses to lower, for devices that are not there, what has to know them

@@ -87,7 +87,7 @@ def here() -> tuple[Gpu, ...]:
     """The GPUs of this process."""
     try:
         devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter if JAX finds no platform at all
         return ()
     return tuple(
         dict.fromkeys(Gpu(x.device_kind, _times_ten(x.compute_capability)) for x in devices)

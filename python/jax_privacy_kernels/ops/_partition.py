@@ -27,6 +27,7 @@ from jax_privacy_kernels._version import __version__
 
 __all__ = [
     "check_laid_out",
+    "check_mesh",
     "check_summed_up",
     "common_mesh",
     "over_automatic_axes",
@@ -93,6 +94,18 @@ def check_summed_up(path: Any, grad: Any) -> None:
             f"expected the gradient of leaf {leaf_name(path)} to be summed up, found it unreduced "
             f"over the mesh axes {sorted(axes)}"
         )
+
+
+def check_mesh(grads: Any, keys: Any) -> None:
+    """Raises a ValueError if the types of a gradient and of the keys name two explicit meshes."""
+    found = _explicit_mesh(keys)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        mesh = _explicit_mesh(grad)
+        if None not in (mesh, found) and mesh != found:
+            raise ValueError(
+                f"expected the noise_state to be on the mesh of leaf {leaf_name(path)}, "
+                f"{dict(mesh.shape)}, found it on {dict(found.shape)}"
+            )
 
 
 def check_laid_out(path: Any, grad: Any, ring: Any) -> None:

@@ -16,7 +16,15 @@ from jax_privacy_kernels._checks import check_like, is_concrete
 from jax_privacy_kernels.ops._fingerprint import WORDS
 from jax_privacy_kernels.ops._leaves import Leaf
 
-__all__ = ["Clock", "NoiseState", "abstract_kind", "check_kind", "key_words", "kind_of"]
+__all__ = [
+    "Clock",
+    "NoiseState",
+    "abstract_kind",
+    "check_kind",
+    "has_fingerprint",
+    "key_words",
+    "kind_of",
+]
 
 FORMAT = 2
 
@@ -83,40 +91,41 @@ def abstract_kind(name: str) -> Any:
     return {name: jax.ShapeDtypeStruct((WORDS,), jnp.uint32)}
 
 
-def check_kind(state: Any, expected: NoiseState, fingerprint: Any) -> jax.Array:
-    """Whether a state is the one expected, and has that fingerprint: a boolean.
-
-    Args:
-      state: what the caller gave as a state.
-      expected: its shapes and dtypes.
-      fingerprint: of the noising matrix and the leaves.
-
-    Raises:
-      ValueError: it is seen not to be.
-    """
+def check_kind(state: Any, expected: NoiseState) -> None:
+    """Raises a ValueError unless a state is of the kind, shapes and dtypes of the one expected."""
     kind = getattr(getattr(state, "clock", None), "kind", None)
     if not isinstance(state, NoiseState) or not isinstance(kind, dict) or len(kind) != 1:
         raise ValueError(
             f"expected noise_state to be a NoiseState of format {FORMAT}, from init or from the "
             f"step before, found a {type(state).__name__}"
         )
-    ((found, of_state),) = kind.items()
+    (found,) = kind
     ((name, _),) = expected.clock.kind.items()
     if found != name:
+        if found.rpartition("_")[0] == name.rpartition("_")[0]:  # of other leaves, named by rings
+            check_like("noise_state.inner", state.inner, expected.inner)
         raise ValueError(
             f"expected noise_state to be of kind {name}, of this privatizer and these gradients "
             "(slots are b - 1 for b bands; the number after the dtypes tells the dimensions of the "
             f"leaves), found one of kind {found}"
         )
     check_like("noise_state", state, expected)
-    if is_concrete([of_state, fingerprint]):
-        same = np.array_equal(np.asarray(of_state), np.asarray(fingerprint))
-        if not same:
-            raise ValueError(
-                "expected noise_state to be of this privatizer and these gradients, found one of a "
-                "noising matrix with other coefficients, of another stddev (a stddev that is to "
-                "change from step to step has to be traced, in init as well) or of gradients of "
-                "other shapes"
-            )
-        return jnp.asarray(same)
-    return (jnp.asarray(of_state) == jnp.asarray(fingerprint)).all()
+
+
+def has_fingerprint(state: NoiseState, fingerprint: Any) -> jax.Array:
+    """Whether a state has the fingerprint of a noising matrix and of leaves: a boolean.
+
+    Raises:
+      ValueError: it is seen not to have.
+    """
+    (of_state,) = state.clock.kind.values()
+    if not is_concrete([of_state, fingerprint]):
+        return (jnp.asarray(of_state) == jnp.asarray(fingerprint)).all()
+    same = np.array_equal(np.asarray(of_state), np.asarray(fingerprint))
+    if not same:
+        raise ValueError(
+            "expected noise_state to be of this privatizer and these gradients, found one of a "
+            "noising matrix with other coefficients, of another stddev (a stddev that is to change "
+            "from step to step has to be traced, in init as well) or of gradients of other shapes"
+        )
+    return jnp.asarray(same)

@@ -25,7 +25,7 @@ from jax_privacy_kernels.ops import (
 )
 from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._noise import NoiseOutputs
-from jax_privacy_kernels.ops._state import Clock, NoiseState, check_kind
+from jax_privacy_kernels.ops._state import Clock, NoiseState, check_kind, has_fingerprint
 from jax_privacy_kernels.ops.correlated_noise import _cpp, _jax, _pallas, _state, _triton
 from jax_privacy_kernels.ops.correlated_noise._contract import Inputs, Run
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
@@ -150,12 +150,14 @@ def correlated_noise(
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     expected = _state.abstract_state(tree, leaves, filter, key_impl)
-    valid = check_kind(state, expected, fingerprint)
+    check_kind(state, expected)
     _leaves.check_shared(grads, state.clock.keys)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         _partition.check_summed_up(path, grad)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
+    _partition.check_mesh(grads, state.clock.keys)
+    valid = has_fingerprint(state, fingerprint)
     outs, clock, rings = _step(
         leaves,
         name,
@@ -196,13 +198,14 @@ def _step(
         factors.append(matrix.row_scale.at[step].get(mode="clip").astype(stddev.dtype))
     scale = functools.reduce(jnp.multiply, factors)
     coef = matrix.coef_at(step, filter)
-    # Either the step has overflowed, or it is not one; or traced coefficients or a traced state hid
-    # what is refused where it is seen. NaN is seen; no noise would not be.
-    valid &= (step >= 0) & jnp.isfinite(coef).all() & matrix.invertible(coef)
-    valid &= _is_stddev(stddev) & (_is_normal(scale) | _is_zero(stddev))
     # Kernels take coefficients of 32 or 64 bits; what the rings are of was settled before. They
-    # refuse some that are not valid, and one lane of a vmap would fail the others.
-    coef = jnp.where(valid, coef, 1).astype(jnp.promote_types(coef.dtype, jnp.float32))
+    # refuse some that are not usable, and one lane of a vmap would fail the others.
+    usable = jnp.isfinite(coef).all() & matrix.invertible(coef)
+    coef = jnp.where(usable, coef, 1).astype(jnp.promote_types(coef.dtype, jnp.float32))
+    # Either the step has overflowed, or it is not one; or traced coefficients, a traced stddev or a
+    # traced state hid what is refused where it is seen. NaN is seen; no noise would not be.
+    valid &= usable & (step >= 0)
+    valid &= _is_stddev(stddev) & (_is_normal(scale) | _is_zero(stddev))
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
         step, keys, coef, stddevs, rings = rest

@@ -29,6 +29,7 @@ from jax_privacy_kernels.ops._state import (
     NoiseState,
     abstract_kind,
     check_kind,
+    has_fingerprint,
     key_words,
     kind_of,
 )
@@ -130,7 +131,7 @@ def dense_noise(
     keys = struct((1, *key_words(key_impl)), jnp.uint32)
     kind = abstract_kind(_kind(leaves, key_impl))
     expected = NoiseState(Clock(struct((), jnp.int32), keys, (), kind), ())
-    valid = check_kind(state, expected, _fingerprint_of(matrix, leaves))
+    check_kind(state, expected)
     step, n = state.clock.step, matrix.shape[0]
     if is_concrete(step) and not 0 <= int(step) < n:
         raise ValueError(
@@ -139,6 +140,8 @@ def dense_noise(
     _leaves.check_shared(grads, state.clock.keys)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         _partition.check_summed_up(path, grad)
+    _partition.check_mesh(grads, state.clock.keys)
+    valid = has_fingerprint(state, _fingerprint_of(matrix, leaves))
     # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
     valid &= (step >= 0) & (step < n)
     scale = jnp.where(valid, jnp.asarray(stddev, jnp.result_type(float)), jnp.nan)

@@ -8,6 +8,7 @@ import copyreg
 import dataclasses
 import gc
 import importlib
+import importlib.util
 import inspect
 import pathlib
 import pickle
@@ -74,11 +75,12 @@ TYPES = {
 
 def our_module(module):
     """Ours in place of one of jax_privacy."""
-    return sys.modules[f"jax_privacy_kernels.{_swap._MODULES[module]}"]
+    return importlib.import_module(f"jax_privacy_kernels.{_swap._MODULES[module]}")
 
 
 def names_in_jax_privacy():
     """Every object that a loaded module of jax_privacy holds, by module and name."""
+    _swap.replacements()  # loads the modules that it names
     return {
         (module_name, name): value
         for module_name, module in sys.modules.items()
@@ -115,7 +117,9 @@ def test_every_shared_public_name_means_ours_and_nothing_else_changes():
 @pytest.mark.parametrize("module", _swap._MODULES)
 def test_the_table_is_complete(module):
     """Every name of ours that is there as well, found without the table's own code."""
-    original = sys.modules.get(f"jax_privacy.{module}", types.ModuleType("absent"))
+    name = f"jax_privacy.{module}"
+    there = importlib.util.find_spec(name) is not None
+    original = importlib.import_module(name) if there else types.ModuleType("absent")
     shared = set(our_module(module).__all__) & vars(original).keys()
     assert shared == {entry.name for entry in _swap.replacements() if entry.module == module}
 
@@ -494,6 +498,17 @@ def test_gaussian_privatizer_in_a_trace_needs_no_key(swapped):
     jax.tree.map(np.testing.assert_array_equal, step(GRADS, key, 2.0), expected)
     with pytest.raises(ValueError, match="expected a prng_key inside a trace"):
         jax.jit(lambda grads: make(stddev=1.0).init(grads))(GRADS)
+
+
+def test_gaussian_privatizer_uses_a_key_once(swapped):
+    privatizer = jax_privacy.noise_addition.gaussian_privatizer(stddev=1.0)
+    models = jnp.zeros((3, 5))
+    with pytest.raises(ValueError, match="same noise"):
+        jax.vmap(privatizer.init)(models)
+    with pytest.raises(ValueError, match="same noise"):
+        jax.vmap(privatizer.update, (0, None))(models, privatizer.init(models[0]))
+    one, other = (privatizer.init(models[0])[0] for _ in range(2))
+    assert (jax.random.key_data(one) != jax.random.key_data(other)).any()
 
 
 def test_gaussian_privatizer_draws_keys_and_checks(swapped):

@@ -66,7 +66,8 @@ def _device_lines() -> list[str]:
         return [f"  {device.platform:<20} {device.device_kind}" for device in jax.devices()]
     # A platform that JAX_PLATFORMS names is not there, on which JAX may fail without a word.
     except (RuntimeError, AssertionError) as error:
-        why = str(error) or f"JAX finds no platform of {jax.config.jax_platforms!r}"
+        asked = getattr(jax.config, "jax_platforms", None)
+        why = str(error) or f"JAX finds no platform of {asked!r}"
         return textwrap.wrap(f"none: {why}", 100, initial_indent="  ", subsequent_indent="  ")
 
 

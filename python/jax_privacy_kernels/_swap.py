@@ -356,15 +356,18 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
         def init(model: Any) -> Any:
             key = (keys or noise_addition._Keys(None)).draw()
             jax.eval_shape(make(key).init, model)  # checks the model
+            data = ops.mark_tree(jax.random.key_data(key), model)
+            key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
             given = prng_key if isinstance(prng_key, jax.Array | np.ndarray) else key
             return _like(given, jnp.copy(key)), ()
 
         def update(sum_of_clipped_grads: Any, noise_state: Any, params: Any = None) -> Any:
             del params
-            pair_like = isinstance(noise_state, tuple | list) and len(noise_state) == 2
-            if not pair_like or not isinstance(noise_state[0], jax.Array | np.ndarray):
-                raise ValueError(f"expected noise_state to be (key, ()), found {noise_state!r}")
-            key, _ = noise_state
+            pair = isinstance(noise_state, tuple | list) and len(noise_state) == 2
+            key = noise_state[0] if pair else None
+            if not isinstance(key, jax.Array | np.ndarray):
+                found = type(noise_state).__name__
+                raise ValueError(f"expected noise_state to be (key, ()), found a {found}")
             noisy, next_key = _gaussian_step(
                 sum_of_clipped_grads,
                 noise_addition._as_key(key),

@@ -128,9 +128,9 @@ def matrix_factorization_privatizer(
       prng_key: a typed or a raw key, a seed, or None. A key that is given begins every ``init`` of
         the privatizer and of its copies, cloudpickled ones for instance: the same noise each time.
         For None every ``init`` draws a key of its own from the operating system's entropy. Inside
-        of jit, the key that is drawn is a constant of the compiled ``init``: every call of it begins
-        the same noise. Who knows the key, or a state, knows the noise: keep states secret, and give
-        a key only to reproduce a run.
+        of jit, the key that is drawn is a constant of the compiled ``init``, and every call of that
+        begins the same noise. Who knows the key, or a state, knows the noise: keep states secret,
+        and give a key only to reproduce a run.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
         gradient's own dtype. It is correlated and scaled in 32 bits at least. Gradients of 16 bits
         deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values.
@@ -151,10 +151,11 @@ def matrix_factorization_privatizer(
       ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, NaN,
         infinite or beyond float32; a key that is not one key; no key inside a trace. From init: no
         key where several processes work together. From update: a state of another format, strategy,
-        stddev or number of bands, or of gradients of other shapes or dtypes (NaN where
-        a trace hides coefficients, stddev or shapes); a step beyond the rows of a dense matrix (NaN instead inside a trace, and beyond those of a
-        ColumnNormalizedBanded); an implementation asked for that cannot run. Coefficients that are
-        refused where a matrix is made give NaN if a trace has hidden them.
+        stddev or number of bands, or of gradients of other shapes or dtypes (NaN instead where a
+        trace hides coefficients, stddev or shapes); a step beyond the rows of a dense matrix (NaN
+        instead inside a trace, and beyond those of a ColumnNormalizedBanded); an implementation
+        asked for that cannot run. Coefficients that are refused where a matrix is made give NaN if
+        a trace has hidden them.
       ValueError from init and update, too: in a vmap, gradients that are mapped where the key is
         not, which would all have the same noise. From update: in a shard_map, gradients that vary
         over axes that the state's key does not (with ``check_vma=False``, and in a pmap, nobody can

@@ -55,7 +55,7 @@ void run(const Problem& problem, Kind kind) {
     long double sum = 0;
     for (int64_t j = 0; j < k && t + j * sep < n; ++j) sum += 2 * v[t + j * sep];
     const double c = coef[source[t]];
-    if (c != 0) gradient[source[t]] += c > 0 ? sum : -sum;
+    gradient[source[t]] += c < 0 ? -sum : sum;  // at 0 the derivative to the right
   }
 
   const long double units = (n + 3 * std::min(k, n) + 10) * 0x1p-53L;

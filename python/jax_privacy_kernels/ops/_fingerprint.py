@@ -65,12 +65,10 @@ def _numbers(closed: jax.extend.core.ClosedJaxpr) -> Iterator[Any]:
         if jnp.issubdtype(x.dtype, jnp.floating):
             yield x
     for equation in closed.jaxpr.eqns:
-        for atom in equation.invars:
-            if isinstance(atom, jax.extend.core.Literal) and isinstance(
-                atom.val, float | np.floating | np.ndarray | jax.Array
-            ):
-                if jnp.issubdtype(jnp.result_type(atom.val), jnp.floating):
-                    yield atom.val
+        literals = [x for x in equation.invars if isinstance(x, jax.extend.core.Literal)]
+        for literal in literals:
+            if jnp.issubdtype(jnp.result_type(literal.val), jnp.floating):
+                yield literal.val
         for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
             if isinstance(value, jax.extend.core.Jaxpr):
                 value = jax.extend.core.ClosedJaxpr(value, ())

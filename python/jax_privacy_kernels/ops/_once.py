@@ -13,7 +13,7 @@ from jax.interpreters import ad, batching, mlir
 __all__ = ["mark", "mark_tree"]
 
 
-def mark(keys: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
+def mark(keys: Any, grads: Sequence[Any]) -> jax.Array:
     """The data of keys, as it is, known to make noise for these gradients.
 
     Under a vmap that maps gradients and not the keys, a ValueError: all would get the same noise.
@@ -21,7 +21,7 @@ def mark(keys: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
     return _mark_p.bind(keys, *grads)
 
 
-def mark_tree(keys: jax.Array, tree: Any) -> jax.Array:
+def mark_tree(keys: Any, tree: Any) -> jax.Array:
     """The same for a tree of gradients, or of a model whose noise begins at the keys.
 
     Leaves that are no arrays, ShapeDtypeStructs for instance, are mapped over nothing.

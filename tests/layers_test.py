@@ -124,7 +124,7 @@ def foreign_includes(headers: Mapping[str, str]) -> list[str]:
 
 
 def is_binding(header: str) -> bool:
-    return "ffi" in header or header in ("handlers.h", "registry.h")
+    return "ffi" in header or header == "registry.h"
 
 
 # -- The package ------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ from jax_privacy_kernels import sharding_utils
 from jax_privacy_kernels._checks import check_like, is_concrete, is_tracing, leaf_name
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
+    LEAST_STDDEV,
+    MOST_STDDEV,
     NoiseState,
     NoisingMatrix,
     check_mesh,
@@ -53,6 +55,8 @@ from jax_privacy_kernels.ops import (
     fingerprint_of_function,
     init_correlated_noise,
     init_dense_noise,
+    is_usable_stddev,
+    key_words,
     mark_tree,
     sharding_of,
     zeros_on_mesh,
@@ -281,7 +285,9 @@ def _streaming(
         expected = jax.eval_shape(init_inner, sum_of_clipped_grads)
         check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
         check_shared(sum_of_clipped_grads, noise_state.clock.keys)
-        z = jax.tree.map(lambda u: stddev * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
+        scale = jnp.asarray(stddev, jnp.result_type(float))
+        scale = jnp.where(is_usable_stddev(scale), scale, jnp.nan)
+        z = jax.tree.map(lambda u: scale * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
         x, inner = matrix.multiply_next(z, noise_state.inner)
         return jax.tree.map(_add, sum_of_clipped_grads, x), _owned(noise, own)._replace(inner=inner)
 
@@ -446,6 +452,8 @@ def _relabeled(state: Any, relabel: Callable[[str, Any], tuple[str, Any]]) -> An
     kind = getattr(getattr(state, "clock", None), "kind", None)
     if not isinstance(state, NoiseState) or not isinstance(kind, dict):
         return state
+    if not all(isinstance(x, jax.Array | np.ndarray) and x.shape == (4,) for x in kind.values()):
+        return state
     kind = dict(relabel(*item) for item in kind.items())
     return state._replace(clock=state.clock._replace(kind=kind))
 
@@ -478,7 +486,7 @@ class _Keys:
                 "in one process and share it, by jax.experimental.multihost_utils."
                 "broadcast_one_to_all for instance"
             )
-        shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+        shape = key_words(self.impl)
         entropy = np.frombuffer(secrets.token_bytes(4 * math.prod(shape)), np.uint32)
         return jax.random.wrap_key_data(jnp.asarray(entropy.reshape(shape)), impl=self.impl)
 
@@ -519,9 +527,9 @@ def _check_stddev(stddev: Any) -> Any:
     if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
     # Noise is scaled in float32, where less than 1e-38 is zero.
-    least, most = 1e-30, float(np.finfo(np.float32).max)
-    if value != 0 and not least <= value <= most:
+    if value != 0 and not LEAST_STDDEV <= value <= MOST_STDDEV:
         raise ValueError(
-            f"expected stddev to be 0 or between {least:g} and {most:g}, found {stddev}"
+            f"expected stddev to be 0 or between {LEAST_STDDEV:g} and {MOST_STDDEV:g}, "
+            f"found {stddev}"
         )
     return float(value)

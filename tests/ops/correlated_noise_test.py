@@ -1230,6 +1230,21 @@ def test_coefficients_in_one_lane_of_a_vmap_spoil_no_other():
     assert np.isnan(noise[1:]).all()
 
 
+@pytest.mark.parametrize("implementation", ["cpp", "jax"])
+def test_steps_below_zero_in_one_lane_of_a_vmap_spoil_no_other(implementation):
+    """As a step is that has overflowed."""
+    if reason := IMPLEMENTATIONS[implementation].unavailable():
+        pytest.skip(reason)
+    state, grads = SMALL.init(), SMALL.grads_at(0)
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    steps = jnp.array([0, -3], jnp.int32)
+    states = states._replace(clock=states.clock._replace(step=steps))
+    outs, _ = jax.jit(jax.vmap(SMALL.update(implementation), (None, 0)))(grads, states)
+    expected, _ = SMALL.update(implementation)(grads, state)
+    trees_allclose([out[0] for out in outs], expected, atol=1e-5)
+    assert all(np.isnan(out[1]).all() for out in outs)
+
+
 # -- States and what they belong to -----------------------------------------------------------
 
 
@@ -1250,6 +1265,18 @@ def test_states_of_another_matrix_are_refused(change):
         SMALL.update(None)(SMALL.grads_at(0), state)
     outs, _ = jax.jit(SMALL.update(None))(SMALL.grads_at(0), state)
     assert all(np.isnan(out).all() for out in outs)
+
+
+@pytest.mark.parametrize("coef", [(1.0, -0.0, 0.5), (1.0, 0.0, 1e-40), (1.0, 0.1, 0.2)])
+def test_a_state_knows_a_matrix_whose_coefficients_are_traced(coef):
+    """Fingerprints of known and of traced numbers are the same."""
+    state, grads = dataclasses.replace(SMALL, coef=coef).init(), SMALL.grads_at(0)
+
+    @jax.jit
+    def update(c, state):
+        return dataclasses.replace(SMALL, coef=tuple(c)).update(None)(grads, state)[0]
+
+    assert all(np.isfinite(out).all() for out in update(list(map(jnp.float32, coef)), state))
 
 
 def test_independent_noise_takes_any_stddev():

@@ -222,8 +222,7 @@ def optimize(
     if bands is not None:
         mask = mask * np.asarray(sensitivity.banded_symmetric_mask(n, bands))
     if A is not None:
-        A = _real_matrix("A", A)
-        checks.check(A=A)
+        checks.check(A=_real_matrix("A", A))  # A itself keeps its 64 bits
         if jnp.shape(A) != (n, n):
             raise ValueError(f"expected A of shape ({n}, {n}), found {jnp.shape(A)}")
     dtype = jnp.result_type(float)

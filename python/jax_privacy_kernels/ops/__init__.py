@@ -6,7 +6,10 @@ from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
 from jax_privacy_kernels.ops._once import mark_tree
 from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
-from jax_privacy_kernels.ops._state import NoiseState
+from jax_privacy_kernels.ops._state import NoiseState, key_words
+from jax_privacy_kernels.ops._stddev import LEAST as LEAST_STDDEV
+from jax_privacy_kernels.ops._stddev import MOST as MOST_STDDEV
+from jax_privacy_kernels.ops._stddev import is_usable as is_usable_stddev
 from jax_privacy_kernels.ops.banded_error import Momentum, banded_error
 from jax_privacy_kernels.ops.correlated_noise import (
     correlated_noise,
@@ -26,6 +29,8 @@ from jax_privacy_kernels.ops.toeplitz_multiply import toeplitz_multiply
 from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
 __all__ = [
+    "LEAST_STDDEV",
+    "MOST_STDDEV",
     "BandedRecurrence",
     "BufferedToeplitz",
     "Momentum",
@@ -43,6 +48,8 @@ __all__ = [
     "implementation",
     "init_correlated_noise",
     "init_dense_noise",
+    "is_usable_stddev",
+    "key_words",
     "mark_tree",
     "min_sep_norm",
     "participation_max",

@@ -6,6 +6,7 @@ by the finalizer of MurmurHash3, and computed alike in NumPy and inside a trace.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -25,15 +26,12 @@ WORDS = 4
 def fingerprint(numbers: Sequence[Any]) -> Any:
     """``[WORDS]`` uint32 of floating arrays: NumPy if all of them are known, else traced.
 
-    It depends on the values, their order and their precision, and on nothing else.
+    It depends on the values, their order and their precision, and not on shapes.
     """
-    known = is_concrete(list(numbers))
-    if not known:
-        words = [_traced_words(jnp.asarray(x)) for x in numbers]
-        return _mixed(jnp, jnp.concatenate(words) if words else jnp.zeros(0, jnp.uint32))
-    found = [_words(np.asarray(x)) for x in numbers]
-    with np.errstate(over="ignore"):
-        return _mixed(np, np.concatenate(found) if found else np.zeros(0, np.uint32))
+    if is_concrete(list(numbers)):
+        return _mixed(np, np.concatenate([np.zeros(0, np.uint32), *map(_of_known, numbers)]))
+    traced = [_mixed(jnp, _traced_words(jnp.asarray(x))) for x in numbers]
+    return _mixed(jnp, jnp.concatenate(traced))
 
 
 def fingerprint_of_shapes(shapes: Sequence[Sequence[Any]]) -> Any:
@@ -42,9 +40,8 @@ def fingerprint_of_shapes(shapes: Sequence[Sequence[Any]]) -> Any:
     if all(isinstance(size, int) for size in sizes):
         return _mixed(np, np.array([[n & 0xFFFFFFFF, n >> 32] for n in sizes], np.uint32).ravel())
     words = [(size, size >> 32 if isinstance(size, int) else 0) for size in sizes]
-    return _mixed(
-        jnp, jnp.array([jnp.asarray(w).astype(jnp.uint32) for pair in words for w in pair])
-    )
+    known = [w & 0xFFFFFFFF if isinstance(w, int) else w for pair in words for w in pair]
+    return _mixed(jnp, jnp.stack([jnp.asarray(w, jnp.uint32) for w in known]))
 
 
 def fingerprint_of_function(function: Callable[..., Any], *args: Any) -> Any:
@@ -80,24 +77,55 @@ def _is_jaxpr(x: Any) -> bool:
     return isinstance(x, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
 
 
+# Fingerprints of arrays of JAX, which do not change, by their ids, while they live: a step outside
+# of jit would read a large matrix otherwise.
+_remembered: dict[int, tuple[weakref.ref[Any], np.ndarray]] = {}
+
+
+def _of_known(x: Any) -> np.ndarray:
+    """``[WORDS]``, of one array that is known."""
+    found = _remembered.get(id(x))
+    if found is not None and found[0]() is x:
+        return found[1]
+    result: np.ndarray = _mixed(np, _words(np.asarray(x)))
+    if isinstance(x, jax.Array):
+        place = id(x)
+        gone = weakref.ref(x, lambda _: _remembered.pop(place, None))
+        _remembered[place] = gone, result
+    return result
+
+
 def _words(x: np.ndarray) -> np.ndarray:
     known = jax.dtypes.canonicalize_dtype(x.dtype)  # as a trace would have it
     wide: Any = np.float64 if known == np.float64 else np.float32
-    x = np.asarray(x, wide).reshape(-1) + wide(0)  # -0 counts as 0
-    words = np.ascontiguousarray(x).view(np.uint32)
+    with np.errstate(over="ignore"):
+        x = np.asarray(x, wide).reshape(-1)
+    words = _unsigned_zeros(np, np.ascontiguousarray(x).view(np.uint32), wide)
     length = np.array([x.size, wide(0).itemsize], np.uint32)
     return np.concatenate([length, words])
 
 
 def _traced_words(x: jax.Array) -> jax.Array:
     wide: Any = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    x = x.astype(wide).reshape(-1) + wide(0)
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+    words = jax.lax.bitcast_convert_type(x.astype(wide).reshape(-1), jnp.uint32).reshape(-1)
+    words = _unsigned_zeros(jnp, words, wide)
     length = np.array([x.size, np.dtype(wide).itemsize], np.uint32)
     return jnp.concatenate([jnp.asarray(length), words])
 
 
+def _unsigned_zeros(xp: ModuleType, words: Any, dtype: Any) -> Any:
+    """The words of numbers, -0 as 0. By bits: compilers take subnormal numbers for 0."""
+    each = words.reshape(-1, np.dtype(dtype).itemsize // 4)  # the word with the sign is the last
+    negative_zero = (each[:, -1] == np.uint32(0x80000000)) & (each[:, :-1] == 0).all(axis=1)
+    return xp.where(negative_zero[:, None], xp.zeros_like(each), each).reshape(-1)
+
+
 def _mixed(xp: ModuleType, words: Any) -> Any:
+    with np.errstate(over="ignore"):
+        return _sums(xp, words)
+
+
+def _sums(xp: ModuleType, words: Any) -> Any:
     place = xp.arange(words.size, dtype=xp.uint32)
     sums = [
         xp.sum(_finalized(xp, words ^ _finalized(xp, place * WORDS + lane)), dtype=xp.uint32)

@@ -261,7 +261,7 @@ def _configured(config: tuple[bool, bool, bool]) -> Iterator[None]:
     ):
         if _config() != config:
             raise ValueError(
-                f"expected jax_accurate_erf_inv={config[2]}, as when correlated_noise was traced, "
+                f"expected jax_accurate_erf_inv={config[2]}, as when the noise was traced, "
                 f"found {not config[2]} where it is compiled"
             )
         yield

@@ -99,7 +99,12 @@ def check_kind(state: Any, expected: NoiseState) -> None:
             f"expected noise_state to be a NoiseState of format {FORMAT}, from init or from the "
             f"step before, found a {type(state).__name__}"
         )
-    (found,) = kind
+    ((found, of_state),) = kind.items()
+    if not isinstance(of_state, jax.Array | np.ndarray) or of_state.shape != (WORDS,):
+        raise ValueError(
+            f"expected noise_state.clock.kind to hold an array of shape ({WORDS},), "
+            f"found a {type(of_state).__name__}"
+        )
     ((name, _),) = expected.clock.kind.items()
     if found != name:
         if found.rpartition("_")[0] == name.rpartition("_")[0]:  # of other leaves, named by rings

@@ -22,6 +22,7 @@ from jax_privacy_kernels.ops import (
     _noise,
     _once,
     _partition,
+    _stddev,
 )
 from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._noise import NoiseOutputs
@@ -32,8 +33,6 @@ from jax_privacy_kernels.ops.correlated_noise._filters import Filter
 from jax_privacy_kernels.ops.correlated_noise._matrices import NoisingMatrix
 
 __all__ = ["IMPLEMENTATIONS", "correlated_noise", "init_correlated_noise"]
-
-LEAST = 1e-30  # the least stddev but 0: noise is kept and scaled in 32 bits
 
 # Fastest first; _contract.py says what an implementation is.
 IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
@@ -190,8 +189,9 @@ def _step(
     clock: Clock,
     rings: list[jax.Array],
 ) -> tuple[list[jax.Array], Clock, list[jax.Array]]:
-    step = clock.step
+    step = jnp.maximum(clock.step, 0)  # below 0 it is not valid, which kernels need not know
     clock = clock._replace(keys=_once.mark(clock.keys, grads))
+    before = clock.step
     keys, stddevs, clock = _state.tick(clock, key_impl, filter, stddev)
     factors = [1 / unit] if filter.varying else [stddev / unit]
     if matrix.row_scale is not None:
@@ -204,8 +204,8 @@ def _step(
     coef = jnp.where(usable, coef, 1).astype(jnp.promote_types(coef.dtype, jnp.float32))
     # Either the step has overflowed, or it is not one; or traced coefficients, a traced stddev or a
     # traced state hid what is refused where it is seen. NaN is seen; no noise would not be.
-    valid &= usable & (step >= 0)
-    valid &= _is_stddev(stddev) & (_is_normal(scale) | _is_zero(stddev))
+    valid &= usable & (before >= 0)
+    valid &= _stddev.is_usable(stddev) & (_stddev.is_normal(scale) | _stddev.is_zero(stddev))
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
         step, keys, coef, stddevs, rings = rest
@@ -219,23 +219,6 @@ def _step(
         rest = step, keys, coef, stddevs, jax.lax.stop_gradient(rings)
         results = _noise.differentiable(add, grads, scale, rest)
     return results.outs, clock, results.rings
-
-
-def _is_stddev(x: jax.Array) -> jax.Array:
-    """Whether x is 0, or large enough that noise of that standard deviation does not vanish."""
-    return _is_zero(x) | ((x >= LEAST) & (x <= np.finfo(np.float32).max))
-
-
-def _is_normal(x: jax.Array) -> jax.Array:
-    """Whether a number is finite and has not vanished."""
-    return (jnp.abs(x) >= np.finfo(np.float32).tiny) & (jnp.abs(x) <= np.finfo(np.float32).max)
-
-
-def _is_zero(x: jax.Array) -> jax.Array:
-    """Whether x is 0, and not so small that comparisons take it for 0."""
-    wide = x.dtype == jnp.float64
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint64 if wide else jnp.uint32)
-    return bits == 0
 
 
 def _canonical(x: Any) -> Any:
@@ -260,6 +243,7 @@ def _fingerprint_of(
     if filter.remembers and not filter.varying:
         # In two halves of 32 bits, which there are in any mode of JAX.
         high = np.float32(stddev)
-        numbers.append(np.array([high, float(stddev) - float(high)], np.float32))
+        low = float(stddev) - float(high) if jax.config.read("jax_enable_x64") else 0.0
+        numbers.append(np.array([high, low], np.float32))
     of_shapes = _fingerprint.fingerprint_of_shapes([leaf.shape for leaf in leaves])
     return _fingerprint.fingerprint(numbers) + of_shapes

@@ -21,7 +21,7 @@ class Inputs(NoiseInputs):
 
     Attributes:
       filter: how terms are made, static.
-      step: int32 scalar, t.
+      step: int32 scalar, t >= 0.
       keys: typed keys of the steps that are sampled, ``[filter.behind + filter.steps]``: those of
         steps t - behind .. t + steps - 1. The key of a leaf is the one of ``split(key, count)`` at
         its index.

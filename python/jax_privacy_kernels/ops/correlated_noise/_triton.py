@@ -36,8 +36,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
     filter, leaves, base = inputs.filter, inputs.leaves, inputs.base
     assert filter.ahead
     assert base is not None
-    # What is left over of a division has the sign of the step here. Its noise is NaN already.
-    step = jnp.maximum(inputs.step, 0)
+    step = inputs.step
     split = jax.vmap(lambda key: jax.random.split(key, leaves[0].count), out_axes=1)
     keys = jax.random.key_data(split(inputs.keys))  # [leaves, samples, 2]
     outs, rings = [], []

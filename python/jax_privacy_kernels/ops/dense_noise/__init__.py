@@ -21,6 +21,7 @@ from jax_privacy_kernels.ops import (
     _noise,
     _once,
     _partition,
+    _stddev,
 )
 from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._noise import NoiseOutputs
@@ -144,10 +145,14 @@ def dense_noise(
     valid = has_fingerprint(state, _fingerprint_of(matrix, leaves))
     # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
     valid &= (step >= 0) & (step < n)
-    scale = jnp.where(valid, jnp.asarray(stddev, jnp.result_type(float)), jnp.nan)
+    scale, row = jnp.asarray(stddev, jnp.result_type(float)), matrix[step]
+    largest = jnp.abs(row).max()
+    made = _stddev.is_normal(largest.astype(scale.dtype) * scale)
+    valid &= _stddev.is_usable(scale) & (made | (largest == 0) | _stddev.is_zero(scale))
+    scale = jnp.where(valid, scale, jnp.nan)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
-    outs = _add(leaves, name, key_impl, matrix[step], scale, state.clock.keys, grad_leaves)
+    outs = _add(leaves, name, key_impl, row, scale, state.clock.keys, grad_leaves)
     return tree.unflatten(outs), state._replace(clock=state.clock._replace(step=step + 1))
 
 
@@ -157,7 +162,8 @@ def _kind(leaves: tuple[Leaf, ...], key_impl: Any) -> str:
 
 
 def _fingerprint_of(matrix: jax.Array, leaves: tuple[Leaf, ...]) -> Any:
-    of_shapes = _fingerprint.fingerprint_of_shapes([leaf.shape for leaf in leaves])
+    shapes = [matrix.shape, *(leaf.shape for leaf in leaves)]
+    of_shapes = _fingerprint.fingerprint_of_shapes(shapes)
     return _fingerprint.fingerprint([matrix]) + of_shapes
 
 

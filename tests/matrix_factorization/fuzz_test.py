@@ -113,6 +113,7 @@ VALID = {
     },
     "dense.strategy_from_X": {"X": C.T @ C},
     "optimization.optimize": {**QUADRATIC, **FEW},
+    "optimizers.as_augmented_optimizer": {"optimizer": optax.adam(0.1)},
     "optimizers.scale_then_privatize": {"adaptive_optimizer": optax.adam(0.1)},
     "sensitivity.banded_lower_triangular_mask": {"n": 4, "num_bands": 2},
     "sensitivity.banded_symmetric_mask": {"n": 4, "num_bands": 2},

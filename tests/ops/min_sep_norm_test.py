@@ -51,7 +51,7 @@ def definition(coef, n, min_sep, k):
     for t in reversed(range(used.size)):
         source = t if used[t] == p[t] else source
         gradient[source] += p_bar[t]
-    return np.sum(v**2), gradient * np.sign(coef)
+    return np.sum(v**2), np.where(coef < 0, -gradient, gradient)  # at 0 the one to the right
 
 
 def check(actual, coef, n, min_sep, k):

@@ -188,7 +188,7 @@ def single_participation_sensitivity(C: jax.Array) -> jax.Array:
     if is_concrete(C):
         given = owned("C", C).dtype
         integer = jnp.issubdtype(given, jnp.integer)
-        dtype = jnp.result_type(float if integer else given, jnp.float32)
+        dtype = promote_types(jnp.result_type(float) if integer else given, jnp.float32)
     with _known_in_float64(C):
         wide = _matrix(C)
         checks.check(C=wide)

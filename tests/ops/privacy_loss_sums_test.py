@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import implementations, privacy_losses
 
-from jax_privacy_kernels import ops
+from jax_privacy_kernels import _checks, ops
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     IMPLEMENTATIONS,
     BallsInBins,
@@ -268,6 +268,69 @@ def test_bad_arguments(scheme, c, keywords, message):
 def test_bad_schemes(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        (BMinSep(10, 2**58, 0.5), "min_sep"),
+        (BMinSep(10, 2**1000, 0.5), "min_sep"),
+        (CyclicPoisson(10, 2**58, 0.5), "cycle_length"),
+        (BMinSep(8, 10**13, 0.5), "min_sep"),
+        (BMinSep(10**13, 1, 0.5), "iterations"),
+        (BMinSep(100, 10**8, 0.5), "min_sep"),
+        (BallsInBins(100_000, 50_000), "cycle_length"),
+        (BallsInBins(8, 10**8), "cycle_length"),
+        (BallsInBins(10**13, 2), "iterations"),
+    ],
+)
+def test_what_does_not_fit_is_refused(monkeypatch, scheme, name):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}  # 16 GiB, wherever this runs
+    monkeypatch.setattr(_checks.os, "sysconf", pages.get)
+    with pytest.raises(ValueError, match=f"found {name}=.* which takes [0-9]+ bytes"):
+        problem(scheme, [1.0])
+
+
+def test_grids_that_do_not_fit_are_refused():
+    many = np.linspace(1.0, 2.0, 2**20)
+    with pytest.raises(ValueError, match=f"noise_multipliers times epsilons={2**40}"):
+        sums("min_sep", None, sigmas=many, epsilons=many, samples=1)
+    with pytest.raises(ValueError, match="found min_sep=100000, which takes [0-9]+ bytes"):
+        sums((BMinSep(10, 10**5, 0.5), [1.0]), None, sigmas=many, samples=1)
+    with pytest.raises(ValueError, match=f"found iterations={10**10}, which takes [0-9]+ bytes"):
+        sums((BMinSep(10**10, 10**4, 0.5), [1.0]), "jax", samples=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"period": 2**58}, "n and period from 1 to"),
+        ({"n": 2**58}, "n and period from 1 to"),
+        ({"period": 2**47}, "at most .* bytes"),
+        ({"n": 2**47, "period": 1}, "at most .* bytes"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["min_sep", "min_sep_warm", "cyclic"])
+def test_the_kernel_bounds_what_it_asks_for(scheme, changes, message):
+    """By itself: no caller makes it write out of bounds."""
+    static = {"n": 10, "period": 4, "p": 0.5, "scheme": scheme, **changes}
+    one = np.ones(1)
+    with jax.enable_x64(True), pytest.raises(Exception, match=message):
+        run = jax.jit(functools.partial(IMPLEMENTATIONS["cpp"].run, **static))
+        jax.block_until_ready(
+            run(np.zeros(2, np.uint32), np.array([0, 1]), (one,), one, one * 0, one)
+        )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "c"),
+    [(BMinSep(23, 7, 0.5), C), (BMinSep(22, 4, 0.5), C), (CyclicPoisson(3, 9, 0.5), C[:3])],
+)
+def test_sensitivity_is_that_of_all_participations(scheme, c):
+    n, period = scheme.iterations, getattr(scheme, "min_sep", None) or scheme.cycle_length
+    x = np.arange(n) % period == 0
+    expected = np.linalg.norm(np.convolve(x, c)[:n])
+    assert problem(scheme, c).sensitivity == pytest.approx(expected, rel=1e-14)
 
 
 def test_steps_are_whole_numbers():

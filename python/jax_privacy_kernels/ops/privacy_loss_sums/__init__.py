@@ -142,12 +142,14 @@ def privacy_loss_sums(
       Sums, counts and maxima, NumPy arrays.
 
     Raises:
-      ValueError: an argument is out of its range, or the implementation cannot run here.
+      ValueError: an argument is out of its range, what it asks for does not fit into memory, or
+        the implementation cannot run here.
       TypeError: an argument is of the wrong type.
     """
     prepared = problem(sampling, c_col)
     sigmas = _vector("noise_multipliers", noise_multipliers, 1e-6, 1e6)
     eps = _vector("epsilons", epsilons, -1e6, 1e6)
+    prepared.check_memory(sigmas.size, eps.size)
     num_samples = check_int("num_samples", num_samples)
     first_sample = check_int("first_sample", first_sample, 0)
     last = first_sample + num_samples
@@ -157,6 +159,8 @@ def privacy_loss_sums(
         raise ValueError(f"expected first_sample + num_samples <= {most}, found {last}")
     span = np.array([first_sample, num_samples], np.int64)
     name = _dispatch.requested("privacy_loss_sums", IMPLEMENTATIONS, implementation)
+    if name == "jax":
+        _jax.check_memory(sigmas.size * eps.size, **prepared.static)
     with jax.enable_x64(True):
         out = _call(
             _words(key),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_memory
 
 __all__ = ["BMinSep", "BallsInBins", "CyclicPoisson", "Problem", "Scheme", "check_c_col", "problem"]
 
 _LARGEST_NORMAL = 8.3  # no sample of 52 bits is larger
+_ROW = 256  # bytes of one number of every sample that is made together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +138,28 @@ class Problem(NamedTuple):
         reach = by_noise / sigmas + by_signal / sigmas**2
         return 2.0**-48 * self.operations * (1 + self.takes * reach)
 
+    def check_memory(self, sigmas: int = 1, epsilons: int = 1) -> None:
+        """Raises a ValueError if the arrays of so many noise multipliers and epsilons do not fit.
+
+        Every thread has states of its own, and every strand of samples, of which there are 128,
+        sums.
+        """
+        static = self.static
+        threads = os.cpu_count() or 1
+        if static["scheme"] != "bins":
+            name = "cycle_length" if static["scheme"] == "cyclic" else "min_sep"
+            period, n = static["period"], static["n"]
+            check_memory(name, period, threads * 2 * sigmas * (period + 2) * _ROW)
+            check_memory("iterations", n, threads * 2 * (n // period + 2) * _ROW)
+        cells = sigmas * epsilons
+        check_memory("noise_multipliers times epsilons", cells, 128 * 2 * cells * 3 * _ROW)
+
 
 def problem(scheme: Scheme, c_col: Any) -> Problem:
     """Checks a strategy against a scheme, and prepares the operands; cached.
 
     Raises a ValueError if there are more coefficients than steps, or more than the analysis of the
-    scheme allows.
+    scheme allows, or if the arrays of one noise multiplier do not fit into memory.
     """
     c = check_c_col(c_col)
     if c.size > scheme.iterations:
@@ -152,11 +170,15 @@ def problem(scheme: Scheme, c_col: Any) -> Problem:
     return _problem(scheme, c.tobytes())
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _problem(scheme: Scheme, data: bytes) -> Problem:
     c = np.frombuffer(data)
     n = scheme.iterations
     if isinstance(scheme, BallsInBins):
+        # The Gram matrix, its factor, what it takes to find that, and copies for the kernel; modes
+        # in extended precision.
+        check_memory("cycle_length", scheme.cycle_length, 6 * 8 * scheme.cycle_length**2)
+        check_memory("iterations", n, 4 * 16 * n)
         gram = _gram(c, n, scheme.cycle_length)
         modes, largest = len(gram), float(np.max(np.diag(gram)))
         return Problem(
@@ -178,17 +200,20 @@ def _problem(scheme: Scheme, data: bytes) -> Problem:
             "analysis of this sampling scheme holds for no more bands"
         )
     squares = np.cumsum(c**2)
-    # The most participations there can be, the first at step 0: the columns do not overlap.
-    lengths = np.minimum(n - np.arange(0, n, period), c.size)
-    total = float(squares[-1])
-    return Problem(
+    # The most participations there can be, the first at step 0: the columns do not overlap, and
+    # only the last may be cut off.
+    total, before = float(squares[-1]), (n - 1) // period
+    last = float(squares[min(n - before * period, c.size) - 1])
+    result = Problem(
         operands=(c,),
         static={"scheme": kind, "n": n, "period": period, "p": float(scheme.sampling_prob)},
-        sensitivity=math.sqrt(float(squares[lengths - 1].sum())),
+        sensitivity=math.sqrt(before * total + last),
         reach=(_LARGEST_NORMAL * float(c.sum()), 2.5 * total),
         operations=n + period + c.size,
         takes=n // period + 1,
     )
+    result.check_memory()
+    return result
 
 
 def _gram(c: np.ndarray, n: int, cycle_length: int) -> np.ndarray:

@@ -295,7 +295,7 @@ def test_grids_that_do_not_fit_are_refused():
     many = np.linspace(1.0, 2.0, 2**20)
     with pytest.raises(ValueError, match=f"noise_multipliers times epsilons={2**40}"):
         sums("min_sep", None, sigmas=many, epsilons=many, samples=1)
-    with pytest.raises(ValueError, match="found min_sep=100000, which takes [0-9]+ bytes"):
+    with pytest.raises(ValueError, match=r"found min_sep=100000, which takes [0-9]+ bytes"):
         sums((BMinSep(10, 10**5, 0.5), [1.0]), None, sigmas=many, samples=1)
     with pytest.raises(ValueError, match=f"found iterations={10**10}, which takes [0-9]+ bytes"):
         sums((BMinSep(10**10, 10**4, 0.5), [1.0]), "jax", samples=1)
@@ -315,11 +315,10 @@ def test_the_kernel_bounds_what_it_asks_for(scheme, changes, message):
     """By itself: no caller makes it write out of bounds."""
     static = {"n": 10, "period": 4, "p": 0.5, "scheme": scheme, **changes}
     one = np.ones(1)
+    arrays = (np.zeros(2, np.uint32), np.array([0, 1]), (one,), one, 0 * one, one)
+    run = jax.jit(functools.partial(IMPLEMENTATIONS["cpp"].run, **static))
     with jax.enable_x64(True), pytest.raises(Exception, match=message):
-        run = jax.jit(functools.partial(IMPLEMENTATIONS["cpp"].run, **static))
-        jax.block_until_ready(
-            run(np.zeros(2, np.uint32), np.array([0, 1]), (one,), one, one * 0, one)
-        )
+        jax.block_until_ready(run(*arrays))
 
 
 @pytest.mark.parametrize(

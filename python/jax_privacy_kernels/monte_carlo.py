@@ -219,7 +219,8 @@ def calibrate(
       epsilon: of the guarantee, at least 0.
       delta: of the guarantee, in (0, 1).
       base_delta: what estimates may be at most, in (0, delta); by default delta / 2.
-      seed: from 0 to 2^64 - 1, or None for one of the system's.
+      seed: from 0 to 2^64 - 1, or None for one of the system's. `calibrate`, `delta` and `epsilon`
+        have samples of their own, also for the same seed.
       progress: whether to show progress on standard error; None does where that is a terminal.
       implementation: "jax", "cpp", or None for the fastest.
 
@@ -237,7 +238,7 @@ def calibrate(
     if base_delta >= delta:
         raise ValueError(f"expected base_delta < delta={delta}, found base_delta={base_delta}")
     count = delta_calculation.minimum_samples_to_calibrate(base_delta, delta)
-    seed, (pilot_key, key) = _keys(seed, 2)
+    seed, (*pilot_keys, key) = _keys(seed, *_PURPOSES[:4])
     unamplified = _gaussian_sigma(epsilon, base_delta) * prepared.sensitivity
 
     run = _Run(scheme, c_col, (epsilon,), implementation)
@@ -246,7 +247,7 @@ def calibrate(
         center = unamplified
         # Each finds the noise multiplier more closely: the first may miss it by a lot.
         pilots = ((least, 1e3, 25), (count // 8, 3.0, 17), (count // 8, 1.1, 9))
-        for own_key, (samples, reach, size) in zip(_split(pilot_key, 3), pilots, strict=True):
+        for own_key, (samples, reach, size) in zip(pilot_keys, pilots, strict=True):
             if samples:
                 sigmas = np.minimum(center * np.geomspace(reach, 1 / reach, size), unamplified)
                 sigmas = np.unique(sigmas)[::-1]
@@ -309,7 +310,7 @@ def delta(
     sigma = _check_sigma(noise_multiplier)
     num_samples = check_int("num_samples", num_samples)
     failure = 1 - _check_delta("confidence", confidence)
-    seed, (key,) = _keys(seed, 1)
+    seed, (key,) = _keys(seed, "delta")
     run = _Run(scheme, c_col, (epsilon,), implementation)
     with _bar(progress, num_samples) as bar:
         sums = run.total(np.array([sigma]), key, num_samples, bar)
@@ -366,7 +367,7 @@ def epsilon(
             f"expected num_samples >= {least} for delta={delta} and confidence={confidence}, found "
             f"num_samples={num_samples}"
         )
-    seed, (pilot_key, key) = _keys(seed, 2)
+    seed, (pilot_key, key) = _keys(seed, "epsilon: pilot", "epsilon")
     unamplified = _gaussian_epsilon(sigma / prepared.sensitivity, delta)
     sigmas = np.array([sigma])
     pilot = min(num_samples, max(num_samples // 10, math.ceil(30 / delta)))
@@ -429,18 +430,28 @@ def _check_sigma(sigma: float) -> float:
     return float(sigma)
 
 
-def _keys(seed: int | None, count: int) -> tuple[int, list[np.ndarray]]:
-    """A seed, the system's if there is none, and keys that it makes."""
+# What samples are for. Each has a key of its own: samples that chose something, say a noise
+# multiplier, are not those that a bound for it is found from.
+_PURPOSES = (
+    "calibrate: first pilot",
+    "calibrate: second pilot",
+    "calibrate: third pilot",
+    "calibrate",
+    "delta",
+    "epsilon: pilot",
+    "epsilon",
+)
+
+
+def _keys(seed: int | None, *purposes: str) -> tuple[int, list[np.ndarray]]:
+    """A seed, the system's if there is none, and the keys that it makes, words ``[2]``."""
     seed = secrets.randbits(64) if seed is None else check_int("seed", seed, 0)
     if seed >= 2**64:
         raise ValueError(f"expected seed < 2^64, found seed={seed}")
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return seed, _split(words, count)
-
-
-def _split(words: np.ndarray, count: int) -> list[np.ndarray]:
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-    return list(np.asarray(jax.random.key_data(jax.random.split(key, count))))
+    found = [jax.random.fold_in(key, _PURPOSES.index(purpose)) for purpose in purposes]
+    return seed, [np.asarray(jax.random.key_data(k)) for k in found]
 
 
 # -- Sums of samples --------------------------------------------------------------------------

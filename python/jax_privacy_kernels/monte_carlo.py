@@ -70,6 +70,7 @@ class Calibration:
       base_delta: every noise multiplier from the first on to the one chosen has an estimate of at
         most this, for both signs.
       num_samples: of either sign.
+      calibrations: how many of them the guarantee lets one choose from.
       sampling: how examples take part.
       sweep: the noise multipliers that were to be tried, from the most private on.
       estimates: for every one of them, delta estimated with and without the example. Those after
@@ -84,6 +85,7 @@ class Calibration:
     delta: float
     base_delta: float
     num_samples: int
+    calibrations: int
     sampling: Scheme
     sweep: tuple[float, ...]
     estimates: tuple[tuple[float, float], ...]
@@ -110,6 +112,12 @@ class Calibration:
             "  why it holds       every noise multiplier before the first that fails is",
             "                     taken only if those before it pass: one event can go",
             f"                     wrong, and its probability is part of delta = {self.delta:g}",
+            "  chosen from        "
+            + (
+                "this calibration alone, with a seed chosen beforehand"
+                if self.calibrations == 1
+                else f"at most {self.calibrations:,} calibrations, with seeds chosen beforehand"
+            ),
             f"  seed               {self.seed}",
             "  noise multiplier  delta, with  and without the example",
         ]
@@ -186,6 +194,7 @@ def calibrate(
     epsilon: float,
     delta: float,
     base_delta: float | None = None,
+    calibrations: int = 1,
     seed: int | None = None,
     progress: bool | None = None,
     implementation: str | None = None,
@@ -205,8 +214,12 @@ def calibrate(
     * The sweep is fixed before the samples that verify it are drawn. It is chosen by samples of
       its own, around the noise multiplier whose estimate they find to be ``base_delta``.
 
-    It ends above at the noise multiplier that needs no amplification, in closed form. The least is
-    found to 0.5 %, and lies above the true one by what ``base_delta`` is below ``delta``.
+    The guarantee is one of a single call, with a seed that is chosen beforehand. If the best of
+    several is run, of several schemes, strategies, epsilons or seeds, each of them can go wrong:
+    give all of them their number as ``calibrations``, which takes somewhat more samples.
+
+    The sweep ends above at the noise multiplier that needs no amplification, in closed form. The
+    least is found to 0.5 %, and lies above the true one by what ``base_delta`` is below ``delta``.
 
     Cost: `delta_calculation.minimum_samples_to_calibrate` samples, 1.07e7 for delta = 1e-5 and
     twice that for half of it; more, the closer base_delta is to delta.
@@ -219,6 +232,7 @@ def calibrate(
       epsilon: of the guarantee, at least 0.
       delta: of the guarantee, in (0, 1).
       base_delta: what estimates may be at most, in (0, delta); by default delta / 2.
+      calibrations: of how many calls with these deltas what is run is chosen, at least 1.
       seed: from 0 to 2^64 - 1, or None for one of the system's. `calibrate`, `delta` and `epsilon`
         have samples of their own, also for the same seed.
       progress: whether to show progress on standard error; None does where that is a terminal.
@@ -237,7 +251,10 @@ def calibrate(
     base_delta = delta / 2 if base_delta is None else _check_delta("base_delta", base_delta)
     if base_delta >= delta:
         raise ValueError(f"expected base_delta < delta={delta}, found base_delta={base_delta}")
-    count = delta_calculation.minimum_samples_to_calibrate(base_delta, delta)
+    calibrations = check_int("calibrations", calibrations)
+    count = delta_calculation.minimum_samples_to_calibrate(
+        base_delta, delta, calibrations=calibrations
+    )
     seed, (*pilot_keys, key) = _keys(seed, *_PURPOSES[:4])
     unamplified = _gaussian_sigma(epsilon, base_delta) * prepared.sensitivity
 
@@ -264,6 +281,7 @@ def calibrate(
         delta=delta,
         base_delta=base_delta,
         num_samples=count,
+        calibrations=calibrations,
         sampling=scheme,
         sweep=tuple(map(float, sweep)),
         estimates=tuple((float(p), float(q)) for p, q in estimates.T),

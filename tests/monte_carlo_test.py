@@ -369,6 +369,45 @@ def test_bad_sampling(sampling):
         monte_carlo.calibrate(sampling, [1.0], **GOOD["calibrate"])
 
 
+class BallsInBinsSampling:
+    """Looks like jax_privacy's."""
+
+    iterations, cycle_length = 1, 4
+
+    def batch_iterator(self):
+        """As its name says."""
+
+
+class CyclicPoissonSampling(BallsInBinsSampling):
+    def batch_iterator(self):
+        """Of a class that is both: it is none of them."""
+
+
+@pytest.mark.parametrize("size", [1, 0, 8])
+def test_truncation_is_never_ignored(size):
+    sampling = BallsInBinsSampling()
+    sampling.truncated_batch_size = size
+    with pytest.raises(ValueError, match=f"without truncated_batch_size, .* found {size}"):
+        monte_carlo.calibrate(sampling, [1.0], **GOOD["calibrate"])
+    sampling.truncated_batch_size = None
+    arguments = {**GOOD["delta"], "seed": 0}
+    found = monte_carlo.delta(sampling, [1.0], **arguments)
+    assert found == monte_carlo.delta(ONE_STEP, [1.0], **arguments)
+
+
+def test_other_batches_are_refused():
+    """Whatever is derived from a strategy and draws other batches has other privacy."""
+    own = BallsInBinsSampling()
+    own.batch_iterator = lambda: None
+    derived = [type("Mine", (BallsInBinsSampling,), {"batch_iterator": lambda self: None})()]
+    derived.append(type("BallsInBinsSampling", (type(derived[0]),), {})())
+    for sampling in (own, CyclicPoissonSampling(), *derived):
+        with pytest.raises(ValueError, match="expected the batch_iterator of BallsInBinsSampling"):
+            monte_carlo.delta(sampling, [1.0], **GOOD["delta"])
+    same = type("Mine", (BallsInBinsSampling,), {"name": "only this is new"})()
+    assert monte_carlo.delta(same, [1.0], **GOOD["delta"]).num_samples == 100
+
+
 def test_results_are_frozen():
     found = monte_carlo.delta(ONE_STEP, [1.0], **GOOD["delta"], seed=0)
     with pytest.raises(dataclasses.FrozenInstanceError):

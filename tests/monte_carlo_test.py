@@ -349,6 +349,33 @@ def test_bad_arguments(name, changes, message):
         getattr(monte_carlo, name)(ONE_STEP, [1.0], **{**GOOD[name], **changes})
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, argument) for name in GOOD for argument in GOOD[name] if argument != "num_samples"]
+    + [("calibrate", "base_delta"), ("delta", "confidence"), ("epsilon", "confidence")],
+)
+@pytest.mark.parametrize("value", ["a", "0.5", [0.5], np.array([0.5, 0.5]), 0.5j])
+def test_arguments_are_numbers(name, argument, value):
+    with pytest.raises(TypeError, match=f"expected {argument} to be a real number, found"):
+        getattr(monte_carlo, name)(ONE_STEP, [1.0], **{**GOOD[name], argument: value})
+
+
+def test_numbers_of_any_type():
+    one = monte_carlo.delta(
+        ONE_STEP, [1.0], epsilon=1.0, noise_multiplier=0.5, num_samples=100, seed=1
+    )
+    other = monte_carlo.delta(
+        ONE_STEP,
+        jax.numpy.ones(1),
+        epsilon=jax.numpy.float32(1),
+        noise_multiplier=np.array(0.5),
+        num_samples=1e2,
+        seed=np.uint64(1),
+    )
+    assert one == other
+    assert repr(one) == repr(other)
+
+
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize(
     ("c", "message"),

@@ -29,7 +29,7 @@ import numpy as np
 from scipy import special
 
 from jax_privacy_kernels import _sampling
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_scalar
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
@@ -244,6 +244,7 @@ def calibrate(
 
     Raises:
       ValueError: an argument is out of range, or the implementation cannot run here.
+      TypeError: an argument is of the wrong type.
     """
     scheme, prepared = _checked(sampling, c_col)
     epsilon = _check_epsilon(epsilon)
@@ -322,12 +323,14 @@ def delta(
 
     Raises:
       ValueError: an argument is out of range, or the implementation cannot run here.
+      TypeError: an argument is of the wrong type.
     """
     scheme, _ = _checked(sampling, c_col)
     epsilon = _check_epsilon(epsilon)
     sigma = _check_sigma(noise_multiplier)
     num_samples = check_int("num_samples", num_samples)
-    failure = 1 - _check_delta("confidence", confidence)
+    confidence = _check_delta("confidence", confidence)
+    failure = 1 - confidence
     seed, (key,) = _keys(seed, "delta")
     run = _Run(scheme, c_col, (epsilon,), implementation)
     with _bar(progress, num_samples) as bar:
@@ -373,12 +376,14 @@ def epsilon(
 
     Raises:
       ValueError: an argument is out of range, or the implementation cannot run here.
+      TypeError: an argument is of the wrong type.
     """
     scheme, prepared = _checked(sampling, c_col)
     delta = _check_delta("delta", delta)
     sigma = _check_sigma(noise_multiplier)
     num_samples = check_int("num_samples", num_samples)
-    failure = 1 - _check_delta("confidence", confidence)
+    confidence = _check_delta("confidence", confidence)
+    failure = 1 - confidence
     if _upper_bound(0.0, num_samples, failure) > delta:
         least = math.ceil(math.log(failure) / math.log1p(-delta))
         raise ValueError(
@@ -430,22 +435,25 @@ def _checked(sampling: Any, c_col: Any) -> tuple[Scheme, Problem]:
     return scheme, prepared
 
 
-def _check_epsilon(epsilon: float) -> float:
+def _check_epsilon(value: Any) -> float:
+    epsilon = check_scalar("epsilon", value)
     if not 0 <= epsilon <= _LARGEST_EPSILON:
         raise ValueError(f"expected 0 <= epsilon <= {_LARGEST_EPSILON:g}, found epsilon={epsilon}")
-    return float(epsilon)
+    return epsilon
 
 
-def _check_delta(name: str, value: float) -> float:
-    if not 0 < value < 1:
-        raise ValueError(f"expected 0 < {name} < 1, found {name}={value}")
-    return float(value)
+def _check_delta(name: str, value: Any) -> float:
+    delta = check_scalar(name, value)
+    if not 0 < delta < 1:
+        raise ValueError(f"expected 0 < {name} < 1, found {name}={delta}")
+    return delta
 
 
-def _check_sigma(sigma: float) -> float:
+def _check_sigma(value: Any) -> float:
+    sigma = check_scalar("noise_multiplier", value)
     if not 1e-6 <= sigma <= 1e6:
         raise ValueError(f"expected 1e-6 <= noise_multiplier <= 1e6, found {sigma}")
-    return float(sigma)
+    return sigma
 
 
 # What samples are for. Each has a key of its own: samples that chose something, say a noise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import implementations, privacy_losses
@@ -330,6 +331,47 @@ def test_sensitivity_is_that_of_all_participations(scheme, c):
     x = np.arange(n) % period == 0
     expected = np.linalg.norm(np.convolve(x, c)[:n])
     assert problem(scheme, c).sensitivity == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (lambda: BallsInBins(8.0, np.array(4)), BallsInBins(8, 4)),
+        (lambda: BMinSep(np.array(8), 4.0, jnp.float32(0.5), np.True_), BMinSep(8, 4, 0.5)),
+        (lambda: CyclicPoisson(jnp.array(8), np.int8(4), np.array(1)), CyclicPoisson(8, 4, 1.0)),
+    ],
+)
+def test_schemes_keep_pythons_numbers(given, kept):
+    found = given()
+    assert found == kept
+    assert hash(found) == hash(kept)
+    assert repr(found) == repr(kept)
+    for name, value in vars(kept).items():
+        assert type(vars(found)[name]) is type(value)
+    a, b = (sums((x, C), None, samples=50) for x in (found, kept))
+    np.testing.assert_array_equal(a.sums, b.sums)
+
+
+@pytest.mark.parametrize("p", ["0.5", None, [0.5], np.array([0.5, 0.5]), 0.5j])
+def test_probabilities_are_numbers(p):
+    for make in (lambda: BMinSep(8, 4, p), lambda: CyclicPoisson(8, 4, p)):
+        with pytest.raises(TypeError, match="expected sampling_prob to be a real number, found"):
+            make()
+
+
+def test_a_warm_start_is_true_or_false():
+    with pytest.raises(TypeError, match="expected warm_start to be True or False, found 'no'"):
+        BMinSep(8, 4, 0.5, "no")
+
+
+@pytest.mark.parametrize("values", [None, "1.0", ["a"], [1.0 + 1j], [[1.0], [1.0, 2.0]]])
+def test_arrays_hold_real_numbers(values):
+    with pytest.raises(TypeError, match="expected c_col to hold real numbers, found"):
+        sums((BallsInBins(4, 2), values), None)
+    with pytest.raises(TypeError, match="expected noise_multipliers to hold real numbers, found"):
+        sums((BallsInBins(4, 2), [1.0]), None, sigmas=values)
+    with pytest.raises(TypeError, match="expected epsilons to hold real numbers, found"):
+        sums((BallsInBins(4, 2), [1.0]), None, epsilons=values)
 
 
 def test_steps_are_whole_numbers():

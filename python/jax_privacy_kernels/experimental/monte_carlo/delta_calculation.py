@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_scalar
 
 __all__ = [
     "delta_from_epsilon_and_samples",
@@ -37,7 +37,7 @@ def _kl(q: Any, p: Any) -> Any:
 
 
 def _check_open(name: str, value: float) -> None:
-    if not 0 < value <= 1:
+    if not 0 < check_scalar(name, value) <= 1:
         raise ValueError(f"expected 0 < {name} <= 1, found {name}={value}")
 
 

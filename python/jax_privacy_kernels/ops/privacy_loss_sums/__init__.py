@@ -20,6 +20,7 @@ from jax_privacy_kernels.ops.privacy_loss_sums._schemes import (
     Problem,
     Scheme,
     check_c_col,
+    check_reals,
     problem,
 )
 
@@ -186,7 +187,7 @@ def _call(*arrays: Any, name: str | None, **static: Any) -> Any:
 
 
 def _vector(name: str, values: Any, least: float, most: float) -> np.ndarray:
-    array = np.atleast_1d(np.asarray(values, np.float64))
+    array = np.atleast_1d(check_reals(name, values))
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"expected {name} to be a number or 1-D array, found shape {array.shape}")
     bad = np.flatnonzero(~((array >= least) & (array <= most)))

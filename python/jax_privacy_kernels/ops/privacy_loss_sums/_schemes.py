@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, check_memory
+from jax_privacy_kernels._checks import check_int, check_memory, check_scalar
 
 __all__ = ["BMinSep", "BallsInBins", "CyclicPoisson", "Problem", "Scheme", "check_c_col", "problem"]
 
@@ -59,7 +59,10 @@ class BMinSep:
 
     def __post_init__(self) -> None:
         _check_ints(self, "iterations", "min_sep")
-        _check_probability(self.sampling_prob)
+        _check_probability(self)
+        if not isinstance(self.warm_start, bool | np.bool_):
+            raise TypeError(f"expected warm_start to be True or False, found {self.warm_start!r}")
+        object.__setattr__(self, "warm_start", bool(self.warm_start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +84,43 @@ class CyclicPoisson:
 
     def __post_init__(self) -> None:
         _check_ints(self, "iterations", "cycle_length")
-        _check_probability(self.sampling_prob)
+        _check_probability(self)
 
 
 Scheme = BallsInBins | BMinSep | CyclicPoisson
 
 
 def _check_ints(scheme: Any, *names: str) -> None:
+    """Keeps Python's numbers, whatever they were given as: schemes are compared and hashed."""
     for name in names:
-        check_int(name, getattr(scheme, name))
+        object.__setattr__(scheme, name, check_int(name, getattr(scheme, name)))
 
 
-def _check_probability(p: Any) -> None:
+def _check_probability(scheme: Any) -> None:
+    p = check_scalar("sampling_prob", scheme.sampling_prob)
     if not 0 <= p <= 1:
         raise ValueError(f"expected 0 <= sampling_prob <= 1, found sampling_prob={p}")
+    object.__setattr__(scheme, "sampling_prob", p)
+
+
+def check_reals(name: str, values: Any) -> np.ndarray:
+    """Values as float64; a TypeError unless they are real numbers."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "cOSUmM":
+            raise TypeError
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected {name} to hold real numbers, found {values!r}") from error
 
 
 def check_c_col(c_col: Any) -> np.ndarray:
-    """c_col as float64 ``[b]``; a ValueError unless it is 1-D, finite and non-negative, b >= 1."""
-    c = np.asarray(c_col, np.float64)
+    """c_col as float64 ``[b]``, checked.
+
+    Raises a ValueError unless it is 1-D, finite and non-negative, b >= 1, and a TypeError unless
+    it holds real numbers.
+    """
+    c = check_reals("c_col", c_col)
     if c.ndim != 1 or c.size == 0:
         raise ValueError(f"expected c_col to be a non-empty 1-D array, found shape {c.shape}")
     bad = np.flatnonzero(~(np.isfinite(c) & (c >= 0)))
@@ -206,7 +227,7 @@ def _problem(scheme: Scheme, data: bytes) -> Problem:
     last = float(squares[min(n - before * period, c.size) - 1])
     result = Problem(
         operands=(c,),
-        static={"scheme": kind, "n": n, "period": period, "p": float(scheme.sampling_prob)},
+        static={"scheme": kind, "n": n, "period": period, "p": scheme.sampling_prob},
         sensitivity=math.sqrt(before * total + last),
         reach=(_LARGEST_NORMAL * float(c.sum()), 2.5 * total),
         operations=n + period + c.size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 
 import jax
@@ -258,6 +259,49 @@ class TestEpsilon:
         assert true * 0.99 < found.epsilon < 1.1 * true
 
 
+@pytest.mark.parametrize("scale", [2.0**-40, 1e-4, 1e6, 1e-170, 1e200])
+@pytest.mark.parametrize(
+    "scheme", [BallsInBins(20, 5), BMinSep(20, 4, 0.5), CyclicPoisson(8, 4, 1)]
+)
+def test_scales_of_c_are_scales_of_noise(scheme, scale):
+    unit = C / np.linalg.norm(C)
+
+    def run(c, scale):
+        found = monte_carlo.calibrate(scheme, c, epsilon=1.0, delta=0.1, seed=0)
+        noise = {"noise_multiplier": found.noise_multiplier, "num_samples": 1000, "seed": 0}
+        return (
+            found.noise_multiplier / scale,
+            found.unamplified / scale,
+            np.array(found.sweep) / scale,
+            np.array(found.estimates),
+            np.array(monte_carlo.delta(scheme, c, epsilon=1.0, **noise).estimates),
+            monte_carlo.epsilon(scheme, c, delta=0.1, **noise).epsilon,
+            monte_carlo.epsilon(scheme, c, delta=0.1, **noise).noise_multiplier / scale,
+        )
+
+    for found, right in zip(run(unit * scale, scale), run(unit, 1.0), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("c", [1e-308, 5e-324, 1.7e308])
+def test_scales_at_the_end_of_the_range(c):
+    message = re.escape(f"norm from 1e-301 to 1e301, found c_col of max {c}")
+    with pytest.raises(ValueError, match=message):
+        monte_carlo.delta(ONE_STEP, [c], **GOOD["delta"])
+
+
+def test_extreme_noise_is_no_error_about_something_else():
+    """The grid of epsilons ends, and so do pilots."""
+    arguments = {"num_samples": 1000, "seed": 0}
+    found = monte_carlo.epsilon(ONE_MODE, C, noise_multiplier=1e-5, delta=0.01, **arguments)
+    true = optimize.brentq(
+        lambda e: privacy_losses.gaussian_delta(e, 1e-5 / SENSITIVITY) - 0.01, 1e9, 1e13
+    )
+    assert true <= found.epsilon <= true * 1.001
+    found = monte_carlo.calibrate(ONE_STEP, [1.0], epsilon=1e4, delta=0.1, seed=0)
+    assert 1e-3 < found.noise_multiplier <= found.unamplified
+
+
 def test_more_noise_is_more_private_for_the_same_samples():
     """What makes the sweep's last step before a failure mean something."""
     sigmas = np.geomspace(3, 0.5, 30)
@@ -335,7 +379,9 @@ GOOD = {
         ("calibrate", {"seed": -1}, "seed >= 0, found seed=-1"),
         ("calibrate", {"seed": 2**64}, r"seed < 2\^64"),
         ("calibrate", {"implementation": "fast"}, "'fast' of privacy_loss_sums was asked for"),
-        ("delta", {"noise_multiplier": 0.0}, "noise_multiplier <= 1e6, found 0.0"),
+        ("calibrate", {"epsilon": 0.0, "delta": 1e-7}, "epsilon and base_delta that need noise"),
+        ("delta", {"noise_multiplier": 0.0}, r"noise_multiplier <= 1e\+06 .*, found 0.0"),
+        ("epsilon", {"noise_multiplier": 1e-7}, "expected 1e-06 <= noise_multiplier .* 1e-07"),
         ("delta", {"noise_multiplier": math.nan}, "found nan"),
         ("delta", {"epsilon": -0.1}, "found epsilon=-0.1"),
         ("delta", {"num_samples": 0}, "num_samples >= 1, found num_samples=0"),

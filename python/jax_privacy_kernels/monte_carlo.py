@@ -21,7 +21,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ from jax_privacy_kernels.ops.privacy_loss_sums import (
     BMinSep,
     CyclicPoisson,
     PrivacyLossSums,
-    Problem,
     Scheme,
+    check_c_col,
     privacy_loss_sums,
     problem,
 )
@@ -57,6 +57,8 @@ __all__ = [
 
 _WORK = 2**29  # about what a chunk of samples takes; Ctrl-C waits for no more than one chunk
 _LARGEST_EPSILON = 1e4
+_GRID_END = 1e6  # of epsilons
+_NOISE = (1e-6, 1e6)  # the range of noise multipliers, over about the norm of c_col
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +248,7 @@ def calibrate(
       ValueError: an argument is out of range, or the implementation cannot run here.
       TypeError: an argument is of the wrong type.
     """
-    scheme, prepared = _checked(sampling, c_col)
+    mechanism = _checked(sampling, c_col)
     epsilon = _check_epsilon(epsilon)
     delta = _check_delta("delta", delta)
     base_delta = delta / 2 if base_delta is None else _check_delta("base_delta", base_delta)
@@ -257,9 +259,15 @@ def calibrate(
         base_delta, delta, calibrations=calibrations
     )
     seed, (*pilot_keys, key) = _keys(seed, *_PURPOSES[:4])
-    unamplified = _gaussian_sigma(epsilon, base_delta) * prepared.sensitivity
+    unamplified = _gaussian_sigma(epsilon, base_delta) * mechanism.sensitivity
+    if unamplified > _NOISE[1]:
+        raise ValueError(
+            f"expected epsilon and base_delta that need noise of at most {_NOISE[1]:g} times the "
+            f"norm of c_col, found epsilon={epsilon} and base_delta={base_delta}, which need "
+            f"{unamplified:g} times that without amplification"
+        )
 
-    run = _Run(scheme, c_col, (epsilon,), implementation)
+    run = _Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
     least = min(count, 2**14)
     with _bar(progress, least + 2 * (count // 8) + count) as bar:
         center = unamplified
@@ -268,14 +276,18 @@ def calibrate(
         for own_key, (samples, reach, size) in zip(pilot_keys, pilots, strict=True):
             if samples:
                 sigmas = np.minimum(center * np.geomspace(reach, 1 / reach, size), unamplified)
-                sigmas = np.unique(sigmas)[::-1]
+                sigmas = np.unique(np.maximum(sigmas, _NOISE[0]))[::-1]
                 center = _crossing(run, sigmas, base_delta, own_key, samples, bar)
         steps = np.concatenate([[1.25, 1.12], 1.05 * 1.005 ** -np.arange(18.0)])
         sweep = center * steps
-        sweep = sweep[sweep < unamplified]
+        sweep = sweep[(sweep < unamplified) & (sweep >= _NOISE[0])]
         failed, estimates = 0, np.zeros((2, 0))
         if sweep.size:
             failed, estimates = _scan(run, sweep, base_delta, key, count, bar)
+    sweep, unamplified = (
+        np.ldexp(sweep, mechanism.exponent),
+        math.ldexp(unamplified, mechanism.exponent),
+    )
     return Calibration(
         noise_multiplier=float(sweep[failed - 1]) if failed else unamplified,
         epsilon=epsilon,
@@ -283,7 +295,7 @@ def calibrate(
         base_delta=base_delta,
         num_samples=count,
         calibrations=calibrations,
-        sampling=scheme,
+        sampling=mechanism.scheme,
         sweep=tuple(map(float, sweep)),
         estimates=tuple((float(p), float(q)) for p, q in estimates.T),
         unamplified=unamplified,
@@ -316,7 +328,7 @@ def delta(
 
     Args:
       sampling, c_col, seed, progress, implementation: as for `calibrate`.
-      noise_multiplier: sigma, from 1e-6 to 1e6.
+      noise_multiplier: sigma, from 1e-6 to 1e6 times about the norm of c_col.
       epsilon: at least 0.
       num_samples: of either sign, at least 1.
       confidence: in (0, 1).
@@ -325,14 +337,14 @@ def delta(
       ValueError: an argument is out of range, or the implementation cannot run here.
       TypeError: an argument is of the wrong type.
     """
-    scheme, _ = _checked(sampling, c_col)
+    mechanism = _checked(sampling, c_col)
     epsilon = _check_epsilon(epsilon)
-    sigma = _check_sigma(noise_multiplier)
+    sigma = mechanism.noise(noise_multiplier)
     num_samples = check_int("num_samples", num_samples)
     confidence = _check_delta("confidence", confidence)
     failure = 1 - confidence
     seed, (key,) = _keys(seed, "delta")
-    run = _Run(scheme, c_col, (epsilon,), implementation)
+    run = _Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
     with _bar(progress, num_samples) as bar:
         sums = run.total(np.array([sigma]), key, num_samples, bar)
     estimates = sums.sums[:, 0, 0] / num_samples
@@ -340,7 +352,7 @@ def delta(
         delta=_upper_bound(float(estimates.max()), num_samples, failure),
         estimates=(float(estimates[0]), float(estimates[1])),
         epsilon=epsilon,
-        noise_multiplier=sigma,
+        noise_multiplier=math.ldexp(sigma, mechanism.exponent),
         num_samples=num_samples,
         confidence=confidence,
         seed=seed,
@@ -369,7 +381,7 @@ def epsilon(
 
     Args:
       sampling, c_col, seed, progress, implementation: as for `calibrate`.
-      noise_multiplier: sigma, from 1e-6 to 1e6.
+      noise_multiplier: sigma, from 1e-6 to 1e6 times about the norm of c_col.
       delta: in (0, 1).
       num_samples: of either sign, at least as many as it takes for a bound below delta.
       confidence: in (0, 1).
@@ -378,9 +390,9 @@ def epsilon(
       ValueError: an argument is out of range, or the implementation cannot run here.
       TypeError: an argument is of the wrong type.
     """
-    scheme, prepared = _checked(sampling, c_col)
+    mechanism = _checked(sampling, c_col)
     delta = _check_delta("delta", delta)
-    sigma = _check_sigma(noise_multiplier)
+    sigma = mechanism.noise(noise_multiplier)
     num_samples = check_int("num_samples", num_samples)
     confidence = _check_delta("confidence", confidence)
     failure = 1 - confidence
@@ -391,17 +403,17 @@ def epsilon(
             f"num_samples={num_samples}"
         )
     seed, (pilot_key, key) = _keys(seed, "epsilon: pilot", "epsilon")
-    unamplified = _gaussian_epsilon(sigma / prepared.sensitivity, delta)
-    sigmas = np.array([sigma])
+    unamplified = _gaussian_epsilon(sigma / mechanism.sensitivity, delta)
+    last, sigmas = min(unamplified, _GRID_END), np.array([sigma])
     pilot = min(num_samples, max(num_samples // 10, math.ceil(30 / delta)))
     with _bar(progress, pilot + num_samples) as bar:
-        wide = np.concatenate([[0.0], np.geomspace(1e-4, 1, 63)]) * unamplified
-        run = _Run(scheme, c_col, wide, implementation)
+        wide = np.concatenate([[0.0], np.geomspace(1e-4, 1, 63)]) * last
+        run = _Run(mechanism.scheme, mechanism.c, wide, implementation)
         found = run.total(sigmas, pilot_key, pilot, bar).sums[:, 0].max(axis=0) / pilot
         guess = _interpolated(wide, found, delta)
-        low, high = max(0.0, 0.8 * guess - 0.01), min(unamplified, 1.4 * guess + 0.1)
+        low, high = max(0.0, 0.8 * guess - 0.01), min(last, 1.4 * guess + 0.1)
         grid = np.linspace(low, high, 64)
-        run = _Run(scheme, c_col, grid, implementation)
+        run = _Run(mechanism.scheme, mechanism.c, grid, implementation)
         means = run.total(sigmas, key, num_samples, bar).sums[:, 0].max(axis=0) / num_samples
     result = unamplified
     for value, mean in zip(grid[::-1], means[::-1], strict=True):
@@ -412,7 +424,7 @@ def epsilon(
         epsilon=result,
         estimate=_interpolated(grid, means, delta),
         delta=delta,
-        noise_multiplier=sigma,
+        noise_multiplier=math.ldexp(sigma, mechanism.exponent),
         num_samples=num_samples,
         confidence=confidence,
         seed=seed,
@@ -422,17 +434,47 @@ def epsilon(
 # -- Arguments --------------------------------------------------------------------------------
 
 
-def _checked(sampling: Any, c_col: Any) -> tuple[Scheme, Problem]:
+class _Mechanism(NamedTuple):
+    """What is asked about, with c divided by 2^exponent, which is about its norm.
+
+    Powers of two are exact, and the division leaves privacy as it is if the noise is divided, too.
+    """
+
+    scheme: Scheme
+    c: np.ndarray
+    exponent: int
+    sensitivity: float
+
+    def noise(self, value: Any) -> float:
+        """A noise multiplier, checked, for this c."""
+        given = check_scalar("noise_multiplier", value)
+        least, most = (math.ldexp(x, self.exponent) for x in _NOISE)
+        if not least <= given <= most:
+            raise ValueError(
+                f"expected {least:g} <= noise_multiplier <= {most:g} for this c_col, found {given}"
+            )
+        return math.ldexp(given, -self.exponent)
+
+
+def _checked(sampling: Any, c_col: Any) -> _Mechanism:
     scheme, truncated = _sampling.as_scheme(sampling)
     if truncated is not None:
         raise ValueError(
             f"expected sampling without truncated batches, found truncated_batch_size={truncated}; "
             "experimental.monte_carlo has samples of the truncated mechanism"
         )
-    prepared = problem(scheme, c_col)
-    if not np.asarray(c_col)[0] > 0:
-        raise ValueError(f"expected c_col[0] > 0, found c_col[0] = {np.asarray(c_col)[0]}")
-    return scheme, prepared
+    c = check_c_col(c_col)
+    if not c[0] > 0:
+        raise ValueError(f"expected c_col[0] > 0, found c_col[0] = {c[0]}")
+    largest = math.frexp(c.max())[1]
+    norm = float(np.linalg.norm(np.ldexp(c, -largest)))
+    exponent = largest + round(math.log2(norm))
+    if abs(exponent) > 1000:
+        raise ValueError(
+            f"expected c_col of a norm from 1e-301 to 1e301, found c_col of max {c.max()}"
+        )
+    c = np.ldexp(c, -exponent)
+    return _Mechanism(scheme, c, exponent, problem(scheme, c).sensitivity)
 
 
 def _check_epsilon(value: Any) -> float:
@@ -447,13 +489,6 @@ def _check_delta(name: str, value: Any) -> float:
     if not 0 < delta < 1:
         raise ValueError(f"expected 0 < {name} < 1, found {name}={delta}")
     return delta
-
-
-def _check_sigma(value: Any) -> float:
-    sigma = check_scalar("noise_multiplier", value)
-    if not 1e-6 <= sigma <= 1e6:
-        raise ValueError(f"expected 1e-6 <= noise_multiplier <= 1e6, found {sigma}")
-    return sigma
 
 
 # What samples are for. Each has a key of its own: samples that chose something, say a noise
@@ -495,7 +530,7 @@ class _Run:
     """Samples of a mechanism, in chunks whose limits depend on nothing but their work."""
 
     scheme: Scheme
-    c_col: Any
+    c_col: np.ndarray
     epsilons: Sequence[float] | np.ndarray
     implementation: str | None
 

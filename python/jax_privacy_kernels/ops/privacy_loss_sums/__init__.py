@@ -131,7 +131,8 @@ def privacy_loss_sums(
 
     Args:
       sampling: how examples take part.
-      c_col: ``[b]``, non-negative, at most as long as there are steps, and as the scheme allows.
+      c_col: ``[b]``, non-negative and not all zero, at most as long as there are steps, and as
+        the scheme allows.
       noise_multipliers: ``[s]`` or a scalar, from 1e-6 to 1e6.
       epsilons: ``[e]`` or a scalar, finite; negative ones are allowed.
       key: a threefry2x32 key, typed or ``uint32[2]``.

@@ -180,7 +180,8 @@ def problem(scheme: Scheme, c_col: Any) -> Problem:
     """Checks a strategy against a scheme, and prepares the operands; cached.
 
     Raises a ValueError if there are more coefficients than steps, or more than the analysis of the
-    scheme allows, or if the arrays of one noise multiplier do not fit into memory.
+    scheme allows, if C x is too large or too small to be squared, or if the arrays of one noise
+    multiplier do not fit into memory.
     """
     c = check_c_col(c_col)
     if c.size > scheme.iterations:
@@ -188,7 +189,8 @@ def problem(scheme: Scheme, c_col: Any) -> Problem:
             f"expected c_col to have at most iterations={scheme.iterations} coefficients, "
             f"found {c.size}"
         )
-    return _problem(scheme, c.tobytes())
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return _problem(scheme, c.tobytes())
 
 
 @functools.lru_cache(maxsize=4)
@@ -202,6 +204,7 @@ def _problem(scheme: Scheme, data: bytes) -> Problem:
         check_memory("iterations", n, 4 * 16 * n)
         gram = _gram(c, n, scheme.cycle_length)
         modes, largest = len(gram), float(np.max(np.diag(gram)))
+        _check_square(largest, c)
         return Problem(
             operands=(gram, _factor(gram)),
             static={"scheme": "bins", "n": n, "period": modes, "p": 1.0},
@@ -225,6 +228,7 @@ def _problem(scheme: Scheme, data: bytes) -> Problem:
     # only the last may be cut off.
     total, before = float(squares[-1]), (n - 1) // period
     last = float(squares[min(n - before * period, c.size) - 1])
+    _check_square(before * total + last, c)
     result = Problem(
         operands=(c,),
         static={"scheme": kind, "n": n, "period": period, "p": scheme.sampling_prob},
@@ -235,6 +239,14 @@ def _problem(scheme: Scheme, data: bytes) -> Problem:
     )
     result.check_memory()
     return result
+
+
+def _check_square(value: float, c: np.ndarray) -> None:
+    if not 1e-280 <= value <= 1e280:
+        raise ValueError(
+            "expected c_col for which C x has a squared norm from 1e-280 to 1e280, found "
+            f"{value:g} for c_col of max {c.max():g}"
+        )
 
 
 def _gram(c: np.ndarray, n: int, cycle_length: int) -> np.ndarray:

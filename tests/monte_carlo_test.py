@@ -302,6 +302,26 @@ def test_extreme_noise_is_no_error_about_something_else():
     assert 1e-3 < found.noise_multiplier <= found.unamplified
 
 
+@pytest.mark.parametrize("delta", [0.3, 1e-5, 1e-9])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-9, 1e-4, 0.1, 1.0, 30.0, 1e4])
+def test_the_closed_form_is_never_optimistic(epsilon, delta):
+    """Against an integral over mu = 1 / sigma, which has no difference in it."""
+
+    def true(sigma, epsilon):
+        # The derivative by mu is phi(epsilon / mu - mu / 2): its last 40 widths do.
+        mu = 1 / sigma
+        low = max(0.0, mu - 40 / (epsilon / mu**2 + 0.5))
+        nodes, weights = np.polynomial.legendre.leggauss(400)
+        u = low + (mu - low) * (nodes + 1) / 2
+        return np.sum(weights * stats.norm.pdf(epsilon / u - u / 2)) * (mu - low) / 2
+
+    sigma = monte_carlo._gaussian_sigma(epsilon, delta)
+    assert delta * (1 - 1e-3) < true(sigma, epsilon) <= delta
+    found = monte_carlo._gaussian_epsilon(sigma, delta)
+    assert found == pytest.approx(epsilon, rel=1e-5, abs=2e-6)
+    assert true(sigma, found) <= delta
+
+
 def test_more_noise_is_more_private_for_the_same_samples():
     """What makes the sweep's last step before a failure mean something."""
     sigmas = np.geomspace(3, 0.5, 30)
@@ -375,6 +395,9 @@ GOOD = {
         ("calibrate", {"delta": 1.0}, "0 < delta < 1, found delta=1.0"),
         ("calibrate", {"base_delta": 0.1}, "base_delta < delta=0.1, found base_delta=0.1"),
         ("calibrate", {"base_delta": 0.0}, "0 < base_delta < 1, found base_delta=0.0"),
+        ("calibrate", {"delta": 1e-9}, "base_delta >= 1e-09, found base_delta=5e-10"),
+        ("calibrate", {"base_delta": 9e-10}, "base_delta >= 1e-09, found base_delta=9e-10"),
+        ("epsilon", {"delta": 9e-10}, "delta >= 1e-09, found delta=9e-10"),
         ("calibrate", {"calibrations": 0}, "calibrations >= 1, found calibrations=0"),
         ("calibrate", {"seed": -1}, "seed >= 0, found seed=-1"),
         ("calibrate", {"seed": 2**64}, r"seed < 2\^64"),

@@ -58,6 +58,7 @@ __all__ = [
 _WORK = 2**29  # about what a chunk of samples takes; Ctrl-C waits for no more than one chunk
 _LARGEST_EPSILON = 1e4
 _GRID_END = 1e6  # of epsilons
+_LEAST_DELTA = 1e-9  # below it `_gaussian_delta`, a difference, loses more than is rounded up
 _NOISE = (1e-6, 1e6)  # the range of noise multipliers, over about the norm of c_col
 
 
@@ -233,7 +234,7 @@ def calibrate(
         ``min_sep`` or (cyclic Poisson) the cycle.
       epsilon: of the guarantee, at least 0.
       delta: of the guarantee, in (0, 1).
-      base_delta: what estimates may be at most, in (0, delta); by default delta / 2.
+      base_delta: what estimates may be at most, from 1e-9 to below delta; by default delta / 2.
       calibrations: of how many calls with these deltas what is run is chosen, at least 1.
       seed: from 0 to 2^64 - 1, or None for one of the system's. `calibrate`, `delta` and `epsilon`
         have samples of their own, also for the same seed.
@@ -254,6 +255,7 @@ def calibrate(
     base_delta = delta / 2 if base_delta is None else _check_delta("base_delta", base_delta)
     if base_delta >= delta:
         raise ValueError(f"expected base_delta < delta={delta}, found base_delta={base_delta}")
+    _check_least("base_delta", base_delta)
     calibrations = check_int("calibrations", calibrations)
     count = delta_calculation.minimum_samples_to_calibrate(
         base_delta, delta, calibrations=calibrations
@@ -382,7 +384,7 @@ def epsilon(
     Args:
       sampling, c_col, seed, progress, implementation: as for `calibrate`.
       noise_multiplier: sigma, from 1e-6 to 1e6 times about the norm of c_col.
-      delta: in (0, 1).
+      delta: at least 1e-9, below 1.
       num_samples: of either sign, at least as many as it takes for a bound below delta.
       confidence: in (0, 1).
 
@@ -392,6 +394,7 @@ def epsilon(
     """
     mechanism = _checked(sampling, c_col)
     delta = _check_delta("delta", delta)
+    _check_least("delta", delta)
     sigma = mechanism.noise(noise_multiplier)
     num_samples = check_int("num_samples", num_samples)
     confidence = _check_delta("confidence", confidence)
@@ -489,6 +492,11 @@ def _check_delta(name: str, value: Any) -> float:
     if not 0 < delta < 1:
         raise ValueError(f"expected 0 < {name} < 1, found {name}={delta}")
     return delta
+
+
+def _check_least(name: str, delta: float) -> None:
+    if delta < _LEAST_DELTA:
+        raise ValueError(f"expected {name} >= {_LEAST_DELTA:g}, found {name}={delta}")
 
 
 # What samples are for. Each has a key of its own: samples that chose something, say a noise

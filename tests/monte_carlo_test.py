@@ -308,18 +308,27 @@ def test_the_closed_form_is_never_optimistic(epsilon, delta):
     """Against an integral over mu = 1 / sigma, which has no difference in it."""
 
     def true(sigma, epsilon):
-        # The derivative by mu is phi(epsilon / mu - mu / 2): its last 40 widths do.
+        # The derivative by mu is phi(epsilon / mu - mu / 2): its last 40 widths do. Over log(mu).
         mu = 1 / sigma
-        low = max(0.0, mu - 40 / (epsilon / mu**2 + 0.5))
+        low = math.log(max(1e-9 * mu, mu - 40 / (epsilon / mu**2 + 0.5)))
         nodes, weights = np.polynomial.legendre.leggauss(400)
-        u = low + (mu - low) * (nodes + 1) / 2
-        return np.sum(weights * stats.norm.pdf(epsilon / u - u / 2)) * (mu - low) / 2
+        half = (math.log(mu) - low) / 2
+        u = np.exp(low + half * (nodes + 1))
+        return half * np.sum(weights * u * stats.norm.pdf(epsilon / u - u / 2))
 
     sigma = monte_carlo._gaussian_sigma(epsilon, delta)
     assert delta * (1 - 1e-3) < true(sigma, epsilon) <= delta
     found = monte_carlo._gaussian_epsilon(sigma, delta)
     assert found == pytest.approx(epsilon, rel=1e-5, abs=2e-6)
     assert true(sigma, found) <= delta
+
+
+def test_certain_losses_are_no_more_than_one():
+    """What is rounded up is clipped: delta is a probability."""
+    arguments = {"epsilon": 0.0, "noise_multiplier": 1e-3, "num_samples": 10**5, "seed": 0}
+    found = monte_carlo.delta(BMinSep(4, 1, 1.0), [1.0], **arguments)
+    assert found.estimates == (1.0, 1.0)
+    assert found.delta == 1.0
 
 
 def test_more_noise_is_more_private_for_the_same_samples():
@@ -410,6 +419,9 @@ GOOD = {
         ("delta", {"num_samples": 0}, "num_samples >= 1, found num_samples=0"),
         ("delta", {"confidence": 1.0}, "0 < confidence < 1, found confidence=1.0"),
         ("epsilon", {"delta": 0.0}, "0 < delta < 1, found delta=0.0"),
+        ("delta", {"num_samples": 2**60}, f"num_samples <= {2**44}, found num_samples={2**60}"),
+        ("epsilon", {"num_samples": 2**60}, f"num_samples <= {2**44}, found"),
+        ("calibrate", {"base_delta": 0.1 * (1 - 1e-6)}, f"at most {2**44} samples, found delta=0"),
         ("epsilon", {"num_samples": 10}, "num_samples >= 66 .* found num_samples=10"),
     ],
 )

@@ -260,6 +260,11 @@ def calibrate(
     count = delta_calculation.minimum_samples_to_calibrate(
         base_delta, delta, calibrations=calibrations
     )
+    if count > mechanism.most_samples:
+        raise ValueError(
+            f"expected delta and base_delta that take at most {mechanism.most_samples} samples, "
+            f"found delta={delta} and base_delta={base_delta}, which take {count}"
+        )
     seed, (*pilot_keys, key) = _keys(seed, *_PURPOSES[:4])
     unamplified = _gaussian_sigma(epsilon, base_delta) * mechanism.sensitivity
     if unamplified > _NOISE[1]:
@@ -342,7 +347,7 @@ def delta(
     mechanism = _checked(sampling, c_col)
     epsilon = _check_epsilon(epsilon)
     sigma = mechanism.noise(noise_multiplier)
-    num_samples = check_int("num_samples", num_samples)
+    num_samples = mechanism.samples(num_samples)
     confidence = _check_delta("confidence", confidence)
     failure = 1 - confidence
     seed, (key,) = _keys(seed, "delta")
@@ -396,7 +401,7 @@ def epsilon(
     delta = _check_delta("delta", delta)
     _check_least("delta", delta)
     sigma = mechanism.noise(noise_multiplier)
-    num_samples = check_int("num_samples", num_samples)
+    num_samples = mechanism.samples(num_samples)
     confidence = _check_delta("confidence", confidence)
     failure = 1 - confidence
     if _upper_bound(0.0, num_samples, failure) > delta:
@@ -420,7 +425,7 @@ def epsilon(
         means = run.total(sigmas, key, num_samples, bar).sums[:, 0].max(axis=0) / num_samples
     result = unamplified
     for value, mean in zip(grid[::-1], means[::-1], strict=True):
-        if _upper_bound(float(mean), num_samples, failure) > delta:
+        if not _upper_bound(float(mean), num_samples, failure) <= delta:
             break
         result = min(result, float(value))
     return EpsilonBound(
@@ -447,6 +452,7 @@ class _Mechanism(NamedTuple):
     c: np.ndarray
     exponent: int
     sensitivity: float
+    most_samples: int
 
     def noise(self, value: Any) -> float:
         """A noise multiplier, checked, for this c."""
@@ -457,6 +463,15 @@ class _Mechanism(NamedTuple):
                 f"expected {least:g} <= noise_multiplier <= {most:g} for this c_col, found {given}"
             )
         return math.ldexp(given, -self.exponent)
+
+    def samples(self, value: Any) -> int:
+        """The number of samples, checked before any is made."""
+        count = check_int("num_samples", value)
+        if count > self.most_samples:
+            raise ValueError(
+                f"expected num_samples <= {self.most_samples}, found num_samples={count}"
+            )
+        return count
 
 
 def _checked(sampling: Any, c_col: Any) -> _Mechanism:
@@ -477,7 +492,8 @@ def _checked(sampling: Any, c_col: Any) -> _Mechanism:
             f"expected c_col of a norm from 1e-301 to 1e301, found c_col of max {c.max()}"
         )
     c = np.ldexp(c, -exponent)
-    return _Mechanism(scheme, c, exponent, problem(scheme, c).sensitivity)
+    prepared = problem(scheme, c)
+    return _Mechanism(scheme, c, exponent, prepared.sensitivity, prepared.most_samples)
 
 
 def _check_epsilon(value: Any) -> float:
@@ -585,11 +601,12 @@ def _scan(
     for first, count in run.chunks(len(sigmas), samples):
         if alive:
             sums[:, :alive] += run.sums(sigmas[:alive], key, first, count).sums[:, :, 0]
+            sums[:, :alive] *= 1 + 2.0**-51  # up, by more than the sum is off
             taken[:alive] += count
             failed = np.flatnonzero(~(sums.max(axis=0) <= base_delta * samples))
             alive = min(alive, failed[0]) if failed.size else alive
         bar.update(count)
-    return alive, sums / taken
+    return alive, np.minimum(sums / taken, 1)
 
 
 def _crossing(

@@ -73,8 +73,7 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=_jax.run),
 }
 
-_MOST = 2**53  # samples: what counts in float64 hold
-_ROUNDING = 1 + 2.0**-30  # more than additions of that many terms, spread over lanes, round off
+_STEP = 2.0**-52  # to round up after an operation, of which each is off by half as much
 
 
 class PrivacyLossSums(NamedTuple):
@@ -84,7 +83,7 @@ class PrivacyLossSums(NamedTuple):
     for samples of the mechanism with the example, L = log P/Q, and 1 without it, L = log Q/P.
 
     Attributes:
-      sums: float64 ``[2, s, e]``, of X, rounded up.
+      sums: float64 ``[2, s, e]``, of X, rounded up, and at most counts.
       counts: float64 ``[2, s, e]``, the number of X that are not zero.
       maxima: float64 ``[2, s, e]``, the largest X.
       num_samples: the number of samples of each sign.
@@ -96,9 +95,10 @@ class PrivacyLossSums(NamedTuple):
     num_samples: int
 
     def __add__(self, other: PrivacyLossSums) -> PrivacyLossSums:  # type: ignore[override]
+        counts = self.counts + other.counts
         return PrivacyLossSums(
-            self.sums + other.sums,
-            self.counts + other.counts,
+            np.minimum((self.sums + other.sums) * (1 + 2 * _STEP), counts),
+            counts,
             np.maximum(self.maxima, other.maxima),
             self.num_samples + other.num_samples,
         )
@@ -155,8 +155,7 @@ def privacy_loss_sums(
     num_samples = check_int("num_samples", num_samples)
     first_sample = check_int("first_sample", first_sample, 0)
     last = first_sample + num_samples
-    # Every sample has n + 1 counters of its own at most, or one for every mode.
-    most = min(_MOST, 2**63 // (prepared.static["n"] + prepared.static["period"] + 1))
+    most = prepared.most_samples
     if last > most:
         raise ValueError(f"expected first_sample + num_samples <= {most}, found {last}")
     span = np.array([first_sample, num_samples], np.int64)
@@ -179,7 +178,10 @@ def privacy_loss_sums(
         raise ValueError(
             f"privacy losses are not numbers for noise_multipliers={sigmas}, c_col={c_col}"
         )
-    return PrivacyLossSums(sums * _ROUNDING, counts, maxima, num_samples)
+    # In any order, the sum of n terms that are not negative loses less than n half steps of itself.
+    # No X exceeds 1, so that counts bound the sums, and are exact.
+    rounded = np.minimum(sums * (1 + num_samples * _STEP), counts)
+    return PrivacyLossSums(rounded, counts, maxima, num_samples)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "scheme", "n", "period", "p"))

@@ -14,6 +14,7 @@ from jax_privacy_kernels._checks import check_int, check_memory, check_scalar
 
 __all__ = ["BMinSep", "BallsInBins", "CyclicPoisson", "Problem", "Scheme", "check_c_col", "problem"]
 
+MOST_SAMPLES = 2**44  # for which sums are rounded up by less than half a percent
 _LARGEST_NORMAL = 8.3  # no sample of 52 bits is larger
 _ROW = 256  # bytes of one number of every sample that is made together
 
@@ -158,6 +159,11 @@ class Problem(NamedTuple):
         by_noise, by_signal = self.reach
         reach = by_noise / sigmas + by_signal / sigmas**2
         return 2.0**-48 * self.operations * (1 + self.takes * reach)
+
+    @property
+    def most_samples(self) -> int:
+        """Counters of 63 bits: every sample has n + 1 of its own, or one for every mode."""
+        return min(MOST_SAMPLES, 2**63 // (self.static["n"] + self.static["period"] + 1))
 
     def check_memory(self, sigmas: int = 1, epsilons: int = 1) -> None:
         """Raises a ValueError if the arrays of so many noise multipliers and epsilons do not fit.

@@ -182,7 +182,11 @@ class BinsBlocks {
       combine(bins_.factor + i * modes, bins_.start[i], bins_.stop[i], normals, products[i]);
       for (int l = 0; l < kLanes; ++l) mean[l] += products[i][l];
     }
-    for (int l = 0; l < kLanes; ++l) mean[l] /= static_cast<double>(modes);
+    for (int l = 0; l < kLanes; ++l) {
+      mean[l] /= static_cast<double>(modes);
+      // The largest t begins with this one, and stays NaN: what is not a number is not left out.
+      products[0][l] = mean[l] == mean[l] ? products[0][l] : mean[l];
+    }
     for (int l = 0; l < kLanes; ++l) {
       const double u = unit(choice_key_, sample + static_cast<uint64_t>(l));
       const int64_t j = std::min(static_cast<int64_t>(u * static_cast<double>(modes)), modes - 1);

@@ -155,7 +155,14 @@ void test_nan() {
     std::vector<double> gram{1, 0, 0, 0, 1, 0, 0, 0, 1}, factor = gram;
     factor[4 * at] = std::nan("");
     const Bins bins(3, gram.data(), factor.data());
-    const Sums found = run(0, 5, [&] { return BinsBlocks(bins, kKey); });
+    // Numbers would be far from this epsilon, and left out.
+    const double sigma = 3, margin = 0, epsilon = 50;
+    Sums found(2);
+    ThreadPool pool(0);
+    sum_up(
+        pool, 1, 0, 5, {&sigma, &margin, 1, &epsilon, 1, epsilon},
+        [&] { return BinsBlocks(bins, kKey); }, found.sum.data(), found.count.data(),
+        found.maximum.data());
     for (double sum : found.sum) CHECK(std::isnan(sum), "bins: NaN of mode %d is lost", int(at));
   }
 }

@@ -16,6 +16,7 @@ import pytest
 from support import implementations, privacy_losses
 
 from jax_privacy_kernels import _checks, ops
+from jax_privacy_kernels.ops import _ffi
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     IMPLEMENTATIONS,
     BallsInBins,
@@ -308,6 +309,12 @@ def test_grids_that_do_not_fit_are_refused():
         sums((BMinSep(10, 10**5, 0.5), [1.0]), None, sigmas=many, samples=1)
     with pytest.raises(ValueError, match=f"found iterations={10**10}, which takes [0-9]+ bytes"):
         sums((BMinSep(10**10, 10**4, 0.5), [1.0]), "jax", samples=1)
+
+
+def test_plain_jax_that_stands_in_is_bounded_too(monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: "not built")
+    with pytest.raises(ValueError, match=f"found iterations={10**10}, which takes"):
+        sums((BMinSep(10**10, 10**4, 0.5), [1.0]), None, samples=1)
 
 
 @pytest.mark.parametrize(

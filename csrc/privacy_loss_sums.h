@@ -164,6 +164,9 @@ class BinsBlocks {
     }
   }
 
+  // What an object takes, up to a few numbers.
+  static double bytes(int64_t modes) { return 4.0 * static_cast<double>(modes) * sizeof(Row); }
+
   // Samples sample .. sample + kLanes - 1, of which the first `count` are counted.
   JPK_TARGET_CLONES void run(uint64_t sample, int count, Tally& tally) {
     const int64_t modes = bins_.modes;
@@ -179,7 +182,11 @@ class BinsBlocks {
       combine(bins_.factor + i * modes, bins_.start[i], bins_.stop[i], normals, products[i]);
       for (int l = 0; l < kLanes; ++l) mean[l] += products[i][l];
     }
-    for (int l = 0; l < kLanes; ++l) mean[l] /= static_cast<double>(modes);
+    for (int l = 0; l < kLanes; ++l) {
+      mean[l] /= static_cast<double>(modes);
+      // The largest t begins with this one, and stays NaN: what is not a number is not left out.
+      products[0][l] = mean[l] == mean[l] ? products[0][l] : mean[l];
+    }
     for (int l = 0; l < kLanes; ++l) {
       const double u = unit(choice_key_, sample + static_cast<uint64_t>(l));
       const int64_t j = std::min(static_cast<int64_t>(u * static_cast<double>(modes)), modes - 1);
@@ -193,7 +200,7 @@ class BinsBlocks {
       const double up = tally.targets.margins[s];
       // By Jensen's inequality, L >= mean_i t_i: most samples of Q need no more than that.
       int open = 0;
-      for (int l = 0; l < kLanes; ++l) open |= v * bins_.mean_half - a * mean[l] + up > least;
+      for (int l = 0; l < kLanes; ++l) open |= !(v * bins_.mean_half - a * mean[l] + up <= least);
       if (open) evaluate(kNegative, s, count, products, centers, a, v, up, tally);
       evaluate(kPositive, s, count, products, offsets, a, v, up, tally);
     }
@@ -306,6 +313,14 @@ class StepsBlocks {
     for (int64_t s = 0; s < targets.sigma_count; ++s) {
       interval_.push_back(steps.interval(targets.sigmas[s]));
     }
+  }
+
+  // What an object takes, up to a few numbers; participations double as they come.
+  static double bytes(const Steps& steps, int64_t sigma_count) {
+    const double slots =
+        2.0 * static_cast<double>(sigma_count) * (static_cast<double>(steps.period) + 2);
+    const double events = 2.0 * (static_cast<double>(steps.n / steps.period) + 2);
+    return (static_cast<double>(steps.taps + kTile) + slots + events) * sizeof(Row);
   }
 
   JPK_TARGET_CLONES void run(uint64_t sample, int count, Tally& tally) {

@@ -15,6 +15,11 @@ using Numbers = ffi::Buffer<ffi::DataType::F64>;
 
 constexpr const char* kOp = "privacy_loss_sums";
 
+// With these, no product of sizes overflows, and what is asked for is refused before it is.
+constexpr int64_t kMostSteps = int64_t{1} << 48;
+constexpr int64_t kMostTargets = int64_t{1} << 30;
+constexpr double kMostBytes = 0x1p42;
+
 bool all_finite(const Numbers& x) {
   return std::all_of(x.typed_data(), x.typed_data() + x.element_count(),
                      [](double v) { return std::isfinite(v); });
@@ -41,6 +46,9 @@ struct Call {
     if (size(sigmas) < 1 || size(epsilons) < 1 || size(margins) != size(sigmas)) {
       return "needs sigmas [s], as many margins, and epsilons [e]";
     }
+    if (size(sigmas) > kMostTargets || size(epsilons) > kMostTargets) {
+      return "needs at most 2^30 sigmas and epsilons";
+    }
     for (auto result : {sums, counts, maxima}) {
       if (size(*result) != 2 * size(sigmas) * size(epsilons)) return "needs results [2, s, e]";
     }
@@ -52,9 +60,14 @@ struct Call {
     return "";
   }
 
-  // make(key, targets) gives the blocks of one strand.
+  // make(key, targets) gives the blocks of one strand, of so many bytes.
   template <typename Make>
-  void run(ffi::ThreadPool& pool, const Make& make) {
+  std::string run(ffi::ThreadPool& pool, double bytes, const Make& make) {
+    const double cells = 2.0 * static_cast<double>(size(sigmas)) *
+                         static_cast<double>(size(epsilons)) * sizeof(privacy_loss::Cell);
+    const double threads = static_cast<double>(pool.num_threads() + 1);
+    const double all = threads * bytes + static_cast<double>(privacy_loss::kStrands) * cells;
+    if (!(all <= kMostBytes)) return "needs at most 2^42 bytes of memory";
     const double* least =
         std::min_element(epsilons.typed_data(), epsilons.typed_data() + size(epsilons));
     const privacy_loss::Targets targets{sigmas.typed_data(),   margins.typed_data(), size(sigmas),
@@ -64,6 +77,7 @@ struct Call {
         pool, pool.num_threads(), static_cast<uint64_t>(span.typed_data()[0]), span.typed_data()[1],
         targets, [&] { return make(words, targets); }, sums->typed_data(), counts->typed_data(),
         maxima->typed_data());
+    return "";
   }
 };
 
@@ -75,16 +89,19 @@ ffi::Error run_bins(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
     Call call{key, span, sigmas, margins, epsilons, sums, counts, maxima};
     const std::string wrong = call.check();
     if (!wrong.empty()) return wrong;
-    const int64_t modes = gram.dimensions().size() == 2 ? gram.dimensions()[0] : 0;
-    if (modes < 1 || size(gram) != modes * modes || size(factor) != modes * modes) {
+    const auto square = [](const Numbers& x) {
+      return x.dimensions().size() == 2 && x.dimensions()[0] == x.dimensions()[1];
+    };
+    const int64_t modes = square(gram) ? gram.dimensions()[0] : 0;
+    if (modes < 1 || !square(factor) || size(factor) != size(gram)) {
       return "needs a Gram matrix [m, m], m >= 1, and its factor";
     }
     if (!all_finite(gram) || !all_finite(factor)) return "needs a finite Gram matrix and factor";
     const privacy_loss::Bins bins(modes, gram.typed_data(), factor.typed_data());
-    call.run(pool, [&](Key words, const privacy_loss::Targets&) {
-      return privacy_loss::BinsBlocks(bins, words);
-    });
-    return "";
+    return call.run(pool, privacy_loss::BinsBlocks::bytes(modes),
+                    [&](Key words, const privacy_loss::Targets&) {
+                      return privacy_loss::BinsBlocks(bins, words);
+                    });
   });
 }
 
@@ -97,8 +114,8 @@ ffi::Error run_steps(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
     Call call{key, span, sigmas, margins, epsilons, sums, counts, maxima};
     const std::string wrong = call.check();
     if (!wrong.empty()) return wrong;
-    if (n < 1 || n > kMost || period < 1 || period > kMost || !(p >= 0 && p <= 1)) {
-      return "needs n >= 1, period >= 1 and 0 <= p <= 1";
+    if (n < 1 || n > kMostSteps || period < 1 || period > kMostSteps || !(p >= 0 && p <= 1)) {
+      return "needs n and period from 1 to 2^48 and 0 <= p <= 1";
     }
     if (scheme < privacy_loss::Steps::kMinSep || scheme > privacy_loss::Steps::kCyclic) {
       return "needs a scheme that it knows";
@@ -109,10 +126,10 @@ ffi::Error run_steps(ffi::ThreadPool pool, ffi::Buffer<ffi::DataType::U32> key,
     if (!all_finite(c)) return "needs finite c";
     const privacy_loss::Steps steps{
         static_cast<privacy_loss::Steps::Scheme>(scheme), n, period, p, size(c), c.typed_data()};
-    call.run(pool, [&](Key words, const privacy_loss::Targets& targets) {
-      return privacy_loss::StepsBlocks(steps, words, targets);
-    });
-    return "";
+    return call.run(pool, privacy_loss::StepsBlocks::bytes(steps, size(sigmas)),
+                    [&](Key words, const privacy_loss::Targets& targets) {
+                      return privacy_loss::StepsBlocks(steps, words, targets);
+                    });
   });
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 
 import jax
@@ -35,14 +36,19 @@ def worst(epsilon, sigma):
 
 
 class TestCalibrate:
-    def test_gaussian(self):
+    def test_gaussian(self, monkeypatch):
+        closed = monte_carlo._gaussian_sigma
+        # One mode is not amplified, so that the sweep would hardly begin below the closed form.
+        monkeypatch.setattr(
+            monte_carlo, "_gaussian_sigma", lambda *arguments: 2 * closed(*arguments)
+        )
         found = monte_carlo.calibrate(ONE_MODE, C, epsilon=1.0, delta=1e-3, seed=0)
-        assert not found.is_amplified or found.noise_multiplier < found.unamplified
+        assert found.is_amplified
         true = privacy_losses.gaussian_delta(1.0, found.noise_multiplier / SENSITIVITY)
         assert true <= 1e-3
         # Not by much more than the base delta asks for, and the noise of the estimates.
         assert true >= 2e-4
-        unamplified = privacy_losses.gaussian_delta(1.0, found.unamplified / SENSITIVITY)
+        unamplified = privacy_losses.gaussian_delta(1.0, found.unamplified / 2 / SENSITIVITY)
         assert unamplified == pytest.approx(5e-4, rel=1e-3)
         assert unamplified <= 5e-4
 
@@ -51,11 +57,11 @@ class TestCalibrate:
         [(BallsInBins(20, 5), C), (BMinSep(20, 4, 0.25), C), (CyclicPoisson(20, 4, 0.5), C)],
     )
     def test_what_it_reports(self, scheme, c):
-        arguments = {"epsilon": 1.0, "delta": 0.02, "base_delta": 0.012, "seed": 3}
+        arguments = {"epsilon": 1.0, "delta": 0.013, "base_delta": 0.012, "seed": 3}
         found = monte_carlo.calibrate(scheme, c, **arguments)
         assert found == monte_carlo.calibrate(scheme, c, **arguments)
-        assert found.num_samples == delta_calculation.minimum_samples_to_calibrate(0.012, 0.02)
-        assert delta_calculation.get_overall_delta(found.num_samples, 0.012) <= 0.02
+        assert found.num_samples == delta_calculation.minimum_samples_to_calibrate(0.012, 0.013)
+        assert delta_calculation.get_overall_delta(found.num_samples, 0.012) <= 0.013
         assert found.is_amplified
         assert list(found.sweep) == sorted(found.sweep, reverse=True)
         chosen = found.sweep.index(found.noise_multiplier)
@@ -71,12 +77,26 @@ class TestCalibrate:
             num_samples=200_000,
             seed=1,
         )
-        assert 0.8 * 0.012 < max(bound.estimates) < 1.1 * 0.012
+        assert 0.9 * 0.012 < max(bound.estimates) < 1.05 * 0.012
         text = str(found)
         assert max(map(len, text.splitlines())) <= 80
         for word in (f"{found.noise_multiplier:.6g}", "base delta 0.012", type(scheme).__name__):
             assert word in text
         assert text.count("pass") == np.sum(estimates <= 0.012) + 1  # and once in words
+
+    def test_the_best_of_several_calibrations(self):
+        """It takes more samples, and what is printed says what the claim is about."""
+        arguments = {"epsilon": 1.0, "delta": 0.1, "seed": 4}
+        one = monte_carlo.calibrate(ONE_STEP, [1.0], **arguments)
+        many = monte_carlo.calibrate(ONE_STEP, [1.0], **arguments, calibrations=1000)
+        assert (one.calibrations, many.calibrations) == (1, 1000)
+        assert many.num_samples > one.num_samples
+        overall = delta_calculation.get_overall_delta
+        assert overall(many.num_samples, many.base_delta, calibrations=1000) <= 0.1
+        assert overall(one.num_samples, one.base_delta, calibrations=1000) > 0.1
+        assert "this calibration alone, with a seed chosen beforehand" in str(one)
+        assert "at most 1,000 calibrations, with seeds chosen beforehand" in str(many)
+        assert max(map(len, str(many).splitlines())) <= 80
 
     def test_seeds(self):
         arguments = {"epsilon": 1.0, "delta": 0.1}
@@ -239,6 +259,78 @@ class TestEpsilon:
         assert true * 0.99 < found.epsilon < 1.1 * true
 
 
+@pytest.mark.parametrize("scale", [2.0**-40, 1e-4, 1e6, 1e-170, 1e200])
+@pytest.mark.parametrize(
+    "scheme", [BallsInBins(20, 5), BMinSep(20, 4, 0.5), CyclicPoisson(8, 4, 1)]
+)
+def test_scales_of_c_are_scales_of_noise(scheme, scale):
+    unit = C / np.linalg.norm(C)
+
+    def run(c, scale):
+        found = monte_carlo.calibrate(scheme, c, epsilon=1.0, delta=0.1, seed=0)
+        noise = {"noise_multiplier": found.noise_multiplier, "num_samples": 1000, "seed": 0}
+        return (
+            found.noise_multiplier / scale,
+            found.unamplified / scale,
+            np.array(found.sweep) / scale,
+            np.array(found.estimates),
+            np.array(monte_carlo.delta(scheme, c, epsilon=1.0, **noise).estimates),
+            monte_carlo.epsilon(scheme, c, delta=0.1, **noise).epsilon,
+            monte_carlo.epsilon(scheme, c, delta=0.1, **noise).noise_multiplier / scale,
+        )
+
+    for found, right in zip(run(unit * scale, scale), run(unit, 1.0), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("c", [1e-308, 5e-324, 1.7e308])
+def test_scales_at_the_end_of_the_range(c):
+    message = re.escape(f"norm from 1e-301 to 1e301, found c_col of max {c}")
+    with pytest.raises(ValueError, match=message):
+        monte_carlo.delta(ONE_STEP, [c], **GOOD["delta"])
+
+
+def test_extreme_noise_is_no_error_about_something_else():
+    """The grid of epsilons ends, and so do pilots."""
+    arguments = {"num_samples": 1000, "seed": 0}
+    found = monte_carlo.epsilon(ONE_MODE, C, noise_multiplier=1e-5, delta=0.01, **arguments)
+    true = optimize.brentq(
+        lambda e: privacy_losses.gaussian_delta(e, 1e-5 / SENSITIVITY) - 0.01, 1e9, 1e13
+    )
+    assert true <= found.epsilon <= true * 1.001
+    found = monte_carlo.calibrate(ONE_STEP, [1.0], epsilon=1e4, delta=0.1, seed=0)
+    assert 1e-3 < found.noise_multiplier <= found.unamplified
+
+
+@pytest.mark.parametrize("delta", [0.3, 1e-5, 1e-9])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-9, 1e-4, 0.1, 1.0, 30.0, 1e4])
+def test_the_closed_form_is_never_optimistic(epsilon, delta):
+    """Against an integral over mu = 1 / sigma, which has no difference in it."""
+
+    def true(sigma, epsilon):
+        # The derivative by mu is phi(epsilon / mu - mu / 2): its last 40 widths do. Over log(mu).
+        mu = 1 / sigma
+        low = math.log(max(1e-9 * mu, mu - 40 / (epsilon / mu**2 + 0.5)))
+        nodes, weights = np.polynomial.legendre.leggauss(400)
+        half = (math.log(mu) - low) / 2
+        u = np.exp(low + half * (nodes + 1))
+        return half * np.sum(weights * u * stats.norm.pdf(epsilon / u - u / 2))
+
+    sigma = monte_carlo._gaussian_sigma(epsilon, delta)
+    assert delta * (1 - 1e-3) < true(sigma, epsilon) <= delta
+    found = monte_carlo._gaussian_epsilon(sigma, delta)
+    assert found == pytest.approx(epsilon, rel=1e-5, abs=2e-6)
+    assert true(sigma, found) <= delta
+
+
+def test_certain_losses_are_no_more_than_one():
+    """What is rounded up is clipped: delta is a probability."""
+    arguments = {"epsilon": 0.0, "noise_multiplier": 1e-3, "num_samples": 10**5, "seed": 0}
+    found = monte_carlo.delta(BMinSep(4, 1, 1.0), [1.0], **arguments)
+    assert found.estimates == (1.0, 1.0)
+    assert found.delta == 1.0
+
+
 def test_more_noise_is_more_private_for_the_same_samples():
     """What makes the sweep's last step before a failure mean something."""
     sigmas = np.geomspace(3, 0.5, 30)
@@ -247,6 +339,33 @@ def test_more_noise_is_more_private_for_the_same_samples():
             scheme, C, sigmas, 0.5, key=jax.random.key(0), num_samples=200_000
         )
         assert np.all(np.diff(sums.sums[:, :, 0], axis=1) > 0)
+
+
+def test_no_two_purposes_share_samples(monkeypatch):
+    """What `calibrate` has chosen is bounded from fresh samples, also for the same seed."""
+    used = {}
+
+    def recorded(*arguments, key, **keywords):
+        used.setdefault(tuple(map(int, key)), set()).add(name)
+        return sums(*arguments, key=key, **keywords)
+
+    sums = monte_carlo.privacy_loss_sums
+    monkeypatch.setattr(monte_carlo, "privacy_loss_sums", recorded)
+    name = "calibrate"
+    found = monte_carlo.calibrate(ONE_STEP, [1.0], **GOOD[name], seed=0)
+    for name in ("delta", "epsilon"):
+        changes = {"noise_multiplier": found.noise_multiplier, "seed": 0}
+        getattr(monte_carlo, name)(ONE_STEP, [1.0], **{**GOOD[name], **changes})
+    assert all(len(names) == 1 for names in used.values())
+    assert sorted(min(names) for names in used.values()) == [
+        *["calibrate"] * 4, "delta", "epsilon", "epsilon",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
+def test_keys_differ_pairwise(seed):
+    _, keys = monte_carlo._keys(seed, *monte_carlo._PURPOSES)
+    assert len({tuple(key) for key in keys}) == len(keys) == 7
 
 
 def test_progress_and_chunks(capsys, monkeypatch):
@@ -285,21 +404,57 @@ GOOD = {
         ("calibrate", {"delta": 1.0}, "0 < delta < 1, found delta=1.0"),
         ("calibrate", {"base_delta": 0.1}, "base_delta < delta=0.1, found base_delta=0.1"),
         ("calibrate", {"base_delta": 0.0}, "0 < base_delta < 1, found base_delta=0.0"),
+        ("calibrate", {"delta": 1e-9}, "base_delta >= 1e-09, found base_delta=5e-10"),
+        ("calibrate", {"base_delta": 9e-10}, "base_delta >= 1e-09, found base_delta=9e-10"),
+        ("epsilon", {"delta": 9e-10}, "delta >= 1e-09, found delta=9e-10"),
+        ("calibrate", {"calibrations": 0}, "calibrations >= 1, found calibrations=0"),
         ("calibrate", {"seed": -1}, "seed >= 0, found seed=-1"),
         ("calibrate", {"seed": 2**64}, r"seed < 2\^64"),
         ("calibrate", {"implementation": "fast"}, "'fast' of privacy_loss_sums was asked for"),
-        ("delta", {"noise_multiplier": 0.0}, "noise_multiplier <= 1e6, found 0.0"),
+        ("calibrate", {"epsilon": 0.0, "delta": 1e-7}, "epsilon and base_delta that need noise"),
+        ("delta", {"noise_multiplier": 0.0}, r"noise_multiplier <= 1e\+06 .*, found 0.0"),
+        ("epsilon", {"noise_multiplier": 1e-7}, "expected 1e-06 <= noise_multiplier .* 1e-07"),
         ("delta", {"noise_multiplier": math.nan}, "found nan"),
         ("delta", {"epsilon": -0.1}, "found epsilon=-0.1"),
         ("delta", {"num_samples": 0}, "num_samples >= 1, found num_samples=0"),
         ("delta", {"confidence": 1.0}, "0 < confidence < 1, found confidence=1.0"),
         ("epsilon", {"delta": 0.0}, "0 < delta < 1, found delta=0.0"),
+        ("delta", {"num_samples": 2**60}, f"num_samples <= {2**44}, found num_samples={2**60}"),
+        ("epsilon", {"num_samples": 2**60}, f"num_samples <= {2**44}, found"),
+        ("calibrate", {"base_delta": 0.1 * (1 - 1e-6)}, f"at most {2**44} samples, found delta=0"),
         ("epsilon", {"num_samples": 10}, "num_samples >= 66 .* found num_samples=10"),
     ],
 )
 def test_bad_arguments(name, changes, message):
     with pytest.raises(ValueError, match=message):
         getattr(monte_carlo, name)(ONE_STEP, [1.0], **{**GOOD[name], **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [(name, argument) for name in GOOD for argument in GOOD[name] if argument != "num_samples"]
+    + [("calibrate", "base_delta"), ("delta", "confidence"), ("epsilon", "confidence")],
+)
+@pytest.mark.parametrize("value", ["a", "0.5", [0.5], np.array([0.5, 0.5]), 0.5j])
+def test_arguments_are_numbers(name, argument, value):
+    with pytest.raises(TypeError, match=f"expected {argument} to be a real number, found"):
+        getattr(monte_carlo, name)(ONE_STEP, [1.0], **{**GOOD[name], argument: value})
+
+
+def test_numbers_of_any_type():
+    one = monte_carlo.delta(
+        ONE_STEP, [1.0], epsilon=1.0, noise_multiplier=0.5, num_samples=100, seed=1
+    )
+    other = monte_carlo.delta(
+        ONE_STEP,
+        jax.numpy.ones(1),
+        epsilon=jax.numpy.float32(1),
+        noise_multiplier=np.array(0.5),
+        num_samples=1e2,
+        seed=np.uint64(1),
+    )
+    assert one == other
+    assert repr(one) == repr(other)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -320,6 +475,45 @@ def test_bad_strategies(name, c, message):
 def test_bad_sampling(sampling):
     with pytest.raises(ValueError, match=r"expected balls-in-bins, .* found a "):
         monte_carlo.calibrate(sampling, [1.0], **GOOD["calibrate"])
+
+
+class BallsInBinsSampling:
+    """Looks like jax_privacy's."""
+
+    iterations, cycle_length = 1, 4
+
+    def batch_iterator(self):
+        """As its name says."""
+
+
+class CyclicPoissonSampling(BallsInBinsSampling):
+    def batch_iterator(self):
+        """Of a class that is both: it is none of them."""
+
+
+@pytest.mark.parametrize("size", [1, 0, 8])
+def test_truncation_is_never_ignored(size):
+    sampling = BallsInBinsSampling()
+    sampling.truncated_batch_size = size
+    with pytest.raises(ValueError, match=f"without truncated_batch_size, .* found {size}"):
+        monte_carlo.calibrate(sampling, [1.0], **GOOD["calibrate"])
+    sampling.truncated_batch_size = None
+    arguments = {**GOOD["delta"], "seed": 0}
+    found = monte_carlo.delta(sampling, [1.0], **arguments)
+    assert found == monte_carlo.delta(ONE_STEP, [1.0], **arguments)
+
+
+def test_other_batches_are_refused():
+    """Whatever is derived from a strategy and draws other batches has other privacy."""
+    own = BallsInBinsSampling()
+    own.batch_iterator = lambda: None
+    derived = [type("Mine", (BallsInBinsSampling,), {"batch_iterator": lambda self: None})()]
+    derived.append(type("BallsInBinsSampling", (type(derived[0]),), {})())
+    for sampling in (own, CyclicPoissonSampling(), *derived):
+        with pytest.raises(ValueError, match="expected the batch_iterator of BallsInBinsSampling"):
+            monte_carlo.delta(sampling, [1.0], **GOOD["delta"])
+    same = type("Mine", (BallsInBinsSampling,), {"name": "only this is new"})()
+    assert monte_carlo.delta(same, [1.0], **GOOD["delta"]).num_samples == 100
 
 
 def test_results_are_frozen():

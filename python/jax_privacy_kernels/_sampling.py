@@ -9,6 +9,8 @@ from jax_privacy_kernels.ops.privacy_loss_sums import BallsInBins, BMinSep, Cycl
 
 __all__ = ["as_scheme"]
 
+_NAMES = ("BallsInBinsSampling", "BMinSepSampling", "CyclicPoissonSampling")
+
 
 def as_scheme(sampling: Any) -> tuple[Scheme, int | None]:
     """The scheme, and the size that batches are truncated to or None.
@@ -20,35 +22,44 @@ def as_scheme(sampling: Any) -> tuple[Scheme, int | None]:
     """
     if isinstance(sampling, Scheme):
         return sampling, None
-    names = {cls.__name__ for cls in type(sampling).__mro__}
+    name = _checked_name(sampling)
     truncated = getattr(sampling, "truncated_batch_size", None)
-    if "BallsInBinsSampling" in names:
+    if truncated is not None:
+        if name != "BMinSepSampling":
+            raise ValueError(
+                f"expected {name} without truncated_batch_size, for which there is no Monte Carlo "
+                f"accounting, found {truncated}"
+            )
+        truncated = check_int("truncated_batch_size", truncated)
+    if name == "BallsInBinsSampling":
         return BallsInBins(sampling.iterations, sampling.cycle_length), None
-    if "BMinSepSampling" in names:
-        if truncated is not None:
-            truncated = check_int("truncated_batch_size", truncated)
+    if name == "BMinSepSampling":
         return (
             BMinSep(
                 sampling.iterations, sampling.min_sep, sampling.sampling_prob, sampling.warm_start
             ),
             truncated,
         )
-    if "CyclicPoissonSampling" in names:
-        if truncated is not None:
-            raise ValueError(
-                "expected CyclicPoissonSampling without truncated_batch_size, for which there is "
-                f"no Monte Carlo accounting, found {truncated}"
-            )
-        partition = getattr(sampling.partition_type, "name", None)
-        if partition != "INDEPENDENT" and sampling.cycle_length != 1:
-            raise ValueError(
-                "expected CyclicPoissonSampling with partition_type INDEPENDENT, found "
-                f"{sampling.partition_type}"
-            )
-        return (
-            CyclicPoisson(sampling.iterations, sampling.cycle_length, sampling.sampling_prob),
-            None,
+    partition = getattr(sampling.partition_type, "name", None)
+    if partition != "INDEPENDENT" and sampling.cycle_length != 1:
+        raise ValueError(
+            "expected CyclicPoissonSampling with partition_type INDEPENDENT, found "
+            f"{sampling.partition_type}"
         )
+    return CyclicPoisson(sampling.iterations, sampling.cycle_length, sampling.sampling_prob), None
+
+
+def _checked_name(sampling: Any) -> str:
+    """The name of jax_privacy's class that it is of, or derived from with the same batches."""
+    for cls in reversed(type(sampling).__mro__):  # the base, if what is derived is named like it
+        if cls.__name__ in _NAMES:
+            found = getattr(sampling, "batch_iterator", None)
+            if getattr(found, "__func__", None) is not vars(cls).get("batch_iterator"):
+                raise ValueError(
+                    f"expected the batch_iterator of {cls.__name__} itself, found one of "
+                    f"{type(sampling).__qualname__}, of which nothing is known"
+                )
+            return cls.__name__
     raise ValueError(
         "expected balls-in-bins, b-min-sep or cyclic Poisson sampling, found a "
         f"{type(sampling).__name__}"

@@ -21,7 +21,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,15 @@ import numpy as np
 from scipy import special
 
 from jax_privacy_kernels import _sampling
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_scalar
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
     BMinSep,
     CyclicPoisson,
     PrivacyLossSums,
-    Problem,
     Scheme,
+    check_c_col,
     privacy_loss_sums,
     problem,
 )
@@ -57,6 +57,9 @@ __all__ = [
 
 _WORK = 2**29  # about what a chunk of samples takes; Ctrl-C waits for no more than one chunk
 _LARGEST_EPSILON = 1e4
+_GRID_END = 1e6  # of epsilons
+_LEAST_DELTA = 1e-9  # below it `_gaussian_delta`, a difference, loses more than is rounded up
+_NOISE = (1e-6, 1e6)  # the range of noise multipliers, over about the norm of c_col
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Calibration:
       base_delta: every noise multiplier from the first on to the one chosen has an estimate of at
         most this, for both signs.
       num_samples: of either sign.
+      calibrations: how many of them the guarantee lets one choose from.
       sampling: how examples take part.
       sweep: the noise multipliers that were to be tried, from the most private on.
       estimates: for every one of them, delta estimated with and without the example. Those after
@@ -84,6 +88,7 @@ class Calibration:
     delta: float
     base_delta: float
     num_samples: int
+    calibrations: int
     sampling: Scheme
     sweep: tuple[float, ...]
     estimates: tuple[tuple[float, float], ...]
@@ -110,6 +115,12 @@ class Calibration:
             "  why it holds       every noise multiplier before the first that fails is",
             "                     taken only if those before it pass: one event can go",
             f"                     wrong, and its probability is part of delta = {self.delta:g}",
+            "  chosen from        "
+            + (
+                "this calibration alone, with a seed chosen beforehand"
+                if self.calibrations == 1
+                else f"at most {self.calibrations:,} calibrations, with seeds chosen beforehand"
+            ),
             f"  seed               {self.seed}",
             "  noise multiplier  delta, with  and without the example",
         ]
@@ -186,6 +197,7 @@ def calibrate(
     epsilon: float,
     delta: float,
     base_delta: float | None = None,
+    calibrations: int = 1,
     seed: int | None = None,
     progress: bool | None = None,
     implementation: str | None = None,
@@ -205,8 +217,12 @@ def calibrate(
     * The sweep is fixed before the samples that verify it are drawn. It is chosen by samples of
       its own, around the noise multiplier whose estimate they find to be ``base_delta``.
 
-    It ends above at the noise multiplier that needs no amplification, in closed form. The least is
-    found to 0.5 %, and lies above the true one by what ``base_delta`` is below ``delta``.
+    The guarantee is one of a single call, with a seed that is chosen beforehand. If the best of
+    several is run, of several schemes, strategies, epsilons or seeds, each of them can go wrong:
+    give all of them their number as ``calibrations``, which takes somewhat more samples.
+
+    The sweep ends above at the noise multiplier that needs no amplification, in closed form. The
+    least is found to 0.5 %, and lies above the true one by what ``base_delta`` is below ``delta``.
 
     Cost: `delta_calculation.minimum_samples_to_calibrate` samples, 1.07e7 for delta = 1e-5 and
     twice that for half of it; more, the closer base_delta is to delta.
@@ -218,8 +234,10 @@ def calibrate(
         ``min_sep`` or (cyclic Poisson) the cycle.
       epsilon: of the guarantee, at least 0.
       delta: of the guarantee, in (0, 1).
-      base_delta: what estimates may be at most, in (0, delta); by default delta / 2.
-      seed: from 0 to 2^64 - 1, or None for one of the system's.
+      base_delta: what estimates may be at most, from 1e-9 to below delta; by default delta / 2.
+      calibrations: of how many calls with these deltas what is run is chosen, at least 1.
+      seed: from 0 to 2^64 - 1, or None for one of the system's. `calibrate`, `delta` and `epsilon`
+        have samples of their own, also for the same seed.
       progress: whether to show progress on standard error; None does where that is a terminal.
       implementation: "jax", "cpp", or None for the fastest.
 
@@ -229,41 +247,62 @@ def calibrate(
 
     Raises:
       ValueError: an argument is out of range, or the implementation cannot run here.
+      TypeError: an argument is of the wrong type.
     """
-    scheme, prepared = _checked(sampling, c_col)
+    mechanism = _checked(sampling, c_col)
     epsilon = _check_epsilon(epsilon)
     delta = _check_delta("delta", delta)
     base_delta = delta / 2 if base_delta is None else _check_delta("base_delta", base_delta)
     if base_delta >= delta:
         raise ValueError(f"expected base_delta < delta={delta}, found base_delta={base_delta}")
-    count = delta_calculation.minimum_samples_to_calibrate(base_delta, delta)
-    seed, (pilot_key, key) = _keys(seed, 2)
-    unamplified = _gaussian_sigma(epsilon, base_delta) * prepared.sensitivity
+    _check_least("base_delta", base_delta)
+    calibrations = check_int("calibrations", calibrations)
+    count = delta_calculation.minimum_samples_to_calibrate(
+        base_delta, delta, calibrations=calibrations
+    )
+    if count > mechanism.most_samples:
+        raise ValueError(
+            f"expected delta and base_delta that take at most {mechanism.most_samples} samples, "
+            f"found delta={delta} and base_delta={base_delta}, which take {count}"
+        )
+    seed, (*pilot_keys, key) = _keys(seed, *_PURPOSES[:4])
+    unamplified = _gaussian_sigma(epsilon, base_delta) * mechanism.sensitivity
+    if unamplified > _NOISE[1]:
+        raise ValueError(
+            f"expected epsilon and base_delta that need noise of at most {_NOISE[1]:g} times the "
+            f"norm of c_col, found epsilon={epsilon} and base_delta={base_delta}, which need "
+            f"{unamplified:g} times that without amplification"
+        )
 
-    run = _Run(scheme, c_col, (epsilon,), implementation)
+    run = _Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
     least = min(count, 2**14)
     with _bar(progress, least + 2 * (count // 8) + count) as bar:
         center = unamplified
         # Each finds the noise multiplier more closely: the first may miss it by a lot.
         pilots = ((least, 1e3, 25), (count // 8, 3.0, 17), (count // 8, 1.1, 9))
-        for own_key, (samples, reach, size) in zip(_split(pilot_key, 3), pilots, strict=True):
+        for own_key, (samples, reach, size) in zip(pilot_keys, pilots, strict=True):
             if samples:
                 sigmas = np.minimum(center * np.geomspace(reach, 1 / reach, size), unamplified)
-                sigmas = np.unique(sigmas)[::-1]
+                sigmas = np.unique(np.maximum(sigmas, _NOISE[0]))[::-1]
                 center = _crossing(run, sigmas, base_delta, own_key, samples, bar)
         steps = np.concatenate([[1.25, 1.12], 1.05 * 1.005 ** -np.arange(18.0)])
         sweep = center * steps
-        sweep = sweep[sweep < unamplified]
+        sweep = sweep[(sweep < unamplified) & (sweep >= _NOISE[0])]
         failed, estimates = 0, np.zeros((2, 0))
         if sweep.size:
             failed, estimates = _scan(run, sweep, base_delta, key, count, bar)
+    sweep, unamplified = (
+        np.ldexp(sweep, mechanism.exponent),
+        math.ldexp(unamplified, mechanism.exponent),
+    )
     return Calibration(
         noise_multiplier=float(sweep[failed - 1]) if failed else unamplified,
         epsilon=epsilon,
         delta=delta,
         base_delta=base_delta,
         num_samples=count,
-        sampling=scheme,
+        calibrations=calibrations,
+        sampling=mechanism.scheme,
         sweep=tuple(map(float, sweep)),
         estimates=tuple((float(p), float(q)) for p, q in estimates.T),
         unamplified=unamplified,
@@ -296,21 +335,23 @@ def delta(
 
     Args:
       sampling, c_col, seed, progress, implementation: as for `calibrate`.
-      noise_multiplier: sigma, from 1e-6 to 1e6.
+      noise_multiplier: sigma, from 1e-6 to 1e6 times about the norm of c_col.
       epsilon: at least 0.
       num_samples: of either sign, at least 1.
       confidence: in (0, 1).
 
     Raises:
       ValueError: an argument is out of range, or the implementation cannot run here.
+      TypeError: an argument is of the wrong type.
     """
-    scheme, _ = _checked(sampling, c_col)
+    mechanism = _checked(sampling, c_col)
     epsilon = _check_epsilon(epsilon)
-    sigma = _check_sigma(noise_multiplier)
-    num_samples = check_int("num_samples", num_samples)
-    failure = 1 - _check_delta("confidence", confidence)
-    seed, (key,) = _keys(seed, 1)
-    run = _Run(scheme, c_col, (epsilon,), implementation)
+    sigma = mechanism.noise(noise_multiplier)
+    num_samples = mechanism.samples(num_samples)
+    confidence = _check_delta("confidence", confidence)
+    failure = 1 - confidence
+    seed, (key,) = _keys(seed, "delta")
+    run = _Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
     with _bar(progress, num_samples) as bar:
         sums = run.total(np.array([sigma]), key, num_samples, bar)
     estimates = sums.sums[:, 0, 0] / num_samples
@@ -318,7 +359,7 @@ def delta(
         delta=_upper_bound(float(estimates.max()), num_samples, failure),
         estimates=(float(estimates[0]), float(estimates[1])),
         epsilon=epsilon,
-        noise_multiplier=sigma,
+        noise_multiplier=math.ldexp(sigma, mechanism.exponent),
         num_samples=num_samples,
         confidence=confidence,
         seed=seed,
@@ -347,48 +388,51 @@ def epsilon(
 
     Args:
       sampling, c_col, seed, progress, implementation: as for `calibrate`.
-      noise_multiplier: sigma, from 1e-6 to 1e6.
-      delta: in (0, 1).
+      noise_multiplier: sigma, from 1e-6 to 1e6 times about the norm of c_col.
+      delta: at least 1e-9, below 1.
       num_samples: of either sign, at least as many as it takes for a bound below delta.
       confidence: in (0, 1).
 
     Raises:
       ValueError: an argument is out of range, or the implementation cannot run here.
+      TypeError: an argument is of the wrong type.
     """
-    scheme, prepared = _checked(sampling, c_col)
+    mechanism = _checked(sampling, c_col)
     delta = _check_delta("delta", delta)
-    sigma = _check_sigma(noise_multiplier)
-    num_samples = check_int("num_samples", num_samples)
-    failure = 1 - _check_delta("confidence", confidence)
+    _check_least("delta", delta)
+    sigma = mechanism.noise(noise_multiplier)
+    num_samples = mechanism.samples(num_samples)
+    confidence = _check_delta("confidence", confidence)
+    failure = 1 - confidence
     if _upper_bound(0.0, num_samples, failure) > delta:
         least = math.ceil(math.log(failure) / math.log1p(-delta))
         raise ValueError(
             f"expected num_samples >= {least} for delta={delta} and confidence={confidence}, found "
             f"num_samples={num_samples}"
         )
-    seed, (pilot_key, key) = _keys(seed, 2)
-    unamplified = _gaussian_epsilon(sigma / prepared.sensitivity, delta)
-    sigmas = np.array([sigma])
+    seed, (pilot_key, key) = _keys(seed, "epsilon: pilot", "epsilon")
+    unamplified = _gaussian_epsilon(sigma / mechanism.sensitivity, delta)
+    last, sigmas = min(unamplified, _GRID_END), np.array([sigma])
     pilot = min(num_samples, max(num_samples // 10, math.ceil(30 / delta)))
     with _bar(progress, pilot + num_samples) as bar:
-        wide = np.concatenate([[0.0], np.geomspace(1e-4, 1, 63)]) * unamplified
-        run = _Run(scheme, c_col, wide, implementation)
+        wide = np.concatenate([[0.0], np.geomspace(1e-4, 1, 63)]) * last
+        run = _Run(mechanism.scheme, mechanism.c, wide, implementation)
         found = run.total(sigmas, pilot_key, pilot, bar).sums[:, 0].max(axis=0) / pilot
         guess = _interpolated(wide, found, delta)
-        low, high = max(0.0, 0.8 * guess - 0.01), min(unamplified, 1.4 * guess + 0.1)
+        low, high = max(0.0, 0.8 * guess - 0.01), min(last, 1.4 * guess + 0.1)
         grid = np.linspace(low, high, 64)
-        run = _Run(scheme, c_col, grid, implementation)
+        run = _Run(mechanism.scheme, mechanism.c, grid, implementation)
         means = run.total(sigmas, key, num_samples, bar).sums[:, 0].max(axis=0) / num_samples
     result = unamplified
     for value, mean in zip(grid[::-1], means[::-1], strict=True):
-        if _upper_bound(float(mean), num_samples, failure) > delta:
+        if not _upper_bound(float(mean), num_samples, failure) <= delta:
             break
         result = min(result, float(value))
     return EpsilonBound(
         epsilon=result,
         estimate=_interpolated(grid, means, delta),
         delta=delta,
-        noise_multiplier=sigma,
+        noise_multiplier=math.ldexp(sigma, mechanism.exponent),
         num_samples=num_samples,
         confidence=confidence,
         seed=seed,
@@ -398,49 +442,101 @@ def epsilon(
 # -- Arguments --------------------------------------------------------------------------------
 
 
-def _checked(sampling: Any, c_col: Any) -> tuple[Scheme, Problem]:
+class _Mechanism(NamedTuple):
+    """What is asked about, with c divided by 2^exponent, which is about its norm.
+
+    Powers of two are exact, and the division leaves privacy as it is if the noise is divided, too.
+    """
+
+    scheme: Scheme
+    c: np.ndarray
+    exponent: int
+    sensitivity: float
+    most_samples: int
+
+    def noise(self, value: Any) -> float:
+        """A noise multiplier, checked, for this c."""
+        given = check_scalar("noise_multiplier", value)
+        least, most = (math.ldexp(x, self.exponent) for x in _NOISE)
+        if not least <= given <= most:
+            raise ValueError(
+                f"expected {least:g} <= noise_multiplier <= {most:g} for this c_col, found {given}"
+            )
+        return math.ldexp(given, -self.exponent)
+
+    def samples(self, value: Any) -> int:
+        """The number of samples, checked before any is made."""
+        count = check_int("num_samples", value)
+        if count > self.most_samples:
+            raise ValueError(
+                f"expected num_samples <= {self.most_samples}, found num_samples={count}"
+            )
+        return count
+
+
+def _checked(sampling: Any, c_col: Any) -> _Mechanism:
     scheme, truncated = _sampling.as_scheme(sampling)
     if truncated is not None:
         raise ValueError(
             f"expected sampling without truncated batches, found truncated_batch_size={truncated}; "
             "experimental.monte_carlo has samples of the truncated mechanism"
         )
-    prepared = problem(scheme, c_col)
-    if not np.asarray(c_col)[0] > 0:
-        raise ValueError(f"expected c_col[0] > 0, found c_col[0] = {np.asarray(c_col)[0]}")
-    return scheme, prepared
+    c = check_c_col(c_col)
+    if not c[0] > 0:
+        raise ValueError(f"expected c_col[0] > 0, found c_col[0] = {c[0]}")
+    largest = math.frexp(c.max())[1]
+    norm = float(np.linalg.norm(np.ldexp(c, -largest)))
+    exponent = largest + round(math.log2(norm))
+    if abs(exponent) > 1000:
+        raise ValueError(
+            f"expected c_col of a norm from 1e-301 to 1e301, found c_col of max {c.max()}"
+        )
+    c = np.ldexp(c, -exponent)
+    prepared = problem(scheme, c)
+    return _Mechanism(scheme, c, exponent, prepared.sensitivity, prepared.most_samples)
 
 
-def _check_epsilon(epsilon: float) -> float:
+def _check_epsilon(value: Any) -> float:
+    epsilon = check_scalar("epsilon", value)
     if not 0 <= epsilon <= _LARGEST_EPSILON:
         raise ValueError(f"expected 0 <= epsilon <= {_LARGEST_EPSILON:g}, found epsilon={epsilon}")
-    return float(epsilon)
+    return epsilon
 
 
-def _check_delta(name: str, value: float) -> float:
-    if not 0 < value < 1:
-        raise ValueError(f"expected 0 < {name} < 1, found {name}={value}")
-    return float(value)
+def _check_delta(name: str, value: Any) -> float:
+    delta = check_scalar(name, value)
+    if not 0 < delta < 1:
+        raise ValueError(f"expected 0 < {name} < 1, found {name}={delta}")
+    return delta
 
 
-def _check_sigma(sigma: float) -> float:
-    if not 1e-6 <= sigma <= 1e6:
-        raise ValueError(f"expected 1e-6 <= noise_multiplier <= 1e6, found {sigma}")
-    return float(sigma)
+def _check_least(name: str, delta: float) -> None:
+    if delta < _LEAST_DELTA:
+        raise ValueError(f"expected {name} >= {_LEAST_DELTA:g}, found {name}={delta}")
 
 
-def _keys(seed: int | None, count: int) -> tuple[int, list[np.ndarray]]:
-    """A seed, the system's if there is none, and keys that it makes."""
+# What samples are for. Each has a key of its own: samples that chose something, say a noise
+# multiplier, are not those that a bound for it is found from.
+_PURPOSES = (
+    "calibrate: first pilot",
+    "calibrate: second pilot",
+    "calibrate: third pilot",
+    "calibrate",
+    "delta",
+    "epsilon: pilot",
+    "epsilon",
+)
+
+
+def _keys(seed: int | None, *purposes: str) -> tuple[int, list[np.ndarray]]:
+    """A seed, the system's if there is none, and the keys that it makes, words ``[2]``."""
     seed = secrets.randbits(64) if seed is None else check_int("seed", seed, 0)
     if seed >= 2**64:
         raise ValueError(f"expected seed < 2^64, found seed={seed}")
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return seed, _split(words, count)
-
-
-def _split(words: np.ndarray, count: int) -> list[np.ndarray]:
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-    return list(np.asarray(jax.random.key_data(jax.random.split(key, count))))
+    found = [jax.random.fold_in(key, _PURPOSES.index(purpose)) for purpose in purposes]
+    return seed, [np.asarray(jax.random.key_data(k)) for k in found]
 
 
 # -- Sums of samples --------------------------------------------------------------------------
@@ -458,7 +554,7 @@ class _Run:
     """Samples of a mechanism, in chunks whose limits depend on nothing but their work."""
 
     scheme: Scheme
-    c_col: Any
+    c_col: np.ndarray
     epsilons: Sequence[float] | np.ndarray
     implementation: str | None
 
@@ -505,11 +601,12 @@ def _scan(
     for first, count in run.chunks(len(sigmas), samples):
         if alive:
             sums[:, :alive] += run.sums(sigmas[:alive], key, first, count).sums[:, :, 0]
+            sums[:, :alive] *= 1 + 2.0**-51  # up, by more than the sum is off
             taken[:alive] += count
             failed = np.flatnonzero(~(sums.max(axis=0) <= base_delta * samples))
             alive = min(alive, failed[0]) if failed.size else alive
         bar.update(count)
-    return alive, sums / taken
+    return alive, np.minimum(sums / taken, 1)
 
 
 def _crossing(

@@ -58,6 +58,24 @@ def test_amplification_saves_noise(run):
         assert 0.99 < ratio < 1.3
 
 
+def test_the_guarantee_covers_every_calibration_of_the_table(example, monkeypatch):
+    """The best of the table is taken."""
+    training, epsilons, bands, _ = example.parse_args(
+        [*ARGUMENTS, "--epsilon", "1", "2", "1", "--bands", "1", "5", "2"]
+    )
+    assert (epsilons, bands) == ([1.0, 2.0], [1, 2, 5])
+    calls = []
+    found = types.SimpleNamespace(noise_multiplier=1.0)
+    monkeypatch.setattr(
+        example.monte_carlo, "calibrate", lambda *_, **keywords: calls.append(keywords) or found
+    )
+    for epsilon in epsilons:
+        for b in bands:
+            for method in ("bins", "min-sep"):
+                example.noise(training, method, epsilon, np.ones(b))
+    assert [call["calibrations"] for call in calls] == [len(calls)] * len(calls)
+
+
 def test_error_is_that_of_the_matrices(run, example):
     training = example.Training(200, 10, 2, 0.02, 0)
     n = training.steps

@@ -149,6 +149,24 @@ void test_bins(int64_t modes) {
   compare(run(first, count, [&] { return BinsBlocks(bins, kKey); }), right, "bins");
 }
 
+// What is not a number is seen in the sums of both signs, whatever mode it comes from.
+void test_nan() {
+  for (int64_t at = 0; at < 3; ++at) {
+    std::vector<double> gram{1, 0, 0, 0, 1, 0, 0, 0, 1}, factor = gram;
+    factor[4 * at] = std::nan("");
+    const Bins bins(3, gram.data(), factor.data());
+    // Numbers would be far from this epsilon, and left out.
+    const double sigma = 3, margin = 0, epsilon = 50;
+    Sums found(2);
+    ThreadPool pool(0);
+    sum_up(
+        pool, 1, 0, 5, {&sigma, &margin, 1, &epsilon, 1, epsilon},
+        [&] { return BinsBlocks(bins, kKey); }, found.sum.data(), found.count.data(),
+        found.maximum.data());
+    for (double sum : found.sum) CHECK(std::isnan(sum), "bins: NaN of mode %d is lost", int(at));
+  }
+}
+
 // All x that the scheme allows, with their probabilities.
 void visit(const Steps& steps, const std::function<void(const Sequence&, Real)>& take) {
   const int64_t n = steps.n, b = steps.period;
@@ -282,6 +300,7 @@ void test_scaling() {
 int main() {
   test_elementary();
   for (int64_t modes : {1, 2, 4, 5, 13}) test_bins(modes);
+  test_nan();
   const std::vector<double> c{1.0, 0.5, 0.375, 0.3125};
   for (Steps::Scheme scheme : {Steps::kMinSep, Steps::kMinSepWarm, Steps::kCyclic}) {
     for (double p : {0.0, 0.25, 0.9, 1.0}) {

@@ -6,19 +6,23 @@ Statistics have fixed seeds and bounds of five standard errors.
 
 from __future__ import annotations
 
+import fractions
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import implementations, privacy_losses
 
-from jax_privacy_kernels import ops
+from jax_privacy_kernels import _checks, ops
+from jax_privacy_kernels.ops import _ffi
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     IMPLEMENTATIONS,
     BallsInBins,
     BMinSep,
     CyclicPoisson,
+    PrivacyLossSums,
     problem,
 )
 
@@ -239,12 +243,18 @@ def test_balls_in_bins_does_not_see_the_number_of_steps():
         (BallsInBins(4, 2), np.ones(5), {}, "at most iterations=4 coefficients, found 5"),
         (BMinSep(9, 2, 0.5), np.ones(3), {}, "at most min_sep=2 coefficients, found 3"),
         (CyclicPoisson(9, 2, 0.5), np.ones(3), {}, "at most cycle_length=2 coefficients, found 3"),
+        (BallsInBins(4, 2), [0.0], {}, "squared norm .* found 0 for c_col of max 0"),
+        (BallsInBins(4, 2), [1e-170], {}, "squared norm .* for c_col of max 1e-170"),
+        (BallsInBins(4, 2), [1e200], {}, r"squared norm .* found inf|1e\+400 for c_col"),
+        (BMinSep(4, 2, 0.5), [0.0], {}, "squared norm .* found 0 for c_col of max 0"),
+        (BMinSep(4, 2, 0.5), [1e200], {}, r"squared norm .* found inf for c_col of max 1e\+200"),
+        (CyclicPoisson(4, 2, 0.5), [1e-170], {}, "squared norm .* found 0 for c_col of max"),
         (BallsInBins(4, 2), [1.0], {"sigmas": [1.0, 0.0]}, r"noise_multipliers\[1\] = 0.0"),
         (BallsInBins(4, 2), [1.0], {"sigmas": [[1.0]]}, r"found shape \(1, 1\)"),
         (BallsInBins(4, 2), [1.0], {"epsilons": [np.nan]}, r"epsilons\[0\] = nan"),
         (BallsInBins(4, 2), [1.0], {"samples": 0}, "num_samples >= 1, found num_samples=0"),
         (BallsInBins(4, 2), [1.0], {"first_sample": -1}, "first_sample >= 0"),
-        (BallsInBins(4, 2), [1.0], {"first_sample": 2**53}, f"<= {2**53}, found"),
+        (BallsInBins(4, 2), [1.0], {"first_sample": 2**44}, f"<= {2**44}, found"),
         (BallsInBins(4, 2), [1.0], {"key": np.zeros(3, np.uint32)}, "uint32 of shape"),
         (BallsInBins(4, 2), [1.0], {"key": jax.random.key(0, impl="rbg")}, "found rbg"),
     ],
@@ -268,6 +278,130 @@ def test_bad_arguments(scheme, c, keywords, message):
 def test_bad_schemes(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        (BMinSep(10, 2**58, 0.5), "min_sep"),
+        (BMinSep(10, 2**1000, 0.5), "min_sep"),
+        (CyclicPoisson(10, 2**58, 0.5), "cycle_length"),
+        (BMinSep(8, 10**13, 0.5), "min_sep"),
+        (BMinSep(10**13, 1, 0.5), "iterations"),
+        (BMinSep(100, 10**8, 0.5), "min_sep"),
+        (BallsInBins(100_000, 50_000), "cycle_length"),
+        (BallsInBins(8, 10**8), "cycle_length"),
+        (BallsInBins(10**13, 2), "iterations"),
+    ],
+)
+def test_what_does_not_fit_is_refused(monkeypatch, scheme, name):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}  # 16 GiB, wherever this runs
+    monkeypatch.setattr(_checks.os, "sysconf", pages.get)
+    with pytest.raises(ValueError, match=f"found {name}=.* which takes [0-9]+ bytes"):
+        problem(scheme, [1.0])
+
+
+def test_grids_that_do_not_fit_are_refused():
+    many = np.linspace(1.0, 2.0, 2**20)
+    with pytest.raises(ValueError, match=f"noise_multipliers times epsilons={2**40}"):
+        sums("min_sep", None, sigmas=many, epsilons=many, samples=1)
+    with pytest.raises(ValueError, match=r"found min_sep=100000, which takes [0-9]+ bytes"):
+        sums((BMinSep(10, 10**5, 0.5), [1.0]), None, sigmas=many, samples=1)
+    with pytest.raises(ValueError, match=f"found iterations={10**10}, which takes [0-9]+ bytes"):
+        sums((BMinSep(10**10, 10**4, 0.5), [1.0]), "jax", samples=1)
+
+
+def test_plain_jax_that_stands_in_is_bounded_too(monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: "not built")
+    with pytest.raises(ValueError, match=f"found iterations={10**10}, which takes"):
+        sums((BMinSep(10**10, 10**4, 0.5), [1.0]), None, samples=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"period": 2**58}, "n and period from 1 to"),
+        ({"n": 2**58}, "n and period from 1 to"),
+        ({"period": 2**47}, "at most .* bytes"),
+        ({"n": 2**47, "period": 1}, "at most .* bytes"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["min_sep", "min_sep_warm", "cyclic"])
+def test_the_kernel_bounds_what_it_asks_for(scheme, changes, message):
+    """By itself: no caller makes it write out of bounds."""
+    static = {"n": 10, "period": 4, "p": 0.5, "scheme": scheme, **changes}
+    one = np.ones(1)
+    arrays = (np.zeros(2, np.uint32), np.array([0, 1]), (one,), one, 0 * one, one)
+    run = jax.jit(functools.partial(IMPLEMENTATIONS["cpp"].run, **static))
+    with jax.enable_x64(True), pytest.raises(Exception, match=message):
+        jax.block_until_ready(run(*arrays))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "c"),
+    [(BMinSep(23, 7, 0.5), C), (BMinSep(22, 4, 0.5), C), (CyclicPoisson(3, 9, 0.5), C[:3])],
+)
+def test_sensitivity_is_that_of_all_participations(scheme, c):
+    n, period = scheme.iterations, getattr(scheme, "min_sep", None) or scheme.cycle_length
+    x = np.arange(n) % period == 0
+    expected = np.linalg.norm(np.convolve(x, c)[:n])
+    assert problem(scheme, c).sensitivity == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (lambda: BallsInBins(8.0, np.array(4)), BallsInBins(8, 4)),
+        (lambda: BMinSep(np.array(8), 4.0, jnp.float32(0.5), np.True_), BMinSep(8, 4, 0.5)),
+        (lambda: CyclicPoisson(jnp.array(8), np.int8(4), np.array(1)), CyclicPoisson(8, 4, 1.0)),
+    ],
+)
+def test_schemes_keep_pythons_numbers(given, kept):
+    found = given()
+    assert found == kept
+    assert hash(found) == hash(kept)
+    assert repr(found) == repr(kept)
+    for name, value in vars(kept).items():
+        assert type(vars(found)[name]) is type(value)
+    a, b = (sums((x, C), None, samples=50) for x in (found, kept))
+    np.testing.assert_array_equal(a.sums, b.sums)
+
+
+def test_sums_of_many_terms_are_rounded_up():
+    """By more than the terms' addition can lose, one after the other; certain ones are exact."""
+    n = 2**20
+    found = sums((BallsInBins(4, 1), [1.0]), None, sigmas=[1e-3], epsilons=[0.0], samples=n)
+    np.testing.assert_array_equal(found.sums, n)
+    np.testing.assert_array_equal((found + found).sums, 2 * n)
+    half = np.full((2, 1, 1), 1 / 3)
+    part = PrivacyLossSums(half, np.ones((2, 1, 1)), half, 1)
+    total = functools.reduce(lambda a, b: a + b, [part] * 1000)
+    exact = 1000 * fractions.Fraction(1 / 3)
+    assert (
+        exact <= fractions.Fraction(total.sums[0, 0, 0]) <= exact * (1 + fractions.Fraction(1e-12))
+    )
+
+
+@pytest.mark.parametrize("p", ["0.5", None, [0.5], np.array([0.5, 0.5]), 0.5j])
+def test_probabilities_are_numbers(p):
+    for make in (lambda: BMinSep(8, 4, p), lambda: CyclicPoisson(8, 4, p)):
+        with pytest.raises(TypeError, match="expected sampling_prob to be a real number, found"):
+            make()
+
+
+def test_a_warm_start_is_true_or_false():
+    with pytest.raises(TypeError, match="expected warm_start to be True or False, found 'no'"):
+        BMinSep(8, 4, 0.5, "no")
+
+
+@pytest.mark.parametrize("values", [None, "1.0", ["a"], [1.0 + 1j], [[1.0], [1.0, 2.0]]])
+def test_arrays_hold_real_numbers(values):
+    with pytest.raises(TypeError, match="expected c_col to hold real numbers, found"):
+        sums((BallsInBins(4, 2), values), None)
+    with pytest.raises(TypeError, match="expected noise_multipliers to hold real numbers, found"):
+        sums((BallsInBins(4, 2), [1.0]), None, sigmas=values)
+    with pytest.raises(TypeError, match="expected epsilons to hold real numbers, found"):
+        sums((BallsInBins(4, 2), [1.0]), None, epsilons=values)
 
 
 def test_steps_are_whole_numbers():

@@ -47,6 +47,45 @@ def test_a_chernoff_bound_is_kept():
         assert passed <= math.exp(-samples * ours._kl(base, t))
 
 
+def test_the_best_of_several_calibrations():
+    """Any of K may err: K q takes the place of q, and it takes more samples to make up for it."""
+    samples, base, many = 4000, 0.01, 50
+    t = np.geomspace(base, 1 - 1e-9, 100_000)
+    q = np.exp(-samples * (base * np.log(base / t) + (1 - base) * np.log((1 - base) / (1 - t))))
+    least = np.min(t + (1 - t) * np.minimum(many * q, 1))
+    found = ours.get_overall_delta(samples, base, calibrations=many)
+    assert found == pytest.approx(least, rel=1e-4)
+    assert found > ours.get_overall_delta(samples, base, calibrations=1)
+    assert ours.get_overall_delta(samples, base, calibrations=1) == ours.get_overall_delta(
+        samples, base
+    )
+    enough = ours.minimum_samples_to_calibrate(base, 0.02, calibrations=many)
+    assert enough > ours.minimum_samples_to_calibrate(base, 0.02)
+    assert ours.get_overall_delta(enough, base, calibrations=many) <= 0.02
+    assert ours.get_overall_delta(enough - 1, base, calibrations=many) > 0.02
+
+
+def test_the_best_of_several_is_delta_dp_on_average():
+    """The best of K has delta t once any of K lets t pass, at most: exact, by binomial laws."""
+    base, delta, many = 0.05, 0.1, 10**5
+    t = np.linspace(base, 1, 1000)
+
+    def of_the_best(samples):
+        passes = stats.binom.cdf(math.floor(base * samples), samples, t)
+        with np.errstate(divide="ignore"):
+            return np.max(t * -np.expm1(many * np.log1p(-passes)))
+
+    enough = ours.minimum_samples_to_calibrate(base, delta, calibrations=many)
+    assert 0.5 * delta < of_the_best(enough) <= delta
+    assert of_the_best(ours.minimum_samples_to_calibrate(base, delta)) > delta
+
+
+@pytest.mark.parametrize("calibrations", [0, -1])
+def test_there_is_a_calibration(calibrations):
+    with pytest.raises(ValueError, match=f"calibrations >= 1, found calibrations={calibrations}"):
+        ours.get_overall_delta(10, 0.1, calibrations=calibrations)
+
+
 def test_delta_of_samples():
     losses, counts = [-1.0, 0.0, 0.5, 3.0, np.inf], [1, 2, 0, 4, 1]
     for epsilon in (0.0, 0.25, 2.0):

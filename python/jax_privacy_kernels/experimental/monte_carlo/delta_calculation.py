@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_privacy_kernels._checks import check_int, check_scalar
+
 __all__ = [
     "delta_from_epsilon_and_samples",
     "get_base_delta",
@@ -35,11 +37,11 @@ def _kl(q: Any, p: Any) -> Any:
 
 
 def _check_open(name: str, value: float) -> None:
-    if not 0 < value <= 1:
+    if not 0 < check_scalar(name, value) <= 1:
         raise ValueError(f"expected 0 < {name} <= 1, found {name}={value}")
 
 
-def get_overall_delta(num_samples: int, base_delta: float) -> float:
+def get_overall_delta(num_samples: int, base_delta: float, *, calibrations: int = 1) -> float:
     """The delta of a pipeline that verifies with ``base_delta`` and runs what passes.
 
     The pipeline tries mechanisms from the most to the least private, each with ``num_samples``
@@ -47,11 +49,13 @@ def get_overall_delta(num_samples: int, base_delta: float) -> float:
     it can take one whose true delta exceeds t only if the first such mechanism passes, which by the
     Chernoff bound has probability at most ``q = exp(-num_samples KL(base_delta, t))``. So the
     pipeline has delta at most ``t + (1 - t) q``, whatever the number of mechanisms; this is the
-    least of that over t.
+    least of that over t. Of K pipelines the one that is run may be chosen by what they took: each
+    can err, so that K q takes the place of q.
 
     Args:
       num_samples: samples of either sign that every mechanism is verified with, positive.
       base_delta: what the mean over the samples may be at most, in (0, 1].
+      calibrations: K, the pipelines that what is run is chosen from, at least 1.
 
     Returns:
       The overall delta, at most 1.
@@ -62,6 +66,7 @@ def get_overall_delta(num_samples: int, base_delta: float) -> float:
     _check_open("base_delta", base_delta)
     if not num_samples > 0:
         raise ValueError(f"expected num_samples > 0, found num_samples={num_samples}")
+    calibrations = check_int("calibrations", calibrations)
     # Any t will do: the search only has to be good. Three rounds, each between the neighbours of
     # the best of the one before.
     low, high, best = math.log(base_delta), 0.0, 1.0
@@ -70,19 +75,23 @@ def get_overall_delta(num_samples: int, base_delta: float) -> float:
         t = np.minimum(np.exp(logs), 1 - 2**-53)
         t = np.maximum(t, base_delta)
         with np.errstate(under="ignore", over="ignore"):
-            overall = t + (1 - t) * np.exp(-num_samples * _kl(base_delta, t))
+            q = np.exp(math.log(calibrations) - num_samples * _kl(base_delta, t))
+            overall = t + (1 - t) * np.minimum(q, 1.0)
         i = int(np.argmin(overall))
         best = min(best, float(overall[i]))
         low, high = logs[max(i - 1, 0)], logs[min(i + 1, len(logs) - 1)]
     return best
 
 
-def minimum_samples_to_calibrate(base_delta: float, target_delta: float) -> int:
+def minimum_samples_to_calibrate(
+    base_delta: float, target_delta: float, *, calibrations: int = 1
+) -> int:
     """The least number of samples for which `get_overall_delta` is at most ``target_delta``.
 
     Args:
       base_delta: what the mean over the samples may be at most, in (0, 1].
       target_delta: what the pipeline shall satisfy, in (0, 1] and above ``base_delta``.
+      calibrations: the pipelines that what is run is chosen from, at least 1.
 
     Raises:
       ValueError: an argument is out of range, or they are so close that 2^62 samples do not do.
@@ -94,7 +103,7 @@ def minimum_samples_to_calibrate(base_delta: float, target_delta: float) -> int:
             f"expected target_delta > base_delta={base_delta}, found target_delta={target_delta}"
         )
     low, high = 0, 1  # low is too few, high is enough
-    while get_overall_delta(high, base_delta) > target_delta:
+    while get_overall_delta(high, base_delta, calibrations=calibrations) > target_delta:
         low, high = high, 2 * high
         if high > _MOST_SAMPLES:
             raise ValueError(
@@ -103,7 +112,7 @@ def minimum_samples_to_calibrate(base_delta: float, target_delta: float) -> int:
             )
     while high - low > 1:
         middle = (low + high) // 2
-        if get_overall_delta(middle, base_delta) <= target_delta:
+        if get_overall_delta(middle, base_delta, calibrations=calibrations) <= target_delta:
             high = middle
         else:
             low = middle

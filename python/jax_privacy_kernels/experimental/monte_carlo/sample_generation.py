@@ -16,7 +16,7 @@ import numpy as np
 from scipy import signal, special
 
 from jax_privacy_kernels import _sampling
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_scalar
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
     BMinSep,
@@ -59,6 +59,7 @@ def generate_sample(
     Raises:
       ValueError: an argument is out of range, or the strategy is none that is known.
     """
+    noise_multiplier = check_scalar("noise_multiplier", noise_multiplier)
     if not noise_multiplier >= 0:
         raise ValueError(f"expected noise_multiplier >= 0, found {noise_multiplier}")
     scheme, truncated = _sampling.as_scheme(strategy)
@@ -128,6 +129,7 @@ def compute_privacy_loss(
     Raises:
       ValueError: an argument is out of range or does not go with the strategy.
     """
+    noise_multiplier = check_scalar("noise_multiplier", noise_multiplier)
     if not noise_multiplier > 0:
         raise ValueError(f"expected noise_multiplier > 0, found {noise_multiplier}")
     scheme, truncated = _sampling.as_scheme(strategy)

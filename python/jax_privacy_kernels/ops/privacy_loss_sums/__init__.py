@@ -20,6 +20,7 @@ from jax_privacy_kernels.ops.privacy_loss_sums._schemes import (
     Problem,
     Scheme,
     check_c_col,
+    check_reals,
     problem,
 )
 
@@ -72,8 +73,7 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
     "jax": _dispatch.Implementation(platforms=_dispatch.PLATFORMS, run=_jax.run),
 }
 
-_MOST = 2**53  # samples: what counts in float64 hold
-_ROUNDING = 1 + 2.0**-30  # more than additions of that many terms, spread over lanes, round off
+_STEP = 2.0**-52  # to round up after an operation, of which each is off by half as much
 
 
 class PrivacyLossSums(NamedTuple):
@@ -83,7 +83,7 @@ class PrivacyLossSums(NamedTuple):
     for samples of the mechanism with the example, L = log P/Q, and 1 without it, L = log Q/P.
 
     Attributes:
-      sums: float64 ``[2, s, e]``, of X, rounded up.
+      sums: float64 ``[2, s, e]``, of X, rounded up, and at most counts.
       counts: float64 ``[2, s, e]``, the number of X that are not zero.
       maxima: float64 ``[2, s, e]``, the largest X.
       num_samples: the number of samples of each sign.
@@ -95,9 +95,10 @@ class PrivacyLossSums(NamedTuple):
     num_samples: int
 
     def __add__(self, other: PrivacyLossSums) -> PrivacyLossSums:  # type: ignore[override]
+        counts = self.counts + other.counts
         return PrivacyLossSums(
-            self.sums + other.sums,
-            self.counts + other.counts,
+            np.minimum((self.sums + other.sums) * (1 + 2 * _STEP), counts),
+            counts,
             np.maximum(self.maxima, other.maxima),
             self.num_samples + other.num_samples,
         )
@@ -130,7 +131,8 @@ def privacy_loss_sums(
 
     Args:
       sampling: how examples take part.
-      c_col: ``[b]``, non-negative, at most as long as there are steps, and as the scheme allows.
+      c_col: ``[b]``, non-negative and not all zero, at most as long as there are steps, and as
+        the scheme allows.
       noise_multipliers: ``[s]`` or a scalar, from 1e-6 to 1e6.
       epsilons: ``[e]`` or a scalar, finite; negative ones are allowed.
       key: a threefry2x32 key, typed or ``uint32[2]``.
@@ -142,21 +144,24 @@ def privacy_loss_sums(
       Sums, counts and maxima, NumPy arrays.
 
     Raises:
-      ValueError: an argument is out of its range, or the implementation cannot run here.
+      ValueError: an argument is out of its range, what it asks for does not fit into memory, or
+        the implementation cannot run here.
       TypeError: an argument is of the wrong type.
     """
     prepared = problem(sampling, c_col)
     sigmas = _vector("noise_multipliers", noise_multipliers, 1e-6, 1e6)
     eps = _vector("epsilons", epsilons, -1e6, 1e6)
+    prepared.check_memory(sigmas.size, eps.size)
     num_samples = check_int("num_samples", num_samples)
     first_sample = check_int("first_sample", first_sample, 0)
     last = first_sample + num_samples
-    # Every sample has n + 1 counters of its own at most, or one for every mode.
-    most = min(_MOST, 2**63 // (prepared.static["n"] + prepared.static["period"] + 1))
+    most = prepared.most_samples
     if last > most:
         raise ValueError(f"expected first_sample + num_samples <= {most}, found {last}")
     span = np.array([first_sample, num_samples], np.int64)
     name = _dispatch.requested("privacy_loss_sums", IMPLEMENTATIONS, implementation)
+    if name == "jax" or (name is None and _ffi.unavailable()):
+        _jax.check_memory(sigmas.size * eps.size, **prepared.static)
     with jax.enable_x64(True):
         out = _call(
             _words(key),
@@ -173,7 +178,10 @@ def privacy_loss_sums(
         raise ValueError(
             f"privacy losses are not numbers for noise_multipliers={sigmas}, c_col={c_col}"
         )
-    return PrivacyLossSums(sums * _ROUNDING, counts, maxima, num_samples)
+    # In any order, the sum of n terms that are not negative loses less than n half steps of itself.
+    # No X exceeds 1, so that counts bound the sums, and are exact.
+    rounded = np.minimum(sums * (1 + num_samples * _STEP), counts)
+    return PrivacyLossSums(rounded, counts, maxima, num_samples)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "scheme", "n", "period", "p"))
@@ -182,7 +190,7 @@ def _call(*arrays: Any, name: str | None, **static: Any) -> Any:
 
 
 def _vector(name: str, values: Any, least: float, most: float) -> np.ndarray:
-    array = np.atleast_1d(np.asarray(values, np.float64))
+    array = np.atleast_1d(check_reals(name, values))
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"expected {name} to be a number or 1-D array, found shape {array.shape}")
     bad = np.flatnonzero(~((array >= least) & (array <= most)))

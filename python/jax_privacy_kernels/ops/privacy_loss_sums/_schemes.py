@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_int, check_memory, check_scalar
 
 __all__ = ["BMinSep", "BallsInBins", "CyclicPoisson", "Problem", "Scheme", "check_c_col", "problem"]
 
+MOST_SAMPLES = 2**44  # for which sums are rounded up by less than half a percent
 _LARGEST_NORMAL = 8.3  # no sample of 52 bits is larger
+_ROW = 256  # bytes of one number of every sample that is made together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,10 @@ class BMinSep:
 
     def __post_init__(self) -> None:
         _check_ints(self, "iterations", "min_sep")
-        _check_probability(self.sampling_prob)
+        _check_probability(self)
+        if not isinstance(self.warm_start, bool | np.bool_):
+            raise TypeError(f"expected warm_start to be True or False, found {self.warm_start!r}")
+        object.__setattr__(self, "warm_start", bool(self.warm_start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,25 +85,43 @@ class CyclicPoisson:
 
     def __post_init__(self) -> None:
         _check_ints(self, "iterations", "cycle_length")
-        _check_probability(self.sampling_prob)
+        _check_probability(self)
 
 
 Scheme = BallsInBins | BMinSep | CyclicPoisson
 
 
 def _check_ints(scheme: Any, *names: str) -> None:
+    """Keeps Python's numbers, whatever they were given as: schemes are compared and hashed."""
     for name in names:
-        check_int(name, getattr(scheme, name))
+        object.__setattr__(scheme, name, check_int(name, getattr(scheme, name)))
 
 
-def _check_probability(p: Any) -> None:
+def _check_probability(scheme: Any) -> None:
+    p = check_scalar("sampling_prob", scheme.sampling_prob)
     if not 0 <= p <= 1:
         raise ValueError(f"expected 0 <= sampling_prob <= 1, found sampling_prob={p}")
+    object.__setattr__(scheme, "sampling_prob", p)
+
+
+def check_reals(name: str, values: Any) -> np.ndarray:
+    """Values as float64; a TypeError unless they are real numbers."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "cOSUmM":
+            raise TypeError
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected {name} to hold real numbers, found {values!r}") from error
 
 
 def check_c_col(c_col: Any) -> np.ndarray:
-    """c_col as float64 ``[b]``; a ValueError unless it is 1-D, finite and non-negative, b >= 1."""
-    c = np.asarray(c_col, np.float64)
+    """c_col as float64 ``[b]``, checked.
+
+    Raises a ValueError unless it is 1-D, finite and non-negative, b >= 1, and a TypeError unless
+    it holds real numbers.
+    """
+    c = check_reals("c_col", c_col)
     if c.ndim != 1 or c.size == 0:
         raise ValueError(f"expected c_col to be a non-empty 1-D array, found shape {c.shape}")
     bad = np.flatnonzero(~(np.isfinite(c) & (c >= 0)))
@@ -136,12 +160,34 @@ class Problem(NamedTuple):
         reach = by_noise / sigmas + by_signal / sigmas**2
         return 2.0**-48 * self.operations * (1 + self.takes * reach)
 
+    @property
+    def most_samples(self) -> int:
+        """Counters of 63 bits: every sample has n + 1 of its own, or one for every mode."""
+        return min(MOST_SAMPLES, 2**63 // (self.static["n"] + self.static["period"] + 1))
+
+    def check_memory(self, sigmas: int = 1, epsilons: int = 1) -> None:
+        """Raises a ValueError if the arrays of so many noise multipliers and epsilons do not fit.
+
+        Every thread has states of its own, and every strand of samples, of which there are 128,
+        sums.
+        """
+        static = self.static
+        threads = os.cpu_count() or 1
+        if static["scheme"] != "bins":
+            name = "cycle_length" if static["scheme"] == "cyclic" else "min_sep"
+            period, n = static["period"], static["n"]
+            check_memory(name, period, threads * 2 * sigmas * (period + 2) * _ROW)
+            check_memory("iterations", n, threads * 2 * (n // period + 2) * _ROW)
+        cells = sigmas * epsilons
+        check_memory("noise_multipliers times epsilons", cells, 128 * 2 * cells * 3 * _ROW)
+
 
 def problem(scheme: Scheme, c_col: Any) -> Problem:
     """Checks a strategy against a scheme, and prepares the operands; cached.
 
     Raises a ValueError if there are more coefficients than steps, or more than the analysis of the
-    scheme allows.
+    scheme allows, if C x is too large or too small to be squared, or if the arrays of one noise
+    multiplier do not fit into memory.
     """
     c = check_c_col(c_col)
     if c.size > scheme.iterations:
@@ -149,16 +195,22 @@ def problem(scheme: Scheme, c_col: Any) -> Problem:
             f"expected c_col to have at most iterations={scheme.iterations} coefficients, "
             f"found {c.size}"
         )
-    return _problem(scheme, c.tobytes())
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return _problem(scheme, c.tobytes())
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _problem(scheme: Scheme, data: bytes) -> Problem:
     c = np.frombuffer(data)
     n = scheme.iterations
     if isinstance(scheme, BallsInBins):
+        # The Gram matrix, its factor, what it takes to find that, and copies for the kernel; modes
+        # in extended precision.
+        check_memory("cycle_length", scheme.cycle_length, 6 * 8 * scheme.cycle_length**2)
+        check_memory("iterations", n, 4 * 16 * n)
         gram = _gram(c, n, scheme.cycle_length)
         modes, largest = len(gram), float(np.max(np.diag(gram)))
+        _check_square(largest, c)
         return Problem(
             operands=(gram, _factor(gram)),
             static={"scheme": "bins", "n": n, "period": modes, "p": 1.0},
@@ -178,17 +230,29 @@ def _problem(scheme: Scheme, data: bytes) -> Problem:
             "analysis of this sampling scheme holds for no more bands"
         )
     squares = np.cumsum(c**2)
-    # The most participations there can be, the first at step 0: the columns do not overlap.
-    lengths = np.minimum(n - np.arange(0, n, period), c.size)
-    total = float(squares[-1])
-    return Problem(
+    # The most participations there can be, the first at step 0: the columns do not overlap, and
+    # only the last may be cut off.
+    total, before = float(squares[-1]), (n - 1) // period
+    last = float(squares[min(n - before * period, c.size) - 1])
+    _check_square(before * total + last, c)
+    result = Problem(
         operands=(c,),
-        static={"scheme": kind, "n": n, "period": period, "p": float(scheme.sampling_prob)},
-        sensitivity=math.sqrt(float(squares[lengths - 1].sum())),
+        static={"scheme": kind, "n": n, "period": period, "p": scheme.sampling_prob},
+        sensitivity=math.sqrt(before * total + last),
         reach=(_LARGEST_NORMAL * float(c.sum()), 2.5 * total),
         operations=n + period + c.size,
         takes=n // period + 1,
     )
+    result.check_memory()
+    return result
+
+
+def _check_square(value: float, c: np.ndarray) -> None:
+    if not 1e-280 <= value <= 1e280:
+        raise ValueError(
+            "expected c_col for which C x has a squared norm from 1e-280 to 1e280, found "
+            f"{value:g} for c_col of max {c.max():g}"
+        )
 
 
 def _gram(c: np.ndarray, n: int, cycle_length: int) -> np.ndarray:

@@ -741,9 +741,30 @@ def test_a_negative_step_gives_nan(matrix):
 
 @needs_cpp
 @pytest.mark.parametrize("matrix", ["identity", "banded"])
-def test_a_negative_step_fails_in_the_compiled_kernel(matrix):
-    with pytest.raises(Exception, match="step must be one integer >= 0"):
-        noise_at(build(Ours, matrix, implementation="cpp"), -1)
+def test_a_negative_step_gives_nan_in_the_compiled_kernel(matrix):
+    assert np.isnan(noise_at(build(Ours, matrix, implementation="cpp"), -1)).all()
+
+
+# -- Noise that would vanish --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stddev", [1e-42, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("matrix", KINDS)
+def test_a_traced_stddev_that_is_none_gives_nan(matrix, stddev):
+    @jax.jit
+    def first(stddev):
+        privatizer = build(Ours, matrix, stddev=stddev)
+        return privatizer.update(jnp.zeros(50), privatizer.init(jnp.zeros(50)))[0]
+
+    assert np.isnan(first(jnp.float32(stddev))).all()
+    assert np.isfinite(first(jnp.float32(2.0))).all()
+
+
+def test_dense_noise_that_vanishes_is_seen():
+    """The product of the row and the stddev is 0 in 32 bits, and neither of the two is."""
+    tiny = np.float32(1e-20) * np.eye(4, dtype=np.float32)
+    privatizer = Ours.noise.matrix_factorization_privatizer(tiny, stddev=1e-25, prng_key=1)
+    assert np.isnan(privatizer.update(jnp.zeros(9), privatizer.init(jnp.zeros(9)))[0]).all()
 
 
 @pytest.mark.parametrize("matrix", KINDS)

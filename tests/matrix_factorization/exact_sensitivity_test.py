@@ -176,7 +176,9 @@ def test_dense_strategies(values, limit, scale):
     fractions = [exact(row) for row in two_bands]
     truth = sensitivity_squared(fractions, 2, k)
     check_or_refused(
-        lambda: Fraction(float(sensitivity.get_sensitivity_banded(two_bands, 2, k))) ** 2, truth, truth
+        lambda: Fraction(float(sensitivity.get_sensitivity_banded(two_bands, 2, k))) ** 2,
+        truth,
+        truth,
     )
 
 

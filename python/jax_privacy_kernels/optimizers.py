@@ -163,7 +163,13 @@ def scale_then_privatize(
 def as_augmented_optimizer(
     optimizer: AugmentedGradientTransformation | optax.GradientTransformation,
 ) -> AugmentedGradientTransformation:
-    """Returns the optimizer with a transform before clipping: its own, or else the identity."""
+    """Returns the optimizer with a transform before clipping: its own, or else the identity.
+
+    Raises:
+      TypeError: If it has no ``init`` or no ``update``.
+    """
+    if not callable(getattr(optimizer, "init", None)) or not hasattr(optimizer, "update"):
+        raise TypeError(f"expected optimizer to be a GradientTransformation, found {optimizer!r}")
     if isinstance(optimizer, AugmentedGradientTransformation):
         return optimizer
     if hasattr(optimizer, "pre_clipping_transform"):  # jax_privacy's

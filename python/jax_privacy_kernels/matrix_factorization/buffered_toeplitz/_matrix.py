@@ -277,6 +277,7 @@ class BufferedToeplitz(Mirrored):
           TypeError: If ``num_buffers`` is not an integer.
         """
         m = check_int("num_buffers", num_buffers, rule="must be >= 1")
+        check_memory("num_buffers", m, 8 * m * m)
         for name, bound in (
             ("max_buf_decay", max_buf_decay),
             ("max_pillutla_score", max_pillutla_score),

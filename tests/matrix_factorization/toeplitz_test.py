@@ -1444,7 +1444,7 @@ def test_sizes_of_optimizations_are_checked(name):
     with pytest.raises(ValueError, match="max_optimizer_steps >= 0, found"):
         optimize(**valid, max_optimizer_steps=-1)
     with pytest.raises(TypeError, match="max_optimizer_steps to be an integer"):
-        optimize(**valid, max_optimizer_steps=1.0)
+        optimize(**valid, max_optimizer_steps=1.5)
 
 
 def test_numbers_of_coefficients_must_fit():

@@ -4,6 +4,12 @@
 
 #include <cstring>
 
+// It would let compilers drop NaN, by which noise that is not valid is seen, and take subnormal
+// numbers for 0 in the whole process.
+#ifdef __FAST_MATH__
+#error "build without -ffast-math (look for it in CXXFLAGS): noise relies on NaN and infinities"
+#endif
+
 // JPK_TARGET_CLONES marks the outermost function of a hot loop; whatever it calls inside the loop
 // is JPK_INLINE, so that the callee is compiled with the clone's instruction set. Tests and
 // sanitizer builds define JPK_TARGET_CLONES themselves, to pin one variant or none (the loader

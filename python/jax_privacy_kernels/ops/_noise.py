@@ -214,9 +214,7 @@ def _run_chosen(table: _dispatch.Table, names: tuple[str, ...], inputs: Any) -> 
     outs, rings = list(inputs.grads), list(inputs.rings)
     for name in dict.fromkeys(names):
         which = [i for i, other in enumerate(names) if other == name]
-        # This may be traced when XLA lowers, out of the mode that the caller was in.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            results = table[name].run(inputs.some(which))
+        results = table[name].run(inputs.some(which))
         for i, leaf in enumerate(which):
             outs[leaf] = results.outs[i]
             if rings:

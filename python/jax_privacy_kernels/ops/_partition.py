@@ -87,13 +87,14 @@ def zeros(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> j
     return jax.sharding.reshard(jnp.zeros(shape, dtype), sharding)
 
 
-def check_summed_up(path: Any, grad: Any) -> None:
+def check_summed_up(grads: Any) -> None:
     """Raises a ValueError if a gradient has yet to be summed up over explicit mesh axes."""
-    if _explicit_mesh(grad) is not None and (axes := jax.typeof(grad).sharding.spec.unreduced):
-        raise ValueError(
-            f"expected the gradient of leaf {leaf_name(path)} to be summed up, found it unreduced "
-            f"over the mesh axes {sorted(axes)}"
-        )
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if _explicit_mesh(grad) is not None and (axes := jax.typeof(grad).sharding.spec.unreduced):
+            raise ValueError(
+                f"expected the gradient of leaf {leaf_name(path)} to be summed up, found it "
+                f"unreduced over the mesh axes {sorted(axes)}"
+            )
 
 
 def check_mesh(grads: Any, keys: Any) -> None:
@@ -110,7 +111,6 @@ def check_mesh(grads: Any, keys: Any) -> None:
 
 def check_laid_out(path: Any, grad: Any, ring: Any) -> None:
     """Raises a ValueError unless the types of a leaf's gradient and ring lay them out alike."""
-    check_summed_up(path, grad)
     on_mesh = [_explicit_mesh(x) for x in (grad, ring)]
     specs = PartitionSpec(None, *_spec(grad)), _spec(ring)
     # An array that is on no mesh yet will be replicated.

@@ -151,8 +151,7 @@ def correlated_noise(
     expected = _state.abstract_state(tree, leaves, filter, key_impl)
     check_kind(state, expected)
     _leaves.check_shared(grads, state.clock.keys)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        _partition.check_summed_up(path, grad)
+    _partition.check_summed_up(grads)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
     _partition.check_mesh(grads, state.clock.keys)

@@ -7,11 +7,10 @@ from typing import ClassVar, Protocol
 
 import jax
 
-from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._noise import NoiseInputs, NoiseOutputs, register
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
 
-__all__ = ["Inputs", "Refuse", "Run"]
+__all__ = ["Inputs", "Run"]
 
 
 @register
@@ -25,7 +24,7 @@ class Inputs(NoiseInputs):
       keys: typed keys of the steps that are sampled, ``[filter.behind + filter.steps]``: those of
         steps t - behind .. t + steps - 1. The key of a leaf is the one of ``split(key, count)`` at
         its index.
-      coef: the coefficients at step t, of one of ``filter.coef_shapes``, float32 or float64.
+      coef: the coefficients at step t, as the filter says, float32 or float64.
       stddevs: those of the samples, one for each of the keys, if ``filter.varying``; else None, for
         samples of variance 1.
       scale: scalar, of x_t in what is added to the gradients.
@@ -53,9 +52,3 @@ class Run(Protocol):
     """
 
     def __call__(self, inputs: Inputs, /) -> NoiseOutputs: ...
-
-
-class Refuse(Protocol):
-    """Says why an implementation cannot take what is here of a leaf, or gives None."""
-
-    def __call__(self, leaf: Leaf, filter: Filter, /) -> str | None: ...

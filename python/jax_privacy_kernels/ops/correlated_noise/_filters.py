@@ -1,6 +1,6 @@
 """Filters: how a noising matrix makes terms x of samples z, and what of them a ring keeps.
 
-A filter is static. It owns the rows of a ring, the shape of the coefficients at a step and what
+A filter is static. It owns the rows of a ring, says which coefficients it takes at a step and what
 kernels for GPUs take in their place. What an implementation does for each filter stands in the
 implementation.
 """
@@ -67,11 +67,6 @@ class Filter:
         """The number of terms that a visit to a tile makes, at most."""
         return max(self.slots, 1) if self.ahead else 1
 
-    @property
-    def coef_shapes(self) -> tuple[tuple[int, int], ...]:
-        """The shapes that the coefficients at a step may have."""
-        raise NotImplementedError
-
     def factors(self, step: jax.Array, coef: jax.Array) -> jax.Array:
         """The coefficients at a step as kernels for GPUs take them."""
         raise NotImplementedError
@@ -85,10 +80,6 @@ class RecurrenceFilter(Filter):
     """
 
     name: ClassVar[str] = "recurrence"
-
-    @property
-    def coef_shapes(self) -> tuple[tuple[int, int], ...]:
-        return (1, self.slots + 1), (self.steps, self.slots + 1)
 
     def factors(self, step: jax.Array, coef: jax.Array) -> jax.Array:
         """``[rows, S + 1]``, the factors of z_t, x_{t-1} .. x_{t-S} in x_t."""
@@ -112,10 +103,6 @@ class MovingAverageFilter(Filter):
     @property
     def behind(self) -> int:
         return self.samples - 1
-
-    @property
-    def coef_shapes(self) -> tuple[tuple[int, int], ...]:
-        return ((1, self.samples),)
 
     def factors(self, step: jax.Array, coef: jax.Array) -> jax.Array:
         """``[p]``, the weights of z_{t-p+1} .. z_t; without slots, 0 for those before step 0."""
@@ -144,10 +131,6 @@ class BufferedFilter(Filter):
     @property
     def buffers(self) -> int:
         return self.buffer_count
-
-    @property
-    def coef_shapes(self) -> tuple[tuple[int, int], ...]:
-        return ((2, self.buffer_count),)
 
     def factors(self, step: jax.Array, coef: jax.Array) -> jax.Array:
         """``[2, buffers]``, as they are."""

@@ -9,7 +9,7 @@ with a fused kernel are described by the dataclasses below, which are pytrees. E
     filter(ahead, **options)   the `Filter` that makes its terms, with or without look-ahead
     scaled()                the matrix of a multiple of its terms, and which, so that coefficients
                             beyond the range of floats make no terms beyond it
-    coef_at(step, filter)   its coefficients at a step, of one of ``filter.coef_shapes``
+    coef_at(step, filter)   its coefficients at a step, as the filter says
     invertible(coef)        whether the matrix with those coefficients is
 """
 

@@ -139,8 +139,7 @@ def dense_noise(
             f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
         )
     _leaves.check_shared(grads, state.clock.keys)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        _partition.check_summed_up(path, grad)
+    _partition.check_summed_up(grads)
     _partition.check_mesh(grads, state.clock.keys)
     valid = has_fingerprint(state, _fingerprint_of(matrix, leaves))
     # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.

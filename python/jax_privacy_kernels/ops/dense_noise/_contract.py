@@ -7,10 +7,9 @@ from typing import ClassVar, Protocol
 
 import jax
 
-from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._noise import NoiseInputs, NoiseOutputs, register
 
-__all__ = ["Inputs", "Refuse", "Run"]
+__all__ = ["Inputs", "Run"]
 
 
 @register
@@ -39,9 +38,3 @@ class Run(Protocol):
     """An implementation: it gives ``grads + sum_j row[j] z_j``, and no rings."""
 
     def __call__(self, inputs: Inputs, /) -> NoiseOutputs: ...
-
-
-class Refuse(Protocol):
-    """Says why an implementation cannot take what is here of a leaf, or gives None."""
-
-    def __call__(self, leaf: Leaf, ahead: bool, /) -> str | None: ...

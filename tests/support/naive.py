@@ -86,11 +86,13 @@ def gain(matrix):
 
 
 def scaled(row_scale, stddev, x):
-    """The rows that are added, ``s_{min(t, n-1)} stddev x_t``."""
+    """The rows that are added, ``s_{min(t, n-1)} stddev x_t``; NaN where they would be no noise."""
     x = stddev * x
     if row_scale is None:
         return x
     scale = np.asarray(row_scale, np.float64)
+    if stddev:  # else no noise is what was asked for
+        scale = np.where(scale == 0, np.nan, scale)
     rows = np.minimum(np.arange(len(x)), len(scale) - 1)
     return scale[rows].reshape(-1, *[1] * (x.ndim - 1)) * x
 

@@ -17,7 +17,7 @@ import pytest
 from scipy import optimize, stats
 from support import privacy_losses
 
-from jax_privacy_kernels import monte_carlo, ops
+from jax_privacy_kernels import _estimates, monte_carlo, ops
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
 from jax_privacy_kernels.monte_carlo import BallsInBins, BMinSep, CyclicPoisson
 
@@ -37,11 +37,9 @@ def worst(epsilon, sigma):
 
 class TestCalibrate:
     def test_gaussian(self, monkeypatch):
-        closed = monte_carlo._gaussian_sigma
+        closed = _estimates.gaussian_sigma
         # One mode is not amplified, so that the sweep would hardly begin below the closed form.
-        monkeypatch.setattr(
-            monte_carlo, "_gaussian_sigma", lambda *arguments: 2 * closed(*arguments)
-        )
+        monkeypatch.setattr(_estimates, "gaussian_sigma", lambda *arguments: 2 * closed(*arguments))
         found = monte_carlo.calibrate(ONE_MODE, C, epsilon=1.0, delta=1e-3, seed=0)
         assert found.is_amplified
         true = privacy_losses.gaussian_delta(1.0, found.noise_multiplier / SENSITIVITY)
@@ -131,7 +129,7 @@ class TestCalibrate:
 
     def test_nothing_passes(self, monkeypatch):
         """What needs no amplification is left."""
-        monkeypatch.setattr(monte_carlo, "_crossing", lambda *_: 1e-3)
+        monkeypatch.setattr(_estimates, "crossing", lambda *_: 1e-3)
         found = monte_carlo.calibrate(BallsInBins(8, 4), C, epsilon=1.0, delta=0.1, seed=0)
         assert not found.is_amplified
         assert found.noise_multiplier == found.unamplified
@@ -201,14 +199,14 @@ class TestDelta:
         """Every estimate has a bound above it, however few samples there are."""
         for mean, samples in ((0.0, 1), (0.0, 10**9), (1.0, 5), (1 - 1e-12, 10**6), (1e-9, 10**7)):
             for failure in (0.1, 1e-6):
-                bound = monte_carlo._upper_bound(mean, samples, failure)
+                bound = _estimates.upper_bound(mean, samples, failure)
                 assert mean <= bound <= 1
                 assert bound > mean or mean == 1
         # Without successes, the bound of Clopper and Pearson.
-        found = monte_carlo._upper_bound(0.0, 50, 0.05)
+        found = _estimates.upper_bound(0.0, 50, 0.05)
         assert found == pytest.approx(stats.beta.isf(0.05, 1, 50), rel=1e-9)
         # And else not far above it.
-        found = monte_carlo._upper_bound(10 / 50, 50, 0.05)
+        found = _estimates.upper_bound(10 / 50, 50, 0.05)
         assert stats.beta.isf(0.05, 11, 40) < found < 1.2 * stats.beta.isf(0.05, 11, 40)
 
 
@@ -316,9 +314,9 @@ def test_the_closed_form_is_never_optimistic(epsilon, delta):
         u = np.exp(low + half * (nodes + 1))
         return half * np.sum(weights * u * stats.norm.pdf(epsilon / u - u / 2))
 
-    sigma = monte_carlo._gaussian_sigma(epsilon, delta)
+    sigma = _estimates.gaussian_sigma(epsilon, delta)
     assert delta * (1 - 1e-3) < true(sigma, epsilon) <= delta
-    found = monte_carlo._gaussian_epsilon(sigma, delta)
+    found = _estimates.gaussian_epsilon(sigma, delta)
     assert found == pytest.approx(epsilon, rel=1e-5, abs=2e-6)
     assert true(sigma, found) <= delta
 
@@ -349,8 +347,8 @@ def test_no_two_purposes_share_samples(monkeypatch):
         used.setdefault(tuple(map(int, key)), set()).add(name)
         return sums(*arguments, key=key, **keywords)
 
-    sums = monte_carlo.privacy_loss_sums
-    monkeypatch.setattr(monte_carlo, "privacy_loss_sums", recorded)
+    sums = _estimates.privacy_loss_sums
+    monkeypatch.setattr(_estimates, "privacy_loss_sums", recorded)
     name = "calibrate"
     found = monte_carlo.calibrate(ONE_STEP, [1.0], **GOOD[name], seed=0)
     for name in ("delta", "epsilon"):
@@ -373,7 +371,7 @@ def test_progress_and_chunks(capsys, monkeypatch):
     arguments = {"noise_multiplier": 1.0, "epsilon": 0.5, "num_samples": 20_000, "seed": 5}
     whole = monte_carlo.delta(ONE_STEP, [1.0], **arguments)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(monte_carlo, "_WORK", 1)
+    monkeypatch.setattr(_estimates, "_WORK", 1)
     parts = monte_carlo.delta(ONE_STEP, [1.0], **arguments, progress=True)
     assert parts.estimates == pytest.approx(whole.estimates, rel=1e-12)
     assert "/20.0k" in capsys.readouterr().err
@@ -383,7 +381,7 @@ def test_interrupts_are_passed_on(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(monte_carlo, "privacy_loss_sums", interrupted)
+    monkeypatch.setattr(_estimates, "privacy_loss_sums", interrupted)
     with pytest.raises(KeyboardInterrupt):
         monte_carlo.delta(ONE_STEP, [1.0], noise_multiplier=1.0, epsilon=1.0)
 

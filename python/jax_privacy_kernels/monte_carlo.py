@@ -20,25 +20,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
-from jax_privacy_kernels import _sampling
+from jax_privacy_kernels import _estimates, _sampling
 from jax_privacy_kernels._checks import check_int, check_scalar
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
     BMinSep,
     CyclicPoisson,
-    PrivacyLossSums,
     Scheme,
     check_c_col,
-    privacy_loss_sums,
     problem,
 )
 
@@ -55,10 +51,11 @@ __all__ = [
     "epsilon",
 ]
 
-_WORK = 2**29  # about what a chunk of samples takes; Ctrl-C waits for no more than one chunk
 _LARGEST_EPSILON = 1e4
 _GRID_END = 1e6  # of epsilons
-_LEAST_DELTA = 1e-9  # below it `_gaussian_delta`, a difference, loses more than is rounded up
+_LEAST_DELTA = (
+    1e-9  # below it `_estimates.gaussian_delta`, a difference, loses more than is rounded up
+)
 _NOISE = (1e-6, 1e6)  # the range of noise multipliers, over about the norm of c_col
 
 
@@ -266,7 +263,7 @@ def calibrate(
             f"found delta={delta} and base_delta={base_delta}, which take {count}"
         )
     seed, (*pilot_keys, key) = _keys(seed, *_PURPOSES[:4])
-    unamplified = _gaussian_sigma(epsilon, base_delta) * mechanism.sensitivity
+    unamplified = _estimates.gaussian_sigma(epsilon, base_delta) * mechanism.sensitivity
     if unamplified > _NOISE[1]:
         raise ValueError(
             f"expected epsilon and base_delta that need noise of at most {_NOISE[1]:g} times the "
@@ -274,9 +271,9 @@ def calibrate(
             f"{unamplified:g} times that without amplification"
         )
 
-    run = _Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
+    run = _estimates.Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
     least = min(count, 2**14)
-    with _bar(progress, least + 2 * (count // 8) + count) as bar:
+    with _estimates.progress_bar(progress, least + 2 * (count // 8) + count) as bar:
         center = unamplified
         # Each finds the noise multiplier more closely: the first may miss it by a lot.
         pilots = ((least, 1e3, 25), (count // 8, 3.0, 17), (count // 8, 1.1, 9))
@@ -284,13 +281,13 @@ def calibrate(
             if samples:
                 sigmas = np.minimum(center * np.geomspace(reach, 1 / reach, size), unamplified)
                 sigmas = np.unique(np.maximum(sigmas, _NOISE[0]))[::-1]
-                center = _crossing(run, sigmas, base_delta, own_key, samples, bar)
+                center = _estimates.crossing(run, sigmas, base_delta, own_key, samples, bar)
         steps = np.concatenate([[1.25, 1.12], 1.05 * 1.005 ** -np.arange(18.0)])
         sweep = center * steps
         sweep = sweep[(sweep < unamplified) & (sweep >= _NOISE[0])]
         failed, estimates = 0, np.zeros((2, 0))
         if sweep.size:
-            failed, estimates = _scan(run, sweep, base_delta, key, count, bar)
+            failed, estimates = _estimates.scan(run, sweep, base_delta, key, count, bar)
     sweep, unamplified = (
         np.ldexp(sweep, mechanism.exponent),
         math.ldexp(unamplified, mechanism.exponent),
@@ -351,12 +348,12 @@ def delta(
     confidence = _check_delta("confidence", confidence)
     failure = 1 - confidence
     seed, (key,) = _keys(seed, "delta")
-    run = _Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
-    with _bar(progress, num_samples) as bar:
+    run = _estimates.Run(mechanism.scheme, mechanism.c, (epsilon,), implementation)
+    with _estimates.progress_bar(progress, num_samples) as bar:
         sums = run.total(np.array([sigma]), key, num_samples, bar)
     estimates = sums.sums[:, 0, 0] / num_samples
     return DeltaBound(
-        delta=_upper_bound(float(estimates.max()), num_samples, failure),
+        delta=_estimates.upper_bound(float(estimates.max()), num_samples, failure),
         estimates=(float(estimates[0]), float(estimates[1])),
         epsilon=epsilon,
         noise_multiplier=math.ldexp(sigma, mechanism.exponent),
@@ -404,33 +401,33 @@ def epsilon(
     num_samples = mechanism.samples(num_samples)
     confidence = _check_delta("confidence", confidence)
     failure = 1 - confidence
-    if _upper_bound(0.0, num_samples, failure) > delta:
+    if _estimates.upper_bound(0.0, num_samples, failure) > delta:
         least = math.ceil(math.log(failure) / math.log1p(-delta))
         raise ValueError(
             f"expected num_samples >= {least} for delta={delta} and confidence={confidence}, found "
             f"num_samples={num_samples}"
         )
     seed, (pilot_key, key) = _keys(seed, "epsilon: pilot", "epsilon")
-    unamplified = _gaussian_epsilon(sigma / mechanism.sensitivity, delta)
+    unamplified = _estimates.gaussian_epsilon(sigma / mechanism.sensitivity, delta)
     last, sigmas = min(unamplified, _GRID_END), np.array([sigma])
     pilot = min(num_samples, max(num_samples // 10, math.ceil(30 / delta)))
-    with _bar(progress, pilot + num_samples) as bar:
+    with _estimates.progress_bar(progress, pilot + num_samples) as bar:
         wide = np.concatenate([[0.0], np.geomspace(1e-4, 1, 63)]) * last
-        run = _Run(mechanism.scheme, mechanism.c, wide, implementation)
+        run = _estimates.Run(mechanism.scheme, mechanism.c, wide, implementation)
         found = run.total(sigmas, pilot_key, pilot, bar).sums[:, 0].max(axis=0) / pilot
-        guess = _interpolated(wide, found, delta)
+        guess = _estimates.interpolated(wide, found, delta)
         low, high = max(0.0, 0.8 * guess - 0.01), min(last, 1.4 * guess + 0.1)
         grid = np.linspace(low, high, 64)
-        run = _Run(mechanism.scheme, mechanism.c, grid, implementation)
+        run = _estimates.Run(mechanism.scheme, mechanism.c, grid, implementation)
         means = run.total(sigmas, key, num_samples, bar).sums[:, 0].max(axis=0) / num_samples
     result = unamplified
     for value, mean in zip(grid[::-1], means[::-1], strict=True):
-        if not _upper_bound(float(mean), num_samples, failure) <= delta:
+        if not _estimates.upper_bound(float(mean), num_samples, failure) <= delta:
             break
         result = min(result, float(value))
     return EpsilonBound(
         epsilon=result,
-        estimate=_interpolated(grid, means, delta),
+        estimate=_estimates.interpolated(grid, means, delta),
         delta=delta,
         noise_multiplier=math.ldexp(sigma, mechanism.exponent),
         num_samples=num_samples,
@@ -537,143 +534,3 @@ def _keys(seed: int | None, *purposes: str) -> tuple[int, list[np.ndarray]]:
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     found = [jax.random.fold_in(key, _PURPOSES.index(purpose)) for purpose in purposes]
     return seed, [np.asarray(jax.random.key_data(k)) for k in found]
-
-
-# -- Sums of samples --------------------------------------------------------------------------
-
-
-def _bar(progress: bool | None, samples: int) -> Any:
-    from tqdm import tqdm
-
-    disable = None if progress is None else not progress  # None: unless on a terminal
-    return tqdm(total=samples, unit=" samples", unit_scale=True, disable=disable, leave=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """Samples of a mechanism, in chunks whose limits depend on nothing but their work."""
-
-    scheme: Scheme
-    c_col: np.ndarray
-    epsilons: Sequence[float] | np.ndarray
-    implementation: str | None
-
-    def chunks(self, sigma_count: int, samples: int) -> Iterator[tuple[int, int]]:
-        scheme = self.scheme
-        width = scheme.cycle_length if isinstance(scheme, BallsInBins) else scheme.iterations
-        work = width * (16 + sigma_count) + sigma_count * len(self.epsilons)
-        size = max(_WORK // work // 4096, 1) * 4096
-        for first in range(0, samples, size):
-            yield first, min(size, samples - first)
-
-    def sums(self, sigmas: np.ndarray, key: np.ndarray, first: int, count: int) -> PrivacyLossSums:
-        return privacy_loss_sums(
-            self.scheme,
-            self.c_col,
-            sigmas,
-            self.epsilons,
-            key=key,
-            num_samples=count,
-            first_sample=first,
-            implementation=self.implementation,
-        )
-
-    def total(self, sigmas: np.ndarray, key: np.ndarray, samples: int, bar: Any) -> PrivacyLossSums:
-        result = None
-        for first, count in self.chunks(len(sigmas), samples):
-            found = self.sums(sigmas, key, first, count)
-            result = found if result is None else result + found
-            bar.update(count)
-        assert result is not None
-        return result
-
-
-def _scan(
-    run: _Run, sigmas: np.ndarray, base_delta: float, key: np.ndarray, samples: int, bar: Any
-) -> tuple[int, np.ndarray]:
-    """How many noise multipliers pass before the first that fails, and estimates ``[2, s]``.
-
-    Sums only grow: a noise multiplier whose sum exceeds what all samples together may have has
-    failed, and neither it nor those after it need more samples.
-    """
-    sums, taken = np.zeros((2, len(sigmas))), np.zeros(len(sigmas))
-    alive = len(sigmas)
-    for first, count in run.chunks(len(sigmas), samples):
-        if alive:
-            sums[:, :alive] += run.sums(sigmas[:alive], key, first, count).sums[:, :, 0]
-            sums[:, :alive] *= 1 + 2.0**-51  # up, by more than the sum is off
-            taken[:alive] += count
-            failed = np.flatnonzero(~(sums.max(axis=0) <= base_delta * samples))
-            alive = min(alive, failed[0]) if failed.size else alive
-        bar.update(count)
-    return alive, np.minimum(sums / taken, 1)
-
-
-def _crossing(
-    run: _Run, sigmas: np.ndarray, delta: float, key: np.ndarray, samples: int, bar: Any
-) -> float:
-    """About the noise multiplier where delta is reached; sigmas fall."""
-    # Beyond thirty times that, it is not in question.
-    _, estimates = _scan(run, sigmas, 30 * delta, key, samples, bar)
-    found = np.maximum.accumulate(estimates.max(axis=0))
-    return math.exp(_interpolated(-np.log(sigmas), found, delta, rising=True) * -1)
-
-
-def _interpolated(x: np.ndarray, y: np.ndarray, at: float, rising: bool = False) -> float:
-    """Where y, which falls (or rises) with x, is ``at``; log y is taken for linear in between."""
-    above = y >= at if rising else y <= at
-    i = int(np.argmax(above)) if above.any() else len(x) - 1
-    if i == 0 or not above.any():
-        return float(x[i])
-    low, high = np.log(np.maximum(y[i - 1 : i + 1], 1e-300))
-    if min(y[i - 1], y[i]) <= 0:  # nothing seen: as if it was halfway
-        return float((x[i - 1] + x[i]) / 2)
-    fraction = (math.log(at) - low) / (high - low)
-    return float(x[i - 1] + min(max(fraction, 0.0), 1.0) * (x[i] - x[i - 1]))
-
-
-# -- Bounds -----------------------------------------------------------------------------------
-
-
-def _upper_bound(mean: float, samples: int, failure: float) -> float:
-    """The largest expectation that is possible: KL(mean, u) = log(1 / failure) / samples."""
-    allowed = -math.log(failure) / samples
-    low, high = min(mean, 1.0), 1.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        # At mean = 1 the relative entropy to less is infinite.
-        far = middle < 1 and (mean >= 1 or float(delta_calculation._kl(mean, middle)) > allowed)
-        low, high = (low, middle) if far else (middle, high)
-    return high
-
-
-def _gaussian_delta(epsilon: float, sigma: float) -> float:
-    """Delta of the Gaussian mechanism of sensitivity 1, https://arxiv.org/abs/1805.06530."""
-    a, b = 1 / (2 * sigma), epsilon * sigma
-    return float(special.ndtr(a - b) - math.exp(min(epsilon + special.log_ndtr(-a - b), 0.0)))
-
-
-def _gaussian_sigma(epsilon: float, delta: float) -> float:
-    """The least sigma of a Gaussian mechanism of sensitivity 1, rounded up."""
-    low, high = 1e-3, 1.0
-    while _gaussian_delta(epsilon, high) > delta:
-        low, high = high, 2 * high
-    while _gaussian_delta(epsilon, low) <= delta:
-        low /= 2
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if _gaussian_delta(epsilon, middle) <= delta else (middle, high)
-    return high * (1 + 1e-6)
-
-
-def _gaussian_epsilon(sigma: float, delta: float) -> float:
-    """The least epsilon of a Gaussian mechanism of sensitivity 1, rounded up."""
-    low, high = 0.0, 1.0
-    while _gaussian_delta(high, sigma) > delta:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _gaussian_delta(middle, sigma) <= delta else (middle, high)
-    return high * (1 + 1e-6) + 1e-9

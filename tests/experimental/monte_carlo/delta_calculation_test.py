@@ -64,6 +64,19 @@ def test_the_best_of_several_calibrations():
     assert ours.get_overall_delta(enough, base, calibrations=many) <= 0.02
     assert ours.get_overall_delta(enough - 1, base, calibrations=many) > 0.02
 
+    # A base delta for all of them is a lower one, which a mechanism may pass only on its own.
+    of_one, of_many = (ours.get_base_delta(samples, 0.02, calibrations=k) for k in (1, many))
+    assert ours.get_overall_delta(samples, of_many, calibrations=many) <= 0.02
+    assert of_many < of_one
+    losses = np.repeat([np.inf, -np.inf], [round((of_one + of_many) / 2 * samples), samples])
+    found = [
+        ours.perform_calibration_from_samples(
+            1.0, 0.02, positive_samples=[losses[:samples]], calibrations=k
+        )
+        for k in (1, many)
+    ]
+    assert found == [(True, 0), (False, of_many)]
+
 
 def test_the_best_of_several_is_delta_dp_on_average():
     """The best of K has delta t once any of K lets t pass, at most: exact, by binomial laws."""

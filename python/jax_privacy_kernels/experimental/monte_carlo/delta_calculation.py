@@ -119,12 +119,13 @@ def minimum_samples_to_calibrate(
     return high
 
 
-def get_base_delta(num_samples: int, target_delta: float) -> float:
+def get_base_delta(num_samples: int, target_delta: float, *, calibrations: int = 1) -> float:
     """The largest ``base_delta`` for which `get_overall_delta` is at most ``target_delta``.
 
     Args:
       num_samples: samples of either sign that every mechanism is verified with, positive.
       target_delta: what the pipeline shall satisfy, in (0, 1].
+      calibrations: the pipelines that what is run is chosen from, at least 1.
 
     Raises:
       ValueError: an argument is out of range, or there are too few samples for any base_delta.
@@ -135,7 +136,7 @@ def get_base_delta(num_samples: int, target_delta: float) -> float:
     low, high = 0.0, target_delta  # in logarithms it would not matter: half of the target is usual
     for _ in range(60):
         middle = (low + high) / 2
-        if get_overall_delta(num_samples, middle) <= target_delta:
+        if get_overall_delta(num_samples, middle, calibrations=calibrations) <= target_delta:
             low = middle
         else:
             high = middle
@@ -216,6 +217,7 @@ def perform_calibration_from_samples(
     negative_samples: Sequence[Sequence[float]] | None = None,
     negative_counts: Sequence[Sequence[float]] | None = None,
     other_event: Any = None,
+    calibrations: int = 1,
 ) -> tuple[bool, int | float]:
     """The last mechanism, from the most private on, before the first that fails verification.
 
@@ -233,6 +235,7 @@ def perform_calibration_from_samples(
       negative_counts: how often each of them occurs, or None for once.
       other_event: what each mechanism is composed with: one DpEvent or PLDAccountant for all, or a
         sequence of them, or None.
+      calibrations: of how many calls with this delta what is run is chosen, at least 1.
 
     Returns:
       ``(True, i)``: take mechanism i. ``(False, base_delta)``: none passed; take one that is known
@@ -269,7 +272,7 @@ def perform_calibration_from_samples(
         for samples, counts in signs
         for i in range(size)
     )
-    base_delta = get_base_delta(least, delta)
+    base_delta = get_base_delta(least, delta, calibrations=calibrations)
     for i in range(size):
         for samples, counts in signs:
             estimate = delta_from_epsilon_and_samples(

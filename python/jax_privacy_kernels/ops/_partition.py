@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels._checks import leaf_name
 from jax_privacy_kernels._version import __version__
@@ -180,7 +180,8 @@ def over_automatic_axes(run: _Run, described: str, inputs: Any) -> Any:
     operands = len(data)
 
     def here(layouts: Sequence[_Layout], data: Any, grads: Any, rings: Any) -> Any:
-        with _configured(config):
+        # What is traced here runs on one device: no array has a place on the mesh of the caller.
+        with _configured(config), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             shared = [
                 x if kind is None else jax.random.wrap_key_data(x, impl=kind)
                 for x, kind in zip(data[:-1], key_types, strict=True)

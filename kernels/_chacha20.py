@@ -1,0 +1,51 @@
+"""The block function of ChaCha20 (RFC 8439, section 2.3) on uint32 arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["chacha20"]
+
+_CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
+_COLUMNS = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
+_DIAGONALS = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
+
+
+def chacha20(key: Sequence[jax.Array], nonce: Sequence[jax.Array]) -> list[jax.Array]:
+    """The 16 words of blocks.
+
+    Args:
+      key: words 4 to 11 of the input of each block, 8 uint32 arrays.
+      nonce: words 12 to 15, 4 of them; all broadcast against each other.
+    """
+    shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *nonce)))
+    words = [*map(np.uint32, _CONSTANTS), *key, *nonce]
+    start = tuple(jnp.broadcast_to(word, shape) for word in words)
+    end = jax.lax.fori_loop(0, 10, lambda _, x: _two_rounds(x), start)
+    return [x + y for x, y in zip(start, end, strict=True)]
+
+
+def _two_rounds(x: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    # XLA would fuse both rounds for each word, and compute most of them four times over.
+    return _round(_DIAGONALS, jax.lax.optimization_barrier(_round(_COLUMNS, x)))
+
+
+def _round(
+    quarters: Sequence[tuple[int, int, int, int]], words: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    x = list(words)
+    for a, b, c, d in quarters:
+        for left, right in ((16, 12), (8, 7)):
+            x[a] = x[a] + x[b]
+            x[d] = _rotate_left(x[d] ^ x[a], left)
+            x[c] = x[c] + x[d]
+            x[b] = _rotate_left(x[b] ^ x[c], right)
+    return tuple(x)
+
+
+def _rotate_left(x: jax.Array, by: int) -> jax.Array:
+    return (x << by) | (x >> (32 - by))

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from jax_privacy_kernels import _plan_command
 from jax_privacy_kernels._report import report
 from jax_privacy_kernels._swap import install
 
@@ -23,13 +24,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m jax_privacy_kernels",
         description="Runs a program that uses jax_privacy on this library, as `python program.py "
         "...` would run it. Without a program: reports what runs on this machine, and what is "
-        "swapped. JAX is imported before the program: set JAX_* variables in the shell, not in it.",
+        "swapped. JAX is imported before the program: set JAX_* variables in the shell, not in it. "
+        "`plan` in place of a program compares mechanisms for a run: see `plan --help`.",
     )
     parser.add_argument("--force", action="store_true", help="however old jax-privacy is")
     parser.add_argument("-m", action="store_true", dest="module", help="program is a module's name")
     parser.add_argument("program", nargs="?", help="a Python file, or a folder or zip of them")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["plan"]:
+        planner = argparse.ArgumentParser(prog="python -m jax_privacy_kernels plan")
+        _plan_command.add_arguments(planner)
+        _plan_command.main(planner.parse_args(argv[1:]))
+        return
     # What follows the program is not parsed: argparse would drop a "--".
     end = next((i + 1 for i, arg in enumerate(argv) if not arg.startswith("-")), len(argv))
     options = parser.parse_args(argv[:end])

@@ -520,3 +520,82 @@ def test_workload_is_checked(A, message):
 def test_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
         dense.optimize(4, **options)
+
+
+# -- Certificates -----------------------------------------------------------------------------
+
+
+def test_bound_by_hand():
+    # The least of (1 / n) sum_j m_j / x_j with x_j <= 1 is reached by ones.
+    A = np.diag([3.0, 2.0, 1.0])
+    found = dense.certificate(np.eye(3), A=A)
+    np.testing.assert_allclose(found.loss, 14 / 3, rtol=1e-14)
+    np.testing.assert_allclose(found.lower_bound, 14 / 3, rtol=1e-10)
+    # Where all rounds are one user's, with sum x_j <= 1, by (1 / n) (sum_j sqrt(m_j))^2.
+    C = np.diag(np.sqrt([3.0, 2.0, 1.0]) / np.sqrt(6))
+    found = dense.certificate(C, A=A, epochs=3)
+    np.testing.assert_allclose([found.loss, found.lower_bound], 12, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "bands", "equal_norm"), [(1, None, False), (4, None, False), (1, 5, True)]
+)
+def test_optima_reach_their_bound(x64, epochs, bands, equal_norm):
+    kind = {"epochs": epochs, "bands": bands, "equal_norm": equal_norm}
+    C = dense.optimize(32, **kind)
+    found = dense.certificate(C, **kind)
+    # In float32 the bands that are left out are rounded.
+    assert 0 <= found.gap <= (1.01e-5 if x64 else 1e-4)
+
+
+def test_no_strategy_is_below_the_bound():
+    rng = np.random.default_rng(1)
+    A = np.tril(rng.uniform(0.5, 1, (12, 12)))
+    for epochs in (1, 3):
+        bounds, losses = [], []
+        for size in (0.0, 0.1, 0.5):
+            C = dense.optimize(12, epochs=epochs, A=A, rtol=1e-9)
+            C = C + size * np.tril(rng.normal(size=(12, 12))) / 12
+            found = dense.certificate(C, epochs=epochs, A=A)
+            bounds.append(found.lower_bound)
+            losses.append(found.loss)
+        assert max(bounds) <= min(losses)
+        np.testing.assert_allclose(max(bounds), min(losses), rtol=1e-4)
+
+
+def test_banded_strategies_of_other_modules_are_certified():
+    with jax.enable_x64(True):
+        coef = toeplitz.optimize_banded_toeplitz(64, 8)
+        C = toeplitz.materialize_lower_triangular(coef, 64)
+        found = dense.certificate(C, bands=8, equal_norm=True)
+        np.testing.assert_allclose(found.loss, toeplitz.loss(coef, 64), rtol=1e-9)
+        best = dense.certificate(dense.optimize(64, bands=8, equal_norm=True), bands=8)
+        assert found.lower_bound <= best.loss <= found.loss
+
+
+@pytest.mark.parametrize(
+    "A", [np.tri(8) * np.arange(1, 9)[:, None] ** 3.0, np.diag([1e-3, 1, 1e3])]
+)
+def test_optimum_of_skewed_workloads(A):
+    with jax.enable_x64(True):
+        C = dense.optimize(len(A), A=A)
+        assert dense.certificate(C, A=A).gap <= 1.01e-5
+
+
+def test_a_workload_without_a_unique_optimum_is_optimized():
+    A = np.tri(6)
+    A[3] = A[2]  # singular
+    with jax.enable_x64(True):
+        C = dense.optimize(6, A=A, max_optimizer_steps=300)
+        error = float(dense.per_query_error(strategy_matrix=C, workload_matrix=A).mean())
+        assert np.isfinite(error)
+        assert error < float(np.mean(errors(A, np.eye(6))))
+
+
+def test_certificates_of_bad_input_are_told():
+    with pytest.raises(ValueError, match="at most 1 bands, found more"):
+        dense.certificate(np.tri(3), bands=1)
+    with pytest.raises(ValueError, match="epochs must divide n"):
+        dense.certificate(np.eye(3), epochs=2)
+    with pytest.raises(ValueError, match="rtol to be positive"):
+        dense.optimize(3, rtol=0.0)

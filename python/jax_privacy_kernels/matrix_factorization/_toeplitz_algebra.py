@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import jax
@@ -19,13 +19,12 @@ from jax_privacy_kernels._checks import (
     check_coef,
     check_int,
     check_memory,
-    check_one_given,
     check_real,
     is_concrete,
     owned,
     promote_types,
 )
-from jax_privacy_kernels.matrix_factorization import sensitivity
+from jax_privacy_kernels.matrix_factorization import _long_solve, sensitivity
 from jax_privacy_kernels.matrix_factorization._certified import bounded_inverse
 from jax_privacy_kernels.matrix_factorization._scaling import (
     Scale,
@@ -34,21 +33,24 @@ from jax_privacy_kernels.matrix_factorization._scaling import (
 )
 
 __all__ = [
+    "Array",
+    "at_least_default",
     "banded_inverse_square_root_noising_coefs",
     "compute_banded_inverse_sensitivity_squared",
+    "in_float64",
     "inverse_coef",
-    "loss",
     "materialize_lower_triangular",
+    "min_sep_norm",
     "minsep_sensitivity_squared",
     "multiply",
+    "norm_squared",
     "optimal_max_error_noising_coefs",
     "optimal_max_error_strategy_coefs",
     "pad_coefs_to_n",
-    "per_query_error",
     "reconcile",
-    "reduction",
     "sensitivity_squared",
     "solve_banded",
+    "solved",
     "sqrt_prefix_sum",
 ]
 
@@ -75,18 +77,18 @@ def reconcile(
     return coef.astype(promote_types(coef.dtype, jnp.float32)), n
 
 
-def _at_least_default(x: jax.Array) -> jax.Array:
+def at_least_default(x: jax.Array) -> jax.Array:
     return x.astype(promote_types(x.dtype, jnp.result_type(float)))
 
 
-def _norm_squared(x: jax.Array) -> jax.Array:
+def norm_squared(x: jax.Array) -> jax.Array:
     # Not vdot: that adds up one by one on some platforms (0.02 % off for 40,000 float32 terms) and
     # rounds the factors on others.
     return (x * x).sum()
 
 
 @contextlib.contextmanager
-def _in_float64(is_known: bool) -> Iterator[None]:
+def in_float64(is_known: bool) -> Iterator[None]:
     """Known values are computed with in float64, whatever the mode, and now, also in a trace."""
     if is_known:
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
@@ -110,7 +112,7 @@ def pad_coefs_to_n(coef: jax.Array, n: int | None = None) -> jax.Array:
       TypeError: if n is not an integer, or ``coef`` is not real.
     """
     coef, n = reconcile(coef, n)
-    return _at_least_default(jnp.pad(coef, (0, n - coef.size)))
+    return at_least_default(jnp.pad(coef, (0, n - coef.size)))
 
 
 def optimal_max_error_strategy_coefs(n: int) -> jax.Array:
@@ -244,7 +246,10 @@ def materialize_lower_triangular(coef: jax.Array, n: int | None = None) -> jax.A
 
 
 def solve_banded(coef: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solves ``C x = rhs``, by forward substitution in float64. O(n b) for each column of rhs.
+    """Solves ``C x = rhs``, in float64, as accurately as forward substitution.
+
+    O(n b) for each column of rhs; for one of a known C, n and b in the ten thousands or more,
+    O(n log(n)^2).
 
     Args:
       coef: ``[b]`` coefficients of C, ``coef[0] != 0``.
@@ -262,7 +267,19 @@ def solve_banded(coef: jax.Array, rhs: jax.Array) -> jax.Array:
     rhs = owned("rhs", rhs)
     if rhs.ndim == 0 or rhs.shape[0] == 0:
         raise ValueError(f"expected rhs of shape [n, ...], n >= 1, found shape {rhs.shape}")
-    return ops.toeplitz_solve(coef, check_real("rhs to hold real numbers", rhs))
+    return solved(coef, check_real("rhs to hold real numbers", rhs))
+
+
+def solved(coef: jax.Array, rhs: jax.Array) -> jax.Array:
+    """x with ``C x = rhs``, of checked arguments."""
+    if (
+        rhs.ndim == 1
+        and _long_solve.is_long(min(coef.size, rhs.size), rhs.size)
+        and is_concrete((coef, rhs))
+    ):
+        x = _long_solve.solve(np.asarray(coef, np.float64), np.asarray(rhs, np.float64))
+        return jnp.asarray(x, promote_types(promote_types(coef.dtype, rhs.dtype), jnp.float32))
+    return ops.toeplitz_solve(coef, rhs)
 
 
 def multiply(lhs_coef: jax.Array, rhs_coef: jax.Array, n: int | None = None) -> jax.Array:
@@ -299,7 +316,8 @@ def multiply(lhs_coef: jax.Array, rhs_coef: jax.Array, n: int | None = None) -> 
 def inverse_coef(coef: jax.Array, n: int | None = None) -> jax.Array:
     """Returns the coefficients of ``C^-1``, which is lower-triangular Toeplitz as well.
 
-    O(n b). Entry t is as accurate as forward substitution in float64 makes it.
+    O(n b), or O(n log(n)^2) for long ones, see :func:`solve_banded`. Entry t is as accurate as
+    forward substitution in float64 makes it.
 
     Args:
       coef: ``[b]`` coefficients of C, ``coef[0] != 0``.
@@ -313,7 +331,7 @@ def inverse_coef(coef: jax.Array, n: int | None = None) -> jax.Array:
       TypeError: if n is not an integer, or ``coef`` is not real.
     """
     coef, n = reconcile(coef, n, invertible=True)
-    return ops.toeplitz_solve(coef, jnp.asarray(np.eye(1, n)[0], jnp.result_type(float)))
+    return solved(coef, jnp.asarray(np.eye(1, n)[0], jnp.result_type(float)))
 
 
 # -- Sensitivity ------------------------------------------------------------------------------
@@ -336,7 +354,7 @@ def sensitivity_squared(coef: jax.Array, n: int | None = None) -> jax.Array:
     """
     coef, _ = reconcile(coef, n)
     values, scale = scaled(coef)
-    return _squared_sensitivity(_norm_squared(values), scale, coef.dtype)
+    return _squared_sensitivity(norm_squared(values), scale, coef.dtype)
 
 
 def _squared_sensitivity(x: Array, scale: Scale, dtype: np.dtype, power: int = 2) -> jax.Array:
@@ -379,16 +397,25 @@ def minsep_sensitivity_squared(
     """
     coef, n = reconcile(strategy_coef, n, name="strategy_coef")
     values, scale = scaled(coef)
-    norm = _min_sep_norm(values, n, min_sep, max_participations)
+    norm = min_sep_norm(values, n, min_sep, max_participations)
     return _squared_sensitivity(norm, scale, coef.dtype)
 
 
-def _min_sep_norm(coef: Array, n: int, min_sep: int, max_participations: int | None) -> jax.Array:
+def min_sep_norm(coef: Array, n: int, min_sep: int, max_participations: int | None) -> jax.Array:
     # Beyond n all separations mean one participation.
     min_sep = min(check_int("min_sep", min_sep), n)
     k = sensitivity.participations(n, min_sep, max_participations)
-    with _in_float64(isinstance(coef, np.ndarray)):
+    with in_float64(isinstance(coef, np.ndarray)):
         return ops.min_sep_norm(jnp.asarray(coef), n=n, min_sep=min_sep, max_participations=k)
+
+
+_MOST_ROWS = 4096  # of a matrix that a bound is computed for unasked: a second
+
+
+def _is_ordered(coef: np.ndarray | jax.Array) -> bool:
+    """Whether coefficients are non-negative and non-increasing, so that sensitivities are exact."""
+    values = np.asarray(coef)
+    return bool(values[-1] >= 0 and np.all(np.diff(values) <= 0))
 
 
 def compute_banded_inverse_sensitivity_squared(
@@ -396,18 +423,17 @@ def compute_banded_inverse_sensitivity_squared(
     noising_coef: jax.Array,
     min_sep: int,
     max_participations: int | None = None,
-    use_matrix_upper_bound: bool = False,
+    use_matrix_upper_bound: bool | None = None,
 ) -> jax.Array:
     """Returns the squared sensitivity of C, given the coefficients of its inverse.
 
     The coefficients of C follow by :func:`inverse_coef`. If they are non-negative and
-    non-increasing, the result is exact. Otherwise it is an upper bound:
+    non-increasing, the result is exact. Otherwise it is the least of two upper bounds:
 
     * that of :func:`minsep_sensitivity_squared`, for the least non-increasing sequence above their
       absolute values: O(n), differentiable;
-    * with ``use_matrix_upper_bound``, also that of
-      `sensitivity.get_min_sep_sensitivity_upper_bound`, for the matrix of absolute values, if it is
-      smaller: O(n^2) memory, not to be traced or differentiated.
+    * that of `sensitivity.get_min_sep_sensitivity_upper_bound`, for the matrix of absolute values:
+      O(n^2) memory, O(n^2 k) time, where coefficients are known and n is at most 4,096.
 
     What rounding may have taken from the coefficients of C is added to them. Where that would be
     more than 1e-10 of the largest, and values are known, as many digits as it takes are computed
@@ -419,7 +445,8 @@ def compute_banded_inverse_sensitivity_squared(
       noising_coef: ``[p]`` coefficients of ``C^-1``, ``noising_coef[0] != 0``.
       min_sep: Minimum separation of a user's participations; 1 allows every round.
       max_participations: The most rounds a user takes part in, or None for no limit.
-      use_matrix_upper_bound: Whether to take the second bound too.
+      use_matrix_upper_bound: Whether to take the second bound too. True does so for any n, not to
+        be traced or differentiated; None does so where it can be tighter, see above.
 
     Returns:
       A scalar, with the dtype of :func:`pad_coefs_to_n`; rounded up, if coefficients are known.
@@ -434,9 +461,12 @@ def compute_banded_inverse_sensitivity_squared(
     coef, n = reconcile(noising_coef, n, name="noising_coef", invertible=True)
     dtype = promote_types(coef.dtype, jnp.result_type(float))
     C, scale = bounded_inverse(coef, n)
-    bound = _min_sep_norm(C, n, min_sep, max_participations)
+    bound = min_sep_norm(C, n, min_sep, max_participations)
+    if use_matrix_upper_bound is None:
+        known = isinstance(C, np.ndarray)
+        use_matrix_upper_bound = known and n <= _MOST_ROWS and not _is_ordered(C)
     if use_matrix_upper_bound:
-        with _in_float64(isinstance(C, np.ndarray)):
+        with in_float64(isinstance(C, np.ndarray)):
             matrix = materialize_lower_triangular(jnp.abs(jnp.asarray(C)))
             of_matrix = sensitivity.get_min_sep_sensitivity_upper_bound(
                 matrix, min_sep, max_participations
@@ -444,111 +474,3 @@ def compute_banded_inverse_sensitivity_squared(
             # The root was rounded, and so is its square.
             bound = jnp.minimum(bound, of_matrix**2 * (1 + 2.0**-50))
     return _squared_sensitivity(bound, scale, dtype, power=-2)
-
-
-# -- Error ------------------------------------------------------------------------------------
-
-
-def per_query_error(
-    *,
-    strategy_coef: jax.Array | None = None,
-    noising_coef: jax.Array | None = None,
-    n: int | None = None,
-    workload_coef: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the expected squared error of every query, for independent noise of variance 1.
-
-    With workload A, it is the squared norm of every row of ``B = A C^-1``. B is lower-triangular
-    Toeplitz, so the errors never decrease: the maximum is the last. O(n b) with b bands of C or of
-    ``C^-1``.
-
-    Args:
-      strategy_coef: ``[b]`` coefficients of C, ``strategy_coef[0] != 0``; or
-      noising_coef: ``[b]`` coefficients of ``C^-1``. Exactly one of the two.
-      n: The size of the matrices, by default the number of coefficients given.
-      workload_coef: Coefficients of A, by default n ones: prefix sums. Those from the n-th on are
-        ignored; missing ones are zero.
-
-    Returns:
-      ``[n]`` array, with the dtype of :func:`pad_coefs_to_n`.
-
-    Raises:
-      ValueError: if not exactly one of C and ``C^-1`` is given, coefficients are not 1-D, empty or
-        not finite, ``strategy_coef[0] == 0``, or n < 1.
-      TypeError: if n is not an integer, or coefficients are not real.
-    """
-    check_one_given(strategy_coef=strategy_coef, noising_coef=noising_coef)
-    if strategy_coef is not None:
-        coef, n = reconcile(strategy_coef, n, name="strategy_coef", invertible=True)
-    else:
-        coef, n = reconcile(noising_coef, n, name="noising_coef")
-    dtype = promote_types(coef.dtype, jnp.result_type(float))
-    A: Array | None = None
-    workload_scale: Scale = 0
-    if workload_coef is not None:
-        workload, _ = reconcile(workload_coef, n, name="workload_coef")
-        dtype = promote_types(dtype, workload.dtype)
-        A, workload_scale = scaled(workload)
-    c, scale = scaled(coef)
-    with _in_float64(all(isinstance(x, np.ndarray) for x in (c, A) if x is not None)):
-        c = jnp.asarray(c)
-        if strategy_coef is not None:
-            ones = jnp.ones(n, jnp.result_type(float))
-            B = ops.toeplitz_solve(c, ones if A is None else pad_coefs_to_n(jnp.asarray(A), n))
-        elif A is None:
-            B = _cumsum(pad_coefs_to_n(c, n))
-        else:
-            B = multiply(c, jnp.asarray(A), n)
-        errors = _cumsum(B * B)
-        vanished = (errors == 0) & (B != 0)
-        if not is_concrete(vanished) or vanished.any():
-            errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
-    power = -2 if strategy_coef is not None else 2
-    return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
-
-
-def _cumsum(x: jax.Array) -> jax.Array:
-    # Differences undone: in float64, and as fast as anything on CPUs.
-    return ops.toeplitz_solve(jnp.array([1, -1], x.dtype), x)
-
-
-def loss(
-    strategy_coef: jax.Array,
-    n: int | None = None,
-    reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
-) -> jax.Array:
-    """Returns error times squared sensitivity of C: for prefix sums, and one participation.
-
-    See https://arxiv.org/abs/2405.15913. It does not change if C is multiplied by a number.
-
-    Args:
-      strategy_coef: ``[b]`` coefficients of C, ``strategy_coef[0] != 0``.
-      n: The size of C, by default b.
-      reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`,
-        `jax.numpy.max`, ``lambda v: v[-1]``.
-
-    Returns:
-      A scalar, with the dtype of :func:`pad_coefs_to_n`.
-
-    Raises:
-      ValueError: if ``strategy_coef`` is not 1-D, empty or not finite, ``strategy_coef[0] == 0``,
-        or n < 1.
-      TypeError: if n is not an integer, or the coefficients are not real.
-    """
-    coef, n = reconcile(strategy_coef, n, name="strategy_coef", invertible=True)
-    values, _ = scaled(coef)
-    coef = jnp.asarray(values, coef.dtype)
-    error = reduction(reduction_fn)(per_query_error(strategy_coef=coef, n=n))
-    result = error * _norm_squared(coef)
-    if is_concrete((error, result)) and jnp.isfinite(error) and not jnp.isfinite(result):
-        raise ValueError(f"expected a loss in the range of {result.dtype}, found {result}")
-    return result
-
-
-def reduction(reduction_fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """The same function of errors that never decrease, with a gradient in the last one only."""
-    return _last if reduction_fn is jnp.max else reduction_fn
-
-
-def _last(errors: jax.Array) -> jax.Array:
-    return errors[-1]

@@ -10,19 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jax_privacy_kernels._checks import check_int
+from jax_privacy_kernels._checks import check_instance, check_int
 from jax_privacy_kernels.matrix_factorization import _amplification, optimization
 from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
     banded_inverse_square_root_noising_coefs,
     compute_banded_inverse_sensitivity_squared,
     inverse_coef,
-    loss,
     pad_coefs_to_n,
-    per_query_error,
     reconcile,
-    reduction,
-    sqrt_prefix_sum,
 )
+from jax_privacy_kernels.matrix_factorization._toeplitz_errors import (
+    check_pattern,
+    loss,
+    per_query_error,
+    reduction,
+)
+from jax_privacy_kernels.matrix_factorization._toeplitz_named import (
+    banded_inverse_power_noising_coefs,
+    square_root,
+)
+from jax_privacy_kernels.matrix_factorization._workloads import known_workload
+from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix
 
 __all__ = [
     "optimize_banded_inverse_toeplitz",
@@ -37,57 +45,108 @@ def optimize_banded_toeplitz(
     strategy_coef: jax.Array | None = None,
     max_optimizer_steps: int = 250,
     reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
+    *,
+    workload_coef: jax.Array | None = None,
+    A: StreamingMatrix | None = None,
+    min_sep: int | None = None,
+    max_participations: int | None = None,
 ) -> jax.Array:
     """Minimizes :func:`loss` over the strategies C of b bands.
 
-    The result is optimal for one participation, and for any number of them at least b steps apart
-    (https://arxiv.org/abs/2306.08153). For less separation, compute the sensitivity afterwards with
-    :func:`minsep_sensitivity_squared`.
+    By default the result is optimal for one participation, and for any number of them at least b
+    steps apart (https://arxiv.org/abs/2306.08153). For less separation give ``min_sep``: then the
+    loss has the sensitivity of that pattern, and its optimum may have fewer bands that matter. The
+    optimum for one participation, run at less separation, may cost more than ``min_sep`` bands.
 
-    About 20 steps of O(n b) in float64, in one compiled loop. It is compiled once per n, b and
-    ``reduction_fn``: pass the same function, not a new lambda.
+    About 20 steps of O(n b) in float64, in one compiled loop. It is compiled once per n, b,
+    workload, pattern and ``reduction_fn``: pass the same function, not a new lambda. With fewer
+    steps between participations than bands it is run from three starts.
 
     Args:
       n: The size of C, that is, the number of steps of the workload.
       bands: The number b of coefficients.
-      strategy_coef: ``[b]`` coefficients to start from, by default
-        :func:`optimal_max_error_strategy_coefs`.
-      max_optimizer_steps: The most steps of L-BFGS.
+      strategy_coef: ``[b]`` coefficients to start from, by default the first of the square root of
+        the workload, as of :func:`optimal_max_error_strategy_coefs`.
+      max_optimizer_steps: The most steps of L-BFGS from each start.
       reduction_fn: As for :func:`loss`.
+      workload_coef: Coefficients of the workload, by default ones: prefix sums. See
+        :func:`momentum_sgd_coefs`.
+      A: In their place, a workload that need not be Toeplitz; see :func:`per_query_error`.
+      min_sep: Minimum separation of a user's participations, or None for one participation.
+      max_participations: The most rounds a user takes part in, with ``min_sep``; None for no limit.
 
     Returns:
       ``[b]`` coefficients of L2 norm 1, of the dtype of ``strategy_coef`` or the default.
 
     Raises:
-      ValueError: if ``strategy_coef`` does not have b finite entries, or starts with 0, or n or b
-        is below 1, or ``max_optimizer_steps`` below 0.
-      TypeError: if one of those is not an integer, or the coefficients are not real.
+      ValueError: if ``strategy_coef`` does not have b finite entries, or starts with 0, or an
+        argument is out of range, or does not go with another.
+      TypeError: if an integer argument is not one, or coefficients are not real.
     """
     n, bands = check_int("n", n), check_int("bands", bands)
+    check_pattern(min_sep, max_participations)
+    workload = known_workload(workload_coef, n)
+    if A is not None:
+        check_instance("A", A, StreamingMatrix)
+        if workload is not None:
+            raise ValueError("expected workload_coef or A, found both")
+    few = bands if min_sep is None else min(min_sep, bands)
     if strategy_coef is None:
         dtype = jnp.dtype(jnp.result_type(float))
-        init = sqrt_prefix_sum(bands)
+        starts = [square_root(bands, workload)]
     else:
         coef, _ = reconcile(strategy_coef, name="strategy_coef", invertible=True)
         if coef.size != bands:
             raise ValueError(f"expected strategy_coef of shape ({bands},), found {coef.shape}")
-        dtype = coef.dtype
-        init = np.array(coef, np.float64)
-    init[n:] = 0  # outside of C: they change no loss, and should not count in the norm
-    with jax.enable_x64(True):
+        dtype, few = coef.dtype, bands
+        starts = [np.array(coef, np.float64)]
+    encoded = None if workload is None else workload.tobytes()
+    reduction_fn = reduction(reduction_fn) if A is None else reduction_fn
+    loss_fn = _banded_loss(n, reduction_fn, encoded, A, min_sep, max_participations)
+
+    def minimized(init: np.ndarray) -> np.ndarray:
+        init[n:] = 0  # outside of C: they change no loss, and should not count in the norm
         coef = optimization.optimize(
-            _banded_loss(n, reduction(reduction_fn)),
-            jnp.asarray(init),
-            max_optimizer_steps=max_optimizer_steps,
+            loss_fn, jnp.asarray(init), max_optimizer_steps=max_optimizer_steps
         )
-        return (coef / jnp.linalg.norm(coef)).astype(dtype)
+        return np.array(coef)
+
+    with jax.enable_x64(True):
+        if few < bands:
+            # The optimum without overlap is a candidate, and so a start as it is and a little off:
+            # in a coefficient that is 0 the sensitivity has a kink.
+            padded = np.pad(minimized(square_root(few, workload)), (0, bands - few))
+            starts += [padded, padded + 1e-3 * padded[few - 1] * (np.arange(bands) >= few)]
+        found = [minimized(start.copy()) for start in starts]
+        best = found[0]
+        if few < bands:
+            best = min([*found, padded], key=lambda coef: float(loss_fn(jnp.asarray(coef))))
+        return jnp.asarray(best / np.linalg.norm(best)).astype(dtype)
 
 
 @optimization.compiled_once
 def _banded_loss(
-    n: int, reduction_fn: Callable[[jax.Array], jax.Array]
+    n: int,
+    reduction_fn: Callable[[jax.Array], jax.Array],
+    workload: bytes | None,
+    A: StreamingMatrix | None,
+    min_sep: int | None,
+    max_participations: int | None,
 ) -> Callable[[jax.Array], jax.Array]:
-    return lambda coef: loss(coef, n, reduction_fn)
+    workload_coef: Any = None if workload is None else np.frombuffer(workload)
+
+    def loss_fn(coef: jax.Array) -> jax.Array:
+        return loss(
+            coef,
+            n,
+            reduction_fn,
+            workload_coef=workload_coef,
+            A=A,
+            min_sep=min_sep,
+            max_participations=max_participations,
+        )
+
+    return loss_fn
 
 
 def optimize_banded_inverse_toeplitz(
@@ -104,22 +163,26 @@ def optimize_banded_inverse_toeplitz(
 ) -> jax.Array:
     """Minimizes error times squared sensitivity over noising matrices ``C^-1`` of p bands.
 
-    BandInvMF, of https://arxiv.org/abs/2505.12128. The sensitivity is that of
+    BandInvMF, of https://arxiv.org/abs/2505.12128. The sensitivity is the first bound of
     :func:`compute_banded_inverse_sensitivity_squared`. Steps of O(n p) in float64, in one compiled
     loop. It is compiled once per shape, workload and ``reduction_fn``: pass the same function, not
     a new lambda.
+
+    The loss has kinks and local minima. Without coefficients to start from there are several
+    starts, the banded inverse square root and the best of
+    :func:`banded_inverse_power_noising_coefs` among them, and their best is disturbed and started
+    from again. The result is the best of all.
 
     Args:
       n: The number of steps of the workload.
       min_sep: Minimum separation of a user's participations.
       num_bands: The number p of coefficients.
       noising_coef: Coefficients of ``C^-1`` to start from, cut off or filled with zeros to p; by
-        default those of ``strategy_coef`` if that is given, otherwise
-        :func:`banded_inverse_square_root_noising_coefs`.
+        default those of ``strategy_coef`` if that is given, otherwise see above.
       strategy_coef: Coefficients of the C to start from.
       workload_coef: ``[n]`` coefficients of the workload, by default ones: prefix sums.
       max_participations: The most rounds a user takes part in, or None for no limit.
-      max_optimizer_steps: The most steps of L-BFGS.
+      max_optimizer_steps: The most steps of L-BFGS from each start.
       reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`,
         `jax.numpy.max`, ``lambda v: v[-1]``.
 
@@ -152,21 +215,52 @@ def optimize_banded_inverse_toeplitz(
             workload = np.asarray(A, np.float64)
         if strategy is not None:
             init = inverse_coef(strategy.astype(jnp.float64), p)
-        elif init is None:
-            init = banded_inverse_square_root_noising_coefs(p, workload)
-        coef = optimization.optimize(
-            _banded_inverse_loss(
-                n,
-                min_sep,
-                max_participations,
-                None if workload is None else workload.tobytes(),
-                reduction(reduction_fn),
-            ),
-            pad_coefs_to_n(init, p),
-            max_optimizer_steps=max_optimizer_steps,
+        encoded = None if workload is None else workload.tobytes()
+        loss_fn = _banded_inverse_loss(
+            n, min_sep, max_participations, encoded, reduction(reduction_fn)
         )
-    values = np.asarray(coef)
-    return jnp.asarray(values / values[0], dtype)
+
+        def minimized(start: jax.typing.ArrayLike) -> np.ndarray:
+            coef = optimization.optimize(
+                loss_fn, jnp.asarray(start), max_optimizer_steps=max_optimizer_steps
+            )
+            return np.asarray(coef) / float(coef[0])
+
+        if init is not None:
+            values = minimized(pad_coefs_to_n(init, p))
+        else:
+            values = _best_of_starts(loss_fn, minimized, p, workload)
+    return jnp.asarray(values, dtype)
+
+
+def _best_of_starts(
+    loss_fn: Callable[[jax.Array], jax.Array],
+    minimized: Callable[[jax.typing.ArrayLike], np.ndarray],
+    p: int,
+    workload: np.ndarray | None,
+) -> np.ndarray:
+    compiled = jax.jit(loss_fn)
+
+    def cost(coef: np.ndarray) -> float:
+        value = float(compiled(jnp.asarray(coef)))
+        return value if np.isfinite(value) else np.inf
+
+    roots = [np.asarray(banded_inverse_square_root_noising_coefs(p, workload), np.float64)]
+    if workload is None or workload[0] > 0:
+        gammas = np.linspace(0.3, 1, 15)
+        powers = [
+            np.asarray(banded_inverse_power_noising_coefs(p, gamma, workload)) for gamma in gammas
+        ]
+        powers.sort(key=cost)
+        roots += powers[:2]
+    candidates = roots + [minimized(start) for start in roots]
+    rng = np.random.default_rng(0)
+    for size in (0.1, 0.03, 0.01):
+        best = min(candidates, key=cost)
+        disturbed = best * (1 + size * rng.standard_normal(p))
+        candidates.append(minimized(disturbed))
+    best = min(candidates, key=cost)
+    return best / best[0]
 
 
 @optimization.compiled_once
@@ -182,7 +276,7 @@ def _banded_inverse_loss(
     def loss_fn(coef: jax.Array) -> jax.Array:
         error = reduction_fn(per_query_error(noising_coef=coef, n=n, workload_coef=A))
         sensitivity_squared = compute_banded_inverse_sensitivity_squared(
-            n, coef, min_sep, max_participations
+            n, coef, min_sep, max_participations, use_matrix_upper_bound=False
         )
         return error * sensitivity_squared
 
@@ -204,6 +298,8 @@ def optimize_coefs_for_amplifications(
     max_optimizer_steps: int = 250,
     reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = _progress_bar,
+    workload_coef: jax.Array | None = None,
+    accountant: str = "pld",
 ) -> tuple[jax.Array, float]:
     """Chooses bands and coefficients of the least error at a privacy target, with amplification.
 
@@ -211,8 +307,8 @@ def optimize_coefs_for_amplifications(
     https://arxiv.org/abs/2306.08153): the data are cut into b parts, and step t samples from part t
     mod b. More bands correlate noise better, fewer amplify privacy more. Candidates are the b that
     divide ``dataset_size`` and leave parts of at least a batch, up to the first of n or more; each
-    is optimized by :func:`optimize_banded_toeplitz`. dp-accounting's RDP accountant, for adding or
-    removing one example, gives the noise multiplier of the candidates that may still win.
+    is optimized by :func:`optimize_banded_toeplitz`. dp-accounting, for adding or removing one
+    example, gives the noise multiplier of the candidates that may still win.
 
     Args:
       n: The number of steps of the workload.
@@ -225,6 +321,10 @@ def optimize_coefs_for_amplifications(
       progress: Wraps the list of candidates while they are optimized, as `tqdm.tqdm` does; by
         default a progress bar, if it takes longer than two seconds and there is a terminal. None
         shows nothing.
+      workload_coef: Coefficients of the workload, by default ones: prefix sums. See
+        :func:`momentum_sgd_coefs`.
+      accountant: Of dp-accounting: "pld", by privacy loss distributions, or "rdp", by Renyi
+        divergences, which asks for 6 to 7 % more noise as a rule.
 
     Returns:
       coef: ``[b]`` coefficients of L2 norm 1, of the default float dtype; b is the number of bands
@@ -237,13 +337,15 @@ def optimize_coefs_for_amplifications(
         noise reaches the target.
       TypeError: if an integer argument is not one.
     """
-    target = _amplification.Target(n, dataset_size, expected_batch_size, epsilon, delta)
+    target = _amplification.Target(n, dataset_size, expected_batch_size, epsilon, delta, accountant)
+    workload = known_workload(workload_coef, target.n)
     coefs, errors = {}, {}
     bands = target.candidates()
+    root = square_root(min(max(bands), target.n), workload)
     with jax.enable_x64(True):
         for b in progress(bands) if progress else bands:
             coefs[b], error_squared = _optimize_few_bands(
-                target.n, b, max_optimizer_steps, reduction(reduction_fn)
+                target.n, root[:b], b, max_optimizer_steps, reduction(reduction_fn), workload
             )
             errors[b] = error_squared**0.5
     b, noise_multiplier = target.best(errors)
@@ -253,8 +355,21 @@ def optimize_coefs_for_amplifications(
     return coef, noise_multiplier * norm
 
 
+def amplified_candidates(n: int, b: int, workload: np.ndarray | None) -> np.ndarray:
+    """Coefficients ``[b]`` of L2 norm 1 for block-cyclic sampling, also for more bands than n."""
+    root = square_root(min(b, n), workload)
+    with jax.enable_x64(True):
+        coef, _ = _optimize_few_bands(n, root, b, 250, reduction(jnp.mean), workload)
+    return coef / np.linalg.norm(coef)
+
+
 def _optimize_few_bands(
-    n: int, b: int, steps: int, reduction_fn: Callable[[jax.Array], jax.Array]
+    n: int,
+    init: np.ndarray,
+    b: int,
+    steps: int,
+    reduction_fn: Callable[[jax.Array], jax.Array],
+    workload: np.ndarray | None,
 ) -> tuple[np.ndarray, float]:
     """Optimized coefficients ``[b]`` and their loss, without compiling for every b anew."""
     free = min(b, n)
@@ -262,12 +377,12 @@ def _optimize_few_bands(
     while size < free:
         size *= 4
     size = min(size, n)
-    loss_fn = _masked_loss(n, reduction_fn)
+    loss_fn = _masked_loss(n, reduction_fn, None if workload is None else workload.tobytes())
     coef = np.zeros(size)
-    coef[:free] = sqrt_prefix_sum(free)
-    params = {"coef": jnp.asarray(coef), "mask": jnp.asarray(coef != 0)}
+    coef[:free] = init
+    params = {"coef": jnp.asarray(coef), "mask": jnp.asarray(np.arange(size) < free)}
     params = optimization.optimize(loss_fn, params, max_optimizer_steps=steps)
-    error = loss(params["coef"], n, reduction_fn)
+    error = loss_fn(params)
     result = np.zeros(b)
     result[:free] = np.asarray(params["coef"])[:free]
     return result, float(error)
@@ -275,11 +390,13 @@ def _optimize_few_bands(
 
 @optimization.compiled_once
 def _masked_loss(
-    n: int, reduction_fn: Callable[[jax.Array], jax.Array]
+    n: int, reduction_fn: Callable[[jax.Array], jax.Array], workload: bytes | None
 ) -> Callable[[dict[str, jax.Array]], jax.Array]:
     """The loss of the coefficients that a mask of ones and zeros lets through."""
+    workload_coef: Any = None if workload is None else np.frombuffer(workload)
 
     def loss_fn(params: dict[str, jax.Array]) -> jax.Array:
-        return loss(params["coef"] * jax.lax.stop_gradient(params["mask"]), n, reduction_fn)
+        coef = params["coef"] * jax.lax.stop_gradient(params["mask"])
+        return loss(coef, n, reduction_fn, workload_coef=workload_coef)
 
     return loss_fn

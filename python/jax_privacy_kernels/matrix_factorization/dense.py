@@ -25,15 +25,24 @@ from jax_privacy_kernels._checks import (
     check_memory,
     check_one_given,
     check_real,
+    check_scalar,
     is_concrete,
     owned,
     promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import checks, optimization, sensitivity
+from jax_privacy_kernels.matrix_factorization._dual import (
+    Certificate,
+    least_for_one,
+    lower_bound,
+)
 from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
 
 __all__ = [
+    "Certificate",
+    "certificate",
     "get_orthogonal_mask",
+    "honaker_tree",
     "optimize",
     "per_query_error",
     "pg_tol_termination_fn",
@@ -112,6 +121,60 @@ def _real_matrix(name: str, M: Any) -> jax.Array:
     return M
 
 
+def honaker_tree(n: int) -> tuple[jax.Array, jax.Array]:
+    """Returns strategy and noising matrix of binary tree aggregation with Honaker's estimates.
+
+    The tree has a node for every interval of ``2^h`` steps from a multiple of ``2^h`` on that ends
+    within n. Every prefix sum is estimated with the least variance from the nodes that are complete
+    by then, as in Honaker's online estimator and in DP-FTRL (https://arxiv.org/abs/2103.00039): a
+    node of height h with variance ``v_h = 2^h / (2^(h+1) - 1)``.
+
+    C is not square. One participation has the sensitivity ``sqrt(floor(log2 n) + 1)`` at most, and
+    `sensitivity.get_min_sep_sensitivity_upper_bound` and `sensitivity.fixed_epoch_sensitivity` take
+    C for several. A privatizer takes the noising matrix as it is, keeps no state, and draws
+    O(log(n)^2) samples a step for every parameter in the middle, O(n) at worst. O(n^2) memory.
+
+    Args:
+      n: The number of steps.
+
+    Returns:
+      C: ``[m, n]`` of zeros and ones, m < 2 n the number of nodes, in the order of completion.
+      noising: ``[n, m]``; the noise of the prefix sums is ``tri @ noising @ z``. Both are of the
+        default float dtype.
+
+    Raises:
+      ValueError: if n < 1, or the matrices do not fit into memory.
+      TypeError: if n is not an integer.
+    """
+    n = check_int("n", n)
+    check_memory("n", n, 64 * n * n)
+    nodes = [
+        (start + 2**h, h) for h in range(n.bit_length()) for start in range(0, n - 2**h + 1, 2**h)
+    ]
+    index = {node: i for i, node in enumerate(sorted(nodes))}
+    C = np.zeros((len(nodes), n))
+    estimates: dict[tuple[int, int], np.ndarray] = {}
+    for (end, h), i in index.items():
+        C[i, end - 2**h : end] = 1
+        own = np.zeros(len(nodes))
+        own[i] = 1
+        if h:
+            # Its own noise has variance 1, the sum of its children 2 v_{h-1}.
+            children = estimates[end - 2 ** (h - 1), h - 1] + estimates[end, h - 1]
+            of_children = 2**h / (2**h - 1)
+            own = (of_children * own + children) / (1 + of_children)
+        estimates[end, h] = own
+    prefixes = np.zeros((n, len(nodes)))
+    for t in range(1, n + 1):
+        last = t & -t
+        prefixes[t - 1] = estimates[t, last.bit_length() - 1]
+        if t > last:
+            prefixes[t - 1] += prefixes[t - last - 1]
+    noising = np.diff(prefixes, axis=0, prepend=0)
+    dtype = jnp.result_type(float)
+    return jnp.asarray(C, dtype), jnp.asarray(noising, dtype)
+
+
 def get_orthogonal_mask(n: int, epochs: int = 1) -> jax.Array:
     """Returns the ``[n, n]`` mask that is 0 where one user may be in rounds i and j, ``i != j``.
 
@@ -173,6 +236,71 @@ def _is_small(gradient: jax.Array) -> jax.Array:
 pg_tol_termination_fn._ends_on_gradient = _is_small  # type: ignore[attr-defined]
 
 
+def certificate(
+    strategy_matrix: jax.Array,
+    *,
+    epochs: int = 1,
+    bands: int | None = None,
+    equal_norm: bool = False,
+    A: jax.Array | None = None,
+) -> Certificate:
+    """Returns the loss of a strategy, and what no strategy of its kind can go below.
+
+    The loss is the mean of :func:`per_query_error` times the squared sensitivity for the
+    participation of :func:`optimize`. The bound is that of a dual problem: it holds for every
+    strategy, and is near the optimum if the strategy is. Of a strategy that is not, it is weak.
+    Also for banded strategies of any other module, at sizes for which O(n^3) is no matter.
+
+    Args:
+      strategy_matrix: ``[n, n]`` C, lower-triangular and invertible.
+      epochs: As for :func:`optimize`, and
+      bands: likewise; C may have no more, and
+      equal_norm: likewise; then the sensitivity is the root of ``epochs`` times the largest norm of
+        a column, for any participations that columns of C are orthogonal for, and
+      A: likewise.
+
+    Returns:
+      A `Certificate`, computed in float64.
+
+    Raises:
+      ValueError: If an integer argument is out of range, ``epochs`` does not divide n, a matrix is
+        not ``[n, n]``, finite and lower-triangular, or C has more than ``bands`` bands.
+      TypeError: If an integer argument is not one.
+    """
+    C = np.asarray(_real_matrix("strategy_matrix", strategy_matrix), np.float64)
+    checks.check(C=C)
+    n = len(C)
+    workload, mask = _problem(n, epochs, bands, A)
+    if bands is not None and np.tril(C, -bands).any():
+        raise ValueError(f"expected strategy_matrix of at most {bands} bands, found more")
+    with jax.enable_x64(True):
+        wide = jnp.asarray(C)
+        if equal_norm:
+            squared = epochs * float(sensitivity.single_participation_sensitivity(wide)) ** 2
+        else:
+            squared = float(sensitivity.fixed_epoch_sensitivity(wide, epochs)) ** 2
+        error = per_query_error(strategy_matrix=wide, workload_matrix=workload).mean()
+        X = jnp.matmul(wide.T, wide, precision="highest") / squared
+        bound = lower_bound(X, workload, mask, int(epochs), bool(equal_norm))
+        return Certificate(float(error) * squared, float(bound))
+
+
+def _problem(
+    n: int, epochs: int, bands: int | None, A: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The workload, and the mask of a Gram matrix, in float64."""
+    mask = np.asarray(get_orthogonal_mask(n, epochs))
+    if bands is not None:
+        mask = mask * np.asarray(sensitivity.banded_symmetric_mask(n, bands))
+    if A is not None:
+        checks.check(A=_real_matrix("A", A))  # A itself keeps its 64 bits
+        if jnp.shape(A) != (n, n):
+            raise ValueError(f"expected A of shape ({n}, {n}), found {jnp.shape(A)}")
+    with jax.enable_x64(True):
+        workload = jnp.asarray(np.tri(n) if A is None else A, jnp.float64)
+        return workload, jnp.asarray(mask, jnp.float64)
+
+
 def optimize(
     n: int,
     *,
@@ -183,11 +311,14 @@ def optimize(
     max_optimizer_steps: int = 10000,
     reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
     callback: Callable[[optimization.CallbackArgs], bool | None] | None = pg_tol_termination_fn,
+    rtol: float = 1e-5,
 ) -> jax.Array:
     """Minimizes the error over strategies C of sensitivity 1.
 
-    L-BFGS on the Gram matrix ``X = C^T C``, in float64, with the gradient projected to what leaves
-    the sensitivity at 1 (https://arxiv.org/abs/2211.06530). The participation it is 1 for:
+    In float64, with the Gram matrix ``X = C^T C`` as parameters. For one participation and the mean
+    error the optimum is a fixed point, which is iterated (https://arxiv.org/abs/2202.08312);
+    otherwise it is found by L-BFGS, with the gradient projected to what leaves the sensitivity at 1
+    (https://arxiv.org/abs/2211.06530). The participation it is 1 for:
 
     * one (the default), https://arxiv.org/abs/2202.08312;
     * one per epoch, all epochs in one order: ``epochs``;
@@ -195,7 +326,8 @@ def optimize(
       root of their number (https://arxiv.org/abs/2306.08153);
     * amplified by sampling: ``bands`` below the separation, with ``equal_norm``.
 
-    With the default ``callback`` all steps are one compiled loop.
+    With the default ``callback`` steps are compiled loops, and end once the mean error is proved to
+    be near the least: see :func:`certificate`.
 
     Args:
       n: The number of rounds.
@@ -206,8 +338,10 @@ def optimize(
       max_optimizer_steps: The most steps of L-BFGS.
       reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`, for which
         this was tuned, or another differentiable function.
-      callback: As for `optimization.optimize`; by default ends once no entry of the projected
-        gradient exceeds 1e-3.
+      callback: As for `optimization.optimize`. With the default and another ``reduction_fn`` than
+        the mean, ends once no entry of the projected gradient exceeds 1e-3.
+      rtol: By default, ends once the mean error is above its lower bound by at most this, relative
+        to it.
 
     Returns:
       C, ``[n, n]``, lower-triangular, of the default float dtype.
@@ -218,31 +352,59 @@ def optimize(
       TypeError: If an integer argument is not one.
     """
     n, epochs = check_int("n", n), check_int("epochs", epochs)
-    mask = np.asarray(get_orthogonal_mask(n, epochs))
-    if bands is not None:
-        mask = mask * np.asarray(sensitivity.banded_symmetric_mask(n, bands))
-    if A is not None:
-        checks.check(A=_real_matrix("A", A))  # A itself keeps its 64 bits
-        if jnp.shape(A) != (n, n):
-            raise ValueError(f"expected A of shape ({n}, {n}), found {jnp.shape(A)}")
+    steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
+    rtol = check_scalar("rtol", rtol, lambda x: x > 0, "positive")
+    workload, mask = _problem(n, epochs, bands, A)
     dtype = jnp.result_type(float)
+    certified = callback is pg_tol_termination_fn and reduction_fn is jnp.mean
     with jax.enable_x64(True):
-        workload = jnp.asarray(np.tri(n) if A is None else A, jnp.float64)
-        X = optimization.optimize(
-            functools.partial(
+        X = None
+        if certified and epochs == 1 and bands is None and steps:
+            X = least_for_one(workload, rtol, steps)
+        if X is None:
+            loss_fn = functools.partial(
                 _loss_and_projected_gradient,
                 workload=workload,
-                mask=jnp.asarray(mask, jnp.float64),
+                mask=mask,
                 epochs=epochs,
                 equal_norm=equal_norm,
                 reduction_fn=reduction_fn,
-            ),
-            jnp.eye(n, dtype=jnp.float64) / epochs,
-            max_optimizer_steps=max_optimizer_steps,
-            grad=True,
-            callback=callback,
-        )
+            )
+            X = jnp.eye(n, dtype=jnp.float64) / epochs
+            if certified:
+                X = _until_proved(loss_fn, X, workload, mask, epochs, equal_norm, rtol, steps)
+            else:
+                X = optimization.optimize(
+                    loss_fn, X, max_optimizer_steps=steps, grad=True, callback=callback
+                )
         return strategy_from_X(X).astype(dtype)
+
+
+_TURN = 100  # steps of L-BFGS between two bounds, each of which takes as long as a few
+
+
+def _until_proved(
+    loss_fn: Callable[..., Any],
+    X: jax.Array,
+    workload: jax.Array,
+    mask: jax.Array,
+    epochs: int,
+    equal_norm: bool,
+    rtol: float,
+    steps: int,
+) -> jax.Array:
+    """Steps of L-BFGS until the loss is near its lower bound, or no step lowers it any more."""
+    bound = 0.0
+    while steps > 0:
+        before = X
+        X = optimization.optimize(
+            loss_fn, X, max_optimizer_steps=min(_TURN, steps), grad=True, callback=None
+        )
+        steps -= _TURN
+        bound = max(bound, float(lower_bound(X, workload, mask, epochs, equal_norm)))
+        if float(loss_fn(X)[0]) <= bound * (1 + rtol) or bool((before == X).all()):
+            break
+    return X
 
 
 def _loss_and_projected_gradient(

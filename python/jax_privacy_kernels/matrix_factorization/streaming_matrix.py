@@ -352,24 +352,30 @@ def diagonal(diag: jax.Array) -> StreamingMatrix:
 
 
 def momentum_sgd_matrix(
-    momentum: float = 0, learning_rates: jax.Array | None = None
+    momentum: float = 0, learning_rates: jax.Array | None = None, *, decay: float = 1.0
 ) -> StreamingMatrix:
     """Returns the workload of SGD with momentum: gradients in, (negated) iterates out.
 
-    Row t of the product is ``sum_{s<=t} eta_s m_s`` with ``m_s = momentum * m_{s-1} + x_s``. With
-    the defaults that is the prefix sum. The state is two slots and the step.
+    Row t of the product is ``y_t = decay * y_{t-1} + eta_t m_t`` with
+    ``m_t = momentum * m_{t-1} + x_t``. With the defaults that is the prefix sum. The state is two
+    slots and the step.
 
     Args:
       momentum: The momentum, usually in [0, 1).
       learning_rates: ``[m]``, the learning rates eta of the first m steps; later steps use the last
         one. None means 1 at every step.
+      decay: What every step multiplies the iterate by, above 0 and at most 1: one minus the product
+        of learning rate and weight decay, for instance 0.9999.
 
     Raises:
       ValueError: if ``learning_rates`` is not 1-D, is empty, or has an entry that is not finite and
-        positive (a rate of zero makes the workload singular).
+        positive (a rate of zero makes the workload singular), or ``decay`` is out of range.
+      TypeError: if ``momentum`` or ``decay`` is not a real number.
     """
     if is_concrete(momentum):
         check_scalar("momentum", momentum)
+    if is_concrete(decay):
+        decay = check_scalar("decay", decay, lambda x: 0 < x <= 1, "in (0, 1]")
     if isinstance(momentum, np.ndarray):
         momentum = momentum.item()
     rates = check_vector(
@@ -388,9 +394,9 @@ def momentum_sgd_matrix(
     def multiply_next(value: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         t, buffer, result = state
         buffer = momentum * buffer + value
-        result = result + rates.at[t].get(mode="clip") * buffer
+        result = decay * result + rates.at[t].get(mode="clip") * buffer
         return result, (t + 1, buffer, result)
 
     return StreamingMatrix.from_array_implementation(
-        init_multiply, multiply_next, structure=Momentum(momentum, rates)
+        init_multiply, multiply_next, structure=Momentum(momentum, rates, decay)
     )

@@ -43,22 +43,31 @@ from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
     banded_inverse_square_root_noising_coefs,
     compute_banded_inverse_sensitivity_squared,
     inverse_coef,
-    loss,
     materialize_lower_triangular,
     minsep_sensitivity_squared,
     multiply,
     optimal_max_error_noising_coefs,
     optimal_max_error_strategy_coefs,
     pad_coefs_to_n,
-    per_query_error,
     sensitivity_squared,
     solve_banded,
+)
+from jax_privacy_kernels.matrix_factorization._toeplitz_errors import loss, per_query_error
+from jax_privacy_kernels.matrix_factorization._toeplitz_named import (
+    banded_inverse_power_noising_coefs,
+    banded_square_root_strategy_coefs,
+    lambda_cgd_column_norms,
+    lambda_cgd_sensitivity_squared,
+    nu_dp_ftrl_noising_coefs,
+    nu_dp_ftrl_sensitivity_squared,
+    stationary_sensitivity_squared,
 )
 from jax_privacy_kernels.matrix_factorization._toeplitz_optimization import (
     optimize_banded_inverse_toeplitz,
     optimize_banded_toeplitz,
     optimize_coefs_for_amplifications,
 )
+from jax_privacy_kernels.matrix_factorization._workloads import momentum_sgd_coefs
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import (
     StreamingMatrix,
     scale_rows_and_columns,
@@ -66,15 +75,22 @@ from jax_privacy_kernels.matrix_factorization.streaming_matrix import (
 from jax_privacy_kernels.ops.correlated_noise._matrices import BandedRecurrence, MovingAverage
 
 __all__ = [
+    "banded_inverse_power_noising_coefs",
     "banded_inverse_square_root_noising_coefs",
+    "banded_square_root_strategy_coefs",
     "compute_banded_inverse_sensitivity_squared",
     "inverse_as_streaming_matrix",
     "inverse_coef",
+    "lambda_cgd_as_streaming_matrix",
+    "lambda_cgd_sensitivity_squared",
     "loss",
     "materialize_lower_triangular",
     "minsep_sensitivity_squared",
+    "momentum_sgd_coefs",
     "multiply",
     "noising_coef_as_streaming_matrix",
+    "nu_dp_ftrl_noising_coefs",
+    "nu_dp_ftrl_sensitivity_squared",
     "optimal_max_error_noising_coefs",
     "optimal_max_error_strategy_coefs",
     "optimize_banded_inverse_toeplitz",
@@ -84,6 +100,7 @@ __all__ = [
     "per_query_error",
     "sensitivity_squared",
     "solve_banded",
+    "stationary_sensitivity_squared",
 ]
 
 
@@ -211,6 +228,35 @@ def noising_coef_as_streaming_matrix(
     return StreamingMatrix.from_array_implementation(
         init_multiply, multiply_next, structure=MovingAverage(w, slots)
     )
+
+
+def lambda_cgd_as_streaming_matrix(n: int, lam: float, *, look_ahead: int = 0) -> StreamingMatrix:
+    """Returns the noising matrix ``C^-1`` of DP-lambda-CGD, with the columns of C scaled to norm 1.
+
+    Row t of ``x = C^-1 z`` is ``x_t = d_t (z_t - lam z_{t-1})``, d the norms of the columns of the
+    matrix whose inverse has coefficients ``(1, -lam)`` (https://arxiv.org/abs/2601.22334). It takes
+    the memory of independent noise, since z_{t-1} can be made again from its key. The sensitivity
+    of C is 1 for one participation, and at most that of :func:`lambda_cgd_sensitivity_squared` for
+    several.
+
+    Args:
+      n: The number of steps: rows from the n-th on are NaN.
+      lam: lambda, at least 0, where noise is independent, and below 1.
+      look_ahead: As for :func:`noising_coef_as_streaming_matrix`.
+
+    Returns:
+      ``C^-1``, with the structure that fused kernels look for.
+
+    Raises:
+      ValueError: if n < 1, lam is out of range, or ``look_ahead < 0``.
+      TypeError: if n or ``look_ahead`` is not an integer, or lam is not a real number.
+    """
+    norms = lambda_cgd_column_norms(n, lam)
+    dtype = jnp.result_type(float)
+    noising = noising_coef_as_streaming_matrix(
+        jnp.asarray([1.0, -lam], dtype), look_ahead=look_ahead
+    )
+    return scale_rows_and_columns(noising, row_scale=ending_in_nan(norms, dtype))
 
 
 def _row_scale(coef: jax.Array, n: int) -> jax.Array:

@@ -23,6 +23,7 @@ from jax_privacy_kernels._checks import (
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization._scaling import as_dtype
+from jax_privacy_kernels.matrix_factorization._workloads import known_workload
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._matrix import (
     BufferedToeplitz,
     check_float64_dtype,
@@ -336,20 +337,24 @@ class LossFn(Mirrored):
         error: str = "max",
         min_sep: int = 1,
         max_participations: int | None = None,
+        *,
+        workload_coef: jax.Array | None = None,
         **kwargs: Any,
     ) -> LossFn:
         """Makes the loss for several participations, from n coefficients: O(n m).
 
-        The error is that of `toeplitz.per_query_error` for prefix sums; the sensitivity that of
+        The error is that of `toeplitz.per_query_error`; the sensitivity that of
         `toeplitz.minsep_sensitivity_squared`, which is exact for BLTs whose scales and decays are
         positive and sum(scales) at most 1, and an upper bound for others. See
         https://arxiv.org/abs/2408.08868.
 
         Args:
           n: The number of iterations.
-          error: "max" or "mean": the largest or the mean squared error of the prefix sums.
+          error: "max" or "mean": the largest or the mean squared error of the queries.
           min_sep: Minimum separation: a user in rounds i < j has ``j - i >= min_sep``.
           max_participations: The most rounds a user takes part in, or None for no limit.
+          workload_coef: Coefficients of the workload, by default ones: prefix sums. See
+            `toeplitz.momentum_sgd_coefs`.
           **kwargs: Other fields of the loss.
 
         Raises:
@@ -362,7 +367,9 @@ class LossFn(Mirrored):
         if max_participations is not None:
             check_int("max_participations", max_participations)
         k = sensitivity.minsep_true_max_participations(n, min_sep, max_participations)
-        error_fn, sensitivity_fn = _from_coefs(n, error, min_sep, k)
+        workload = known_workload(workload_coef, n)
+        encoded = None if workload is None else workload.tobytes()
+        error_fn, sensitivity_fn = _from_coefs(n, error, min_sep, k, encoded)
         return cls(error_fn, sensitivity_fn, n=n, min_sep=min_sep, max_participations=k, **kwargs)
 
     def compute_penalties(
@@ -463,9 +470,13 @@ def _closed_forms(n: int) -> tuple[_Scalar, _Scalar]:
 
 
 @functools.lru_cache(maxsize=64)
-def _from_coefs(n: int, error: str, min_sep: int, k: int) -> tuple[_Scalar, _Scalar]:
+def _from_coefs(
+    n: int, error: str, min_sep: int, k: int, workload: bytes | None
+) -> tuple[_Scalar, _Scalar]:
+    A: Any = None if workload is None else np.frombuffer(workload)
+
     def error_for_inv(inv_blt: BufferedToeplitz) -> jax.Array:
-        errors = toeplitz.per_query_error(noising_coef=inv_blt.toeplitz_coefs(n))
+        errors = toeplitz.per_query_error(noising_coef=inv_blt.toeplitz_coefs(n), workload_coef=A)
         return errors.mean() if error == "mean" else errors[-1]
 
     def sensitivity_fn(blt: BufferedToeplitz) -> jax.Array:

@@ -35,6 +35,7 @@ from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._sums import (
 __all__ = [
     "Parameterization",
     "get_init_blt",
+    "grow",
     "optimize",
     "optimize_loss",
 ]
@@ -261,7 +262,7 @@ def optimize_loss(
         check_instance("parameterization", parameterization, Parameterization)
     start = get_init_blt(m, init_blt)
     if m == 0 or (init_blt is None and parameterization is None):
-        *_, (blt, loss) = _grow(loss_fn, m, kwargs)
+        *_, (blt, loss) = grow(loss_fn, m, kwargs)
     else:
         parameterization = parameterization or Parameterization.interlaced_decays()
         params = parameterization.params_from_blt(start)
@@ -279,7 +280,7 @@ def optimize_loss(
     return blt, loss
 
 
-def _grow(
+def grow(
     loss_fn: LossFn, size: int, kwargs: dict[str, Any]
 ) -> Iterator[tuple[BufferedToeplitz, jax.Array]]:
     """The best BLTs of 0, 1, ... ``size`` buffers, and their losses."""
@@ -350,6 +351,7 @@ def optimize(
     max_buffers: int = 10,
     rtol: float = 1.01,
     init_blt: BufferedToeplitz | None = None,
+    workload_coef: jax.Array | None = None,
     **kwargs: Any,
 ) -> BufferedToeplitz:
     """Finds a BLT of low error times squared sensitivity, and how many buffers it takes.
@@ -358,18 +360,21 @@ def optimize(
     loss by a factor of ``rtol``. All steps are compiled loops, of one program for all numbers of
     buffers.
 
-    For one participation and the maximum error the loss has a closed form, and n hardly matters.
+    For one participation and the maximum error of prefix sums the loss has a closed form, and n
+    hardly matters.
     Otherwise a step is O(n m): see :meth:`LossFn.build_min_sep`.
 
     Args:
       n: The number of iterations.
       min_sep: Minimum separation of a user's participations; 1 allows every round.
       max_participations: The most rounds a user takes part in, or None for no limit.
-      error: "max" or "mean": the largest or the mean squared error of the prefix sums.
+      error: "max" or "mean": the largest or the mean squared error of the queries.
       min_buffers: The fewest buffers, at least 0.
       max_buffers: The most buffers, at most 15. 3 to 7 usually are best.
       rtol: See above.
       init_blt: The BLT to start from, if ``min_buffers == max_buffers``; then no other is tried.
+      workload_coef: Coefficients of the workload, by default ones: prefix sums. See
+        `toeplitz.momentum_sgd_coefs`.
       **kwargs: As for :func:`optimize_loss`, and the same for each number of buffers.
 
     Returns:
@@ -393,14 +398,16 @@ def optimize(
             "expected min_buffers == max_buffers with init_blt, "
             f"found min_buffers={fewest} and max_buffers={most}"
         )
-    loss_fn = LossFn.build_min_sep(n, error, min_sep, max_participations)
-    if loss_fn.max_participations == 1 and error == "max":
+    loss_fn = LossFn.build_min_sep(
+        n, error, min_sep, max_participations, workload_coef=workload_coef
+    )
+    if loss_fn.max_participations == 1 and error == "max" and workload_coef is None:
         loss_fn = LossFn.build_closed_form_single_participation(n)
     if init_blt is not None:
         return optimize_loss(loss_fn, most, init_blt, **kwargs)[0]
     best: BufferedToeplitz | None = None
     best_loss = math.inf
-    for m, (blt, loss) in enumerate(_grow(loss_fn, most, kwargs)):
+    for m, (blt, loss) in enumerate(grow(loss_fn, most, kwargs)):
         if m < fewest:
             continue
         if best is not None and not rtol * float(loss) < best_loss:

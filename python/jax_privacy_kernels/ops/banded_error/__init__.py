@@ -38,15 +38,17 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
 class Momentum:
     """The rows of a momentum workload, prefix sums among them.
 
-    Row t of ``y = A x`` is ``y_t = y_{t-1} + r_t m_t`` with ``m_t = beta m_{t-1} + x_t``.
+    Row t of ``y = A x`` is ``y_t = alpha y_{t-1} + r_t m_t`` with ``m_t = beta m_{t-1} + x_t``.
 
     Attributes:
       momentum: beta, a real scalar.
       learning_rates: ``[m]`` floating array r, whose last entry goes on; None for all ones.
+      decay: alpha, a real scalar.
     """
 
     momentum: jax.typing.ArrayLike = 0.0
     learning_rates: jax.Array | None = None
+    decay: jax.typing.ArrayLike = 1.0
 
 
 def banded_error(

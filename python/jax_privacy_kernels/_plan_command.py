@@ -1,0 +1,67 @@
+"""``python -m jax_privacy_kernels plan``: `planning.plan` for a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from jax_privacy_kernels import planning
+from jax_privacy_kernels.matrix_factorization import toeplitz
+
+__all__ = ["add_arguments", "main"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command to its parser."""
+    parser.description = "Compares the mechanisms that fit a run, at one privacy target."
+    required = parser.add_argument_group("the run")
+    required.add_argument("--steps", type=int, required=True)
+    required.add_argument("--dataset-size", type=int, required=True, help="examples")
+    required.add_argument("--batch-size", type=int, required=True, help="examples in a step")
+    required.add_argument("--epsilon", type=float, required=True)
+    required.add_argument("--delta", type=float, required=True)
+    parser.add_argument("--epochs", type=int, help="how often an example takes part")
+    parser.add_argument("--min-sep", type=int, help="the fewest steps between its participations")
+    parser.add_argument("--momentum", type=float, default=0.0, help="of SGD")
+    parser.add_argument(
+        "--decay", type=float, default=1.0, help="1 - learning rate * weight decay, e.g. 0.9999"
+    )
+    parser.add_argument("--parameters", type=float, help="the size of the model, e.g. 1e8")
+    parser.add_argument("--memory-budget", type=float, help="the most bytes of state, e.g. 4e9")
+    parser.add_argument("--sampling", choices=("any", "fixed", "poisson"), default="any")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--plot", metavar="FILE", help="draw error against memory, e.g. plan.png")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the table, and draws it if asked to; ends the program if an argument is wrong."""
+    try:
+        workload = None
+        if args.momentum or args.decay != 1:
+            workload = toeplitz.momentum_sgd_coefs(
+                args.steps, momentum=args.momentum, decay=args.decay
+            )
+        table = planning.plan(
+            steps=args.steps,
+            dataset_size=args.dataset_size,
+            batch_size=args.batch_size,
+            epochs=args.epochs,
+            min_sep=args.min_sep,
+            epsilon=args.epsilon,
+            delta=args.delta,
+            workload=workload,
+            parameters=args.parameters,
+            memory_budget=args.memory_budget,
+            sampling=args.sampling,
+        )
+        if args.plot:
+            table.plot(args.plot)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"python -m jax_privacy_kernels plan: {error}")
+    if args.json:
+        print(json.dumps(table.to_dict(), indent=2))
+    else:
+        print(table.to_markdown() if args.markdown else table)

@@ -1,0 +1,184 @@
+"""The planner: rows say what their mechanisms are, and no row claims too much privacy."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_privacy_kernels import _plan_command, _step_times, planning
+from jax_privacy_kernels.__main__ import main
+from jax_privacy_kernels.matrix_factorization import toeplitz
+
+TARGET = {"steps": 32, "dataset_size": 80, "batch_size": 10, "epsilon": 2.0, "delta": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return np.asarray(toeplitz.momentum_sgd_coefs(32, momentum=0.5), np.float64)
+
+
+@pytest.fixture(scope="module")
+def table(workload, tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield planning.plan(**TARGET, workload=workload, parameters=1000)
+    patch.undo()
+
+
+def participations(n, min_sep, most):
+    """The patterns with as many participations as there may be."""
+    return [range(first, n, min_sep)[:most] for first in range(min_sep)]
+
+
+def test_rows_are_those_asked_for(table):
+    samplings = {row.sampling for row in table.rows}
+    assert samplings == {"fixed", "poisson"}
+    names = [row.mechanism.split(",")[0] for row in table.rows]
+    expected = {"independent noise", "banded Toeplitz", "BLT", "lambda-CGD", "banded inverse"}
+    assert set(names) == expected
+    rmse = [row.rmse for row in table.rows]
+    assert rmse == sorted(rmse)
+    assert table.best() is table.rows[0]
+    assert table.target["min_sep"] == 8
+    assert table.target["participations"] == 4
+
+
+def test_epsilon_is_what_an_accountant_says(table):
+    pld = pytest.importorskip("dp_accounting.pld")
+    for row in table.rows:
+        assert row.epsilon <= 2
+        assert f"noise multiplier {row.noise_multiplier:.6g}" in row.guarantee
+    events = {row.noise_multiplier: row.event for row in table.rows}
+    for event in events.values():
+        accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
+        spent = accountant.compose(event).get_epsilon(TARGET["delta"])
+        assert 2 * 0.999 < spent <= 2 * (1 + 1e-6)
+
+
+def test_error_and_sensitivity_are_those_of_the_matrix(table, workload):
+    """Of the noising matrix as it is run, in float32, by definition."""
+    n = TARGET["steps"]
+    A = sum(a * np.eye(n, k=-lag) for lag, a in enumerate(workload))
+    for row in table.rows:
+        noising = np.asarray(row.noising_matrix().materialize(n), np.float64)
+        errors = np.sum((A @ noising) ** 2, axis=1)
+        stddev = row.stddev / TARGET["batch_size"]
+        np.testing.assert_allclose(row.rmse, stddev * math.sqrt(errors.mean()), rtol=1e-5)
+        np.testing.assert_allclose(row.rmse_last, stddev * math.sqrt(errors[-1]), rtol=1e-5)
+        C = np.linalg.inv(noising)
+        if row.sampling == "fixed":
+            norms = [
+                np.linalg.norm(np.abs(C[:, list(rounds)]).sum(axis=1))
+                for rounds in participations(n, 8, 4)
+            ]
+            worst = max(norms)
+        else:
+            worst = np.linalg.norm(C, axis=0).max()
+        assert row.sensitivity >= worst * (1 - 1e-6)
+        assert row.sensitivity <= worst * 1.05
+        assert row.stddev >= row.noise_multiplier * row.sensitivity
+
+
+def test_privatizers_are_ready(table):
+    gradients = {"w": jnp.zeros(1000)}
+    for row in table.rows:
+        privatizer = row.privatizer(clip_norm=3.0, prng_key=jax.random.key(1))
+        state = privatizer.init(gradients)
+        noise, state = privatizer.update(gradients, state)
+        assert row.state_bytes == 4 * 1000 * round(row.state_bytes / 4000)
+        # The first row of C^-1 has one entry.
+        first = abs(float(row.noising_matrix().materialize(1)[0, 0]))
+        expected = 3 * row.stddev * first
+        np.testing.assert_allclose(float(jnp.std(noise["w"])), expected, rtol=0.12)
+
+
+def test_the_table_is_shown(table, tmp_path):
+    text = str(table)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert table.best().mechanism in text
+    assert " ".join(text.split("\n\n")[1].split()) == table.best().guarantee
+    assert table.to_markdown().count("\n") == len(table.rows) + 1
+    assert json.loads(json.dumps(table.to_dict()))["rows"][0]["rmse"] == table.best().rmse
+    pytest.importorskip("matplotlib")
+    table.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_times_are_measured_once(table, monkeypatch):
+    def fails(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(_step_times, "_measure", fails)
+    row = table.best()
+    key = f"{row.mechanism.partition(' =')[0]}, {row.state_bytes // 4000} slots"
+    assert _step_times.milliseconds(key, None, 1000) == row.milliseconds > 0
+    _step_times._path().write_text("not JSON")
+    with pytest.raises(AssertionError):
+        _step_times.milliseconds(key, None, 1000)
+
+
+def test_a_budget_leaves_out_what_does_not_fit(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = {"sampling": "poisson", "parameters": 1000}
+    small = planning.plan(**TARGET, **options, memory_budget=4000)
+    assert [row.state_bytes for row in small.rows] == [4000, 0]
+    none = planning.plan(**TARGET, **options, memory_budget=3999)
+    assert [row.mechanism for row in none.rows] == ["independent noise"]
+
+
+def test_epochs_are_participations():
+    assert planning._participation(32, 80, 10, 4, None) == (8, 4)
+    # 33 steps of 8 or more between participations have room for five.
+    assert planning._participation(33, 80, 10, 4, None) == (8, 5)
+    assert planning._participation(4, 80, 10, None, None) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 0}, "expected steps >= 1"),
+        ({"batch_size": 100}, "expected_batch_size <= dataset_size"),
+        ({"epsilon": 0.0}, "0 < epsilon < inf"),
+        ({"epsilon": 1e-9, "delta": 1e-9}, "an epsilon that Renyi accounting can certify"),
+        ({"delta": 1.0}, "0 < delta < 1"),
+        ({"min_sep": 9}, "at most dataset_size // batch_size = 8 steps"),
+        ({"epochs": 2}, "epochs=2 of 32 steps take 16 steps each"),
+        ({"epochs": 33}, "epochs <= steps=32"),
+        ({"epochs": 4, "min_sep": 8}, "found both"),
+        ({"sampling": "random"}, "sampling to be one of"),
+        ({"memory_budget": 10}, "expected parameters with memory_budget"),
+        ({"memory_budget": -1, "parameters": 10}, "memory_budget to be at least 0"),
+        ({"parameters": 0}, "parameters >= 1"),
+        ({"workload": [1.0, np.inf]}, "workload to be finite"),
+        ({"workload": np.ones((3, 3))}, "found shape"),
+    ],
+)
+def test_bad_input_is_told(changed, message):
+    with pytest.raises(ValueError, match=message):
+        planning.plan(**(TARGET | changed))
+
+
+def test_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TARGET.items()]
+    main(["plan", *options, "--sampling=poisson", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["target"]["steps"] == 32
+    assert all(row["sampling"] == "poisson" for row in shown["rows"])
+    with pytest.raises(SystemExit, match="plan: expected 0 < epsilon < inf"):
+        main(["plan", *options, "--epsilon=0"])
+
+
+@pytest.mark.subprocess
+def test_python_m():
+    command = [sys.executable, "-m", "jax_privacy_kernels", "plan", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--memory-budget" in result.stdout
+    assert _plan_command.__doc__ is not None

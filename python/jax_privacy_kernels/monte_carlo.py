@@ -677,3 +677,7 @@ def _gaussian_epsilon(sigma: float, delta: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if _gaussian_delta(middle, sigma) <= delta else (middle, high)
     return high * (1 + 1e-6) + 1e-9
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -284,7 +284,7 @@ def plot(report: Mapping[str, Any], path: pathlib.Path) -> None:
                 milli = [rows[i]["implementations"][name]["median_s"] * 1e3 for i in at]
                 axes.plot(milli, at, linestyle="none", **looks.style(name))
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        looks.log_ticks(axes.xaxis)
         titles = [row["what"].replace(", ", "\n", 1) for row in rows]
         axes.set_yticks(range(len(rows)), titles, fontsize=8)
         axes.invert_yaxis()

@@ -32,8 +32,12 @@ def style(name: str) -> dict[str, Any]:
 
 
 def log_ticks(axis: Any) -> None:
-    """Puts 1, 2 and 5 of every decade on a logarithmic axis of matplotlib, in plain numbers."""
-    axis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5)))
+    """Puts plain numbers on a logarithmic axis of matplotlib, on which all is drawn already.
+
+    Those are 1, 2 and 5 of every decade, or 1 alone where there are many decades.
+    """
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(_ticker().NullFormatter())
 

@@ -54,33 +54,6 @@ def contestants() -> list[str]:
     return ["peer", *(n for n in reversed(ours) if not IMPLEMENTATIONS[n].unavailable())]
 
 
-def chain(call: Any, steps: int) -> float:
-    """Seconds for each of some calls, one after the other."""
-
-    def run() -> Any:
-        for _ in range(steps):
-            out = call()
-        return out
-
-    return harness.clock(run) / steps
-
-
-def limits(size: int, repeats: int) -> dict[str, float]:
-    """Bytes read plus written per second by a copy, and samples per second that nobody keeps.
-
-    The samples are those of jax.random.normal, in one kernel with their sum.
-    """
-    x = jnp.zeros(size, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    sample = jax.jit(lambda key: jnp.sum(jax.random.normal(key, (size,))))
-    key = jax.random.key(0)
-    calls = {"copy": lambda: copy(x), "sample": lambda: sample(key)}
-    for call in calls.values():
-        harness.clock(call)
-    best = {n: min(chain(call, CHAIN) for _ in range(repeats)) for n, call in calls.items()}
-    return {"copy_bytes_per_s": 8 * size / best["copy"], "samples_per_s": size / best["sample"]}
-
-
 def ends(out: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(out[:SLICE]), np.asarray(out[-SLICE:])])
 
@@ -89,7 +62,7 @@ def measure_one(name: str, bands: int, grads: Any, repeats: int) -> tuple[Any, n
     """The times of a contestant, or why there are none, and both ends of an output."""
     try:
         start = time.perf_counter()
-        runner = noise.Runner(name, noise.Case((bands,)), bands, grads, 1)
+        runner = noise.runner(name, noise.Case((bands,)), bands, grads, 1)
         out = jax.block_until_ready(runner())
         first = time.perf_counter() - start
         for _ in range(bands):
@@ -97,7 +70,7 @@ def measure_one(name: str, bands: int, grads: Any, repeats: int) -> tuple[Any, n
         sample = ends(out["leaf"])
         del out
         steps = max(CHAIN, bands - 1)  # the schedule repeats after b - 1
-        seconds = sorted(chain(runner, steps) for _ in range(repeats))
+        seconds = sorted(harness.chain(runner, steps) for _ in range(repeats))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -235,12 +208,15 @@ def plot(rows: Sequence[dict[str, Any]], path: Any) -> None:
                 for row in chosen
                 if name in row["implementations"]
             ]
-            label = "jax_privacy" if name == "peer" else f"this library, {name}"
-            axes.plot(*zip(*points, strict=True), marker="o", label=label) if points else None
+            if points:
+                axes.plot(*zip(*points, strict=True), **harness.style(name))
         bound = [max(row["bounds"].values()) * 1e3 for row in chosen]
         axes.plot([row[key] for row in chosen], bound, ":k", linewidth=1, label="limit")
         axes.set_xscale("log", base=2 if key == "bands" else 10)
+        if key == "bands":
+            axes.set_xticks([row[key] for row in chosen], [str(row[key]) for row in chosen])
         axes.set_yscale("log")
+        harness.log_ticks(axes.yaxis)
         axes.grid(True, which="both", linewidth=0.3)
         axes.set_xlabel(key)
         axes.set_title(title)
@@ -265,13 +241,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     device = jax.devices()[0]
     environment = {**harness.environment(), "device": device.device_kind}
-    found = limits(size, repeats)
+    found = harness.device_limits(size, repeats)
     rows = []
     for case in args.cases:
         for parameters, bands in cases[case]:
             rows.append(measure(case, parameters, bands, repeats, deadline))
             print(f"{parameters:,} parameters, {bands} bands: done", flush=True)
-    found = jax.tree.map(max, found, limits(size, repeats))
+    found = jax.tree.map(max, found, harness.device_limits(size, repeats))
     for row in rows:
         relate(row, found)
     report = {
@@ -282,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    return harness.publish(report, describe, plot, args.output_dir)
+    return harness.publish(report, describe, plot, args)
 
 
 if __name__ == "__main__":

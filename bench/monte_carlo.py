@@ -250,15 +250,13 @@ def describe(report: dict[str, Any]) -> str:
 def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Time per sample, sign and noise multiplier."""
     shown = [row for row in rows if row["us_per_sample"]]
-    # Okabe-Ito colours: told apart by colour-blind readers too.
-    colors = {"peer": "#D55E00", "jax": "#0072B2", "cpp": "#009E73"}
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.5 * len(shown)), layout="constrained")
-    for (name, text), marker in zip(harness.LABELS.items(), "osD", strict=True):
+    for name in harness.NAMES:
         at = [i for i, row in enumerate(shown) if name in row["us_per_sample"]]
         times = [shown[i]["us_per_sample"][name] for i in at]
-        axes.plot(times, at, marker, color=colors[name], label=text)
+        axes.plot(times, at, linestyle="none", **harness.style(name))
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    harness.log_ticks(axes.xaxis)
     axes.set_yticks(range(len(shown)), [f"{row['case']}, n = {row['n']:,}" for row in shown])
     axes.invert_yaxis()
     axes.set_xlabel("microseconds per sample, sign and noise multiplier")
@@ -284,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "acceptance": acceptance(rows),
         "rows": rows,
     }
-    return harness.publish(report, describe, plot, args.output_dir)
+    return harness.publish(report, describe, plot, args)
 
 
 if __name__ == "__main__":

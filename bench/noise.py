@@ -28,7 +28,6 @@ float32 leaf, the state donated, "bands" being the size of the mechanism:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import pathlib
 from collections.abc import Callable, Sequence
@@ -44,6 +43,7 @@ from jax_privacy import noise_addition as peer_noise_addition
 
 from jax_privacy_kernels import matrix_factorization as mechanisms
 from jax_privacy_kernels import noise_addition, random
+from jax_privacy_kernels._bench.steps import Runner, bytes_per_step, look_ahead_passes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -86,8 +86,7 @@ def dense_rows(library: Any, bands: int) -> Any:
 class Mechanism:
     """How a noising matrix is made, and what a step of this library's schedule costs.
 
-    Per parameter: passes over the state, in slots, and samples. With S slots a step refreshes 1/S
-    of the tiles, reading or writing S slots of each, and reads one slot of the others.
+    Per parameter: passes over the state, in slots, and samples.
     """
 
     matrix: Callable[[Any, int], Any]
@@ -95,11 +94,6 @@ class Mechanism:
     samples: Callable[[int], float] = lambda bands: 1
     ahead: bool = True  # whether there are slots: one less than bands
     peer: bool = True  # whether jax_privacy has it
-
-
-def look_ahead_passes(bands: int) -> float:
-    slots = bands - 1
-    return 3 - 1 / slots if slots else 0
 
 
 BANDED = Mechanism(banded_toeplitz, look_ahead_passes)
@@ -148,48 +142,19 @@ CASES = {
 }
 
 
-class Runner:
-    """A privatizer with its state; a call takes some steps and gives the last noisy gradients."""
-
-    def __init__(self, name: str, case: Case, bands: int, grads: Any, steps: int):
-        key = random.secure_key(bytes(32)) if case.secure else jax.random.key(0)
-        options = {"stddev": 1.0, "prng_key": key, "dtype": case.noise_dtype}
-        if name == "peer":
-            matrix = case.mechanism.matrix(peer_mechanisms, bands)
-            make = peer_noise_addition.matrix_factorization_privatizer
-        else:
-            matrix = case.mechanism.matrix(mechanisms, bands)
-            make = functools.partial(
-                noise_addition.matrix_factorization_privatizer, implementation=name
-            )
-        privatizer = make(matrix, **options)
-
-        def update(grads: Any, state: Any) -> tuple[Any, Any]:
-            return privatizer.update(grads, state)
-
-        def scan(grads: Any, state: Any) -> tuple[Any, Any]:
-            def body(carry: Any, _: None) -> tuple[Any, None]:
-                return update(grads, carry[1]), None
-
-            # The output is carried, so that none of it is dead code.
-            return jax.lax.scan(body, (grads, state), length=steps)[0]
-
-        self._update = jax.jit(scan if case.scan else update, donate_argnums=case.donate)
-        self._feed_back = 0 in case.donate
-        self._grads = jax.tree.map(jnp.copy, grads) if self._feed_back else grads
-        self._state = jax.block_until_ready(privatizer.init(grads))
-
-    def __call__(self) -> Any:
-        out, self._state = self._update(self._grads, self._state)
-        if self._feed_back:
-            self._grads = out
-        return out
-
-
-def bytes_per_step(sizes: tuple[int, int, int], slot_passes: float) -> float:
-    """Memory traffic of a step, for (parameters, bytes of a gradient, of a slot)."""
-    parameters, grad, slot = sizes
-    return parameters * (2 * grad + slot * slot_passes)
+def runner(name: str, case: Case, bands: int, grads: Any, steps: int) -> Runner:
+    """Of a contestant; a call takes some steps, where the case is a scan."""
+    key = random.secure_key(bytes(32)) if case.secure else jax.random.key(0)
+    options: dict[str, Any] = {"stddev": 1.0, "prng_key": key, "dtype": case.noise_dtype}
+    if name == "peer":
+        matrix = case.mechanism.matrix(peer_mechanisms, bands)
+        privatizer = peer_noise_addition.matrix_factorization_privatizer(matrix, **options)
+    else:
+        matrix = case.mechanism.matrix(mechanisms, bands)
+        privatizer = noise_addition.matrix_factorization_privatizer(
+            matrix, implementation=name, **options
+        )
+    return Runner(privatizer, grads, donate=case.donate, scan=steps if case.scan else None)
 
 
 def measure(
@@ -205,10 +170,10 @@ def measure(
     steps = cycle * -(-8 // cycle) if case.scan else 1
     calls = cycle * -(-repeats // cycle) if not case.scan else max(repeats // 4, 2)
     names = case.names
-    runners = {n: Runner(n, case, bands, grads, steps) for n in names}
+    runners = {n: runner(n, case, bands, grads, steps) for n in names}
     if case.secure:
         other = dataclasses.replace(case, secure=False)
-        runners["threefry2x32"] = Runner("cpp", other, bands, grads, steps)
+        runners["threefry2x32"] = runner("cpp", other, bands, grads, steps)
     warmup = max(cycle + 1, 3) if not case.scan else 2
     times = harness.interleave(runners, warmup=warmup, repeats=calls)
     # All have taken the same number of steps, so that they must agree.
@@ -330,9 +295,9 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         return
     bands = [row["bands"] for row in rows]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (name, label), marker in zip(harness.LABELS.items(), "osD", strict=True):
+    for name in NAMES:
         milli = [row["implementations"][name]["median_s"] * 1e3 for row in rows]
-        axes.plot(bands, milli, marker=marker, label=label)
+        axes.plot(bands, milli, **harness.style(name))
     limits = {"sampling_s": "limit: samples / rate", "bandwidth_s": "limit: bytes / bandwidth"}
     for (key, label), style in zip(limits.items(), ("--", ":"), strict=True):
         bound = [row["bounds"][key] * 1e3 for row in rows]
@@ -340,9 +305,8 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(bands, [str(b) for b in bands])
-    axes.minorticks_on()
     axes.xaxis.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
+    harness.log_ticks(axes.yaxis)
     axes.grid(True, which="both", linewidth=0.3)
     axes.set_xlabel("bands")
     axes.set_ylabel("milliseconds per step")
@@ -391,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    return harness.publish(report, describe, plot, args.output_dir)
+    return harness.publish(report, describe, plot, args)
 
 
 if __name__ == "__main__":

@@ -310,11 +310,9 @@ def describe(report: dict[str, Any]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Time of the first call, and of those after it, case by case."""
-    # Okabe-Ito colours: told apart by colour-blind readers too.
-    colors = {"peer": "#D55E00", "jax": "#0072B2", "cpp": "#009E73"}
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.9 * len(rows)), layout="constrained")
-    for offset, (name, text) in zip((-0.25, 0, 0.25), harness.LABELS.items(), strict=True):
-        color = colors[name]
+    for offset, name in zip((-0.25, 0, 0.25), harness.NAMES, strict=True):
+        text, color = harness.style(name)["label"], harness.style(name)["color"]
         for i, row in enumerate(rows):
             times = row["implementations"].get(name)
             if times is None:
@@ -334,7 +332,7 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     for i in range(1, len(rows)):
         axes.axhline(i - 0.5, color="black", linewidth=0.5)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    harness.log_ticks(axes.xaxis)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * 3)  # room for the numbers
     titles = [f"{row['function']}\n{settings(row)}" for row in rows]
@@ -389,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    return harness.publish(report, describe, plot, args.output_dir)
+    return harness.publish(report, describe, plot, args)
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    return harness.publish(report, describe, plot, args.output_dir)
+    return harness.publish(report, describe, plot, args)
 
 
 if __name__ == "__main__":

@@ -28,46 +28,27 @@ import dataclasses
 import gc
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from jax_privacy.matrix_factorization import banded as peer_banded
-from jax_privacy.matrix_factorization import sensitivity as peer_sensitivity
-from jax_privacy.matrix_factorization import toeplitz as peer_toeplitz
 
-from jax_privacy_kernels.matrix_factorization import banded, sensitivity, toeplitz
+from jax_privacy_kernels._bench import algebra
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NAMES = harness.NAMES
+PEER = algebra.peer()
 OFTEN = 1_000_000  # times: as often as the options say
 
 
-class Library(NamedTuple):
-    toeplitz: ModuleType
-    sensitivity: ModuleType
-    banded: ModuleType
-
-
-PEER = Library(peer_toeplitz, peer_sensitivity, peer_banded)
-OURS = Library(toeplitz, sensitivity, banded)
-
-
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(algebra.Size):
     """What is the same for all contestants in a row of the table."""
 
-    function: str  # of FUNCTIONS
-    n: int
-    bands: int | None = None  # None for all n
-    min_sep: int = 1
-    max_participations: int | None = None
     dtype: str = "float32"
     # Who takes part, and the most timed calls; 0 if the first call has to do for a median.
     repeats: Mapping[str, int] = dataclasses.field(
@@ -75,10 +56,6 @@ class Case:
     )
     floor: float | None = None  # what cpp has to reach, times the peer
     at_most: float | None = None  # seconds that cpp may take
-
-    @property
-    def coefficients(self) -> int:
-        return self.bands or self.n
 
     def smaller(self) -> Case:
         """The same at a size for a quick look."""
@@ -93,67 +70,6 @@ class Case:
         )
 
 
-def multiply(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    return lambda: library.toeplitz.multiply(coef, coef)
-
-
-def inverse(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    return lambda: library.toeplitz.inverse_coef(coef, case.n)
-
-
-def solve(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    rhs = jnp.ones(case.n)
-    return lambda: library.toeplitz.solve_banded(coef, rhs)
-
-
-def min_sep(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    limits = {"min_sep": case.min_sep, "max_participations": case.max_participations}
-    return lambda: library.toeplitz.minsep_sensitivity_squared(coef, n=case.n, **limits)
-
-
-def gram(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    C = toeplitz.materialize_lower_triangular(coef, case.n)
-    X = jnp.matmul(C.T, C, precision="highest")
-    bound = library.sensitivity.get_min_sep_sensitivity_upper_bound_for_X
-    return lambda: bound(X, case.min_sep, case.max_participations)
-
-
-def error(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    return lambda: library.toeplitz.per_query_error(strategy_coef=coef, n=case.n)
-
-
-def error_grad(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    def mean(coef: jax.Array) -> jax.Array:
-        return library.toeplitz.per_query_error(strategy_coef=coef, n=case.n).mean()
-
-    return lambda: jax.value_and_grad(mean)(coef)
-
-
-def rows(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    C = library.banded.ColumnNormalizedBanded.from_banded_toeplitz(case.n, coef)
-    return lambda: library.banded.per_query_error(C)
-
-
-def rows_grad(case: Case, coef: jax.Array, library: Library) -> Callable[[], Any]:
-    C = library.banded.ColumnNormalizedBanded.from_banded_toeplitz(case.n, coef)
-    return lambda: jax.value_and_grad(lambda C: library.banded.per_query_error(C).mean())(C)
-
-
-FUNCTIONS = {
-    f.__name__: f
-    for f in (multiply, inverse, solve, min_sep, gram, error, error_grad, rows, rows_grad)
-}
-TITLES = {
-    "multiply": "multiply",
-    "inverse": "inverse_coef",
-    "solve": "solve_banded",
-    "min_sep": "minsep_sensitivity_squared",
-    "gram": "get_min_sep_sensitivity_upper_bound_for_X",
-    "error": "per_query_error",
-    "error_grad": "mean of per_query_error, and gradient",
-    "rows": "banded.per_query_error",
-    "rows_grad": "mean of banded.per_query_error, and gradient",
-}
 PRODUCTS = ("multiply", "inverse", "solve")  # made of a product with each coefficient, for each row
 
 SLOW_PEER = {"peer": 3, "jax": OFTEN, "cpp": OFTEN}
@@ -185,10 +101,8 @@ CASES = {
 
 def contestants(case: Case) -> dict[str, Callable[[], Any]]:
     """A call by each that takes part."""
-    coef = toeplitz.optimal_max_error_strategy_coefs(case.coefficients)
-
     calls = {
-        name: FUNCTIONS[case.function](case, coef, PEER if name == "peer" else OURS)
+        name: algebra.call(case, PEER if name == "peer" else algebra.OURS)
         for name in NAMES
         if name in case.repeats
     }
@@ -205,13 +119,6 @@ class Recorder:
         self.result = None  # Its memory is free again, as when a user drops it.
         self.result = self._call()
         return self.result
-
-
-def difference(a: Any, b: Any) -> float:
-    """The largest difference of two results, relative to the largest number in the second."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    wide = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs]
-    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in wide)
 
 
 def multiply_adds(case: Case) -> int | None:
@@ -244,7 +151,7 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
         "dtype": case.dtype,
         "reference": reference,
         "max_relative_difference": {
-            n: difference(results[n], results[reference]) for n in times if n != reference
+            n: algebra.difference(results[n], results[reference]) for n in times if n != reference
         },
         "multiply_adds": terms,
         "multiply_adds_per_s": {n: terms / t["median_s"] for n, t in times.items() if terms},
@@ -309,34 +216,27 @@ def describe(report: dict[str, Any]) -> str:
 
 def label(row: dict[str, Any]) -> str:
     """A row in words."""
-    parts = [f"n = {row['n']:,}"]
-    if row["coefficients"] < row["n"]:
-        parts.append(f"b = {row['coefficients']}")
-    if row["min_sep"] > 1:
-        parts.append(f"min_sep = {row['min_sep']}")
-    if row["max_participations"] is not None:
-        parts.append(f"k = {row['max_participations']}")
-    if row["dtype"] != "float32":
-        parts.append(row["dtype"])
-    return f"{TITLES[row['function']]}\n{', '.join(parts)}"
+    sizes = {key: row[key] for key in ("function", "n", "min_sep", "max_participations")}
+    size = algebra.Size(bands=row["coefficients"], **sizes).label
+    dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
+    return f"{algebra.TITLES[row['function']]}\n{size}{dtype}"
 
 
 def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Time of a call and of the first one, case by case."""
-    # Okabe-Ito colours: told apart by colour-blind readers too.
-    colors = {"peer": "#D55E00", "jax": "#0072B2", "cpp": "#009E73"}
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.48 * len(rows)), layout="constrained")
-    for (name, text), marker in zip(harness.LABELS.items(), "osD", strict=True):
+    for name in NAMES:
         at = [i for i, row in enumerate(rows) if name in row["implementations"]]
         times = [rows[i]["implementations"][name] for i in at]
-        style: dict[str, Any] = {"marker": marker, "color": colors[name], "linestyle": "none"}
+        style: dict[str, Any] = {**harness.style(name), "linestyle": "none"}
         milli = [t["median_s"] * 1e3 for t in times]
-        axes.plot(milli, at, **style, label=text, zorder=3)
+        axes.plot(milli, at, **style, zorder=3)
         first = [t["first_call_s"] * 1e3 for t in times]
         style |= {"fillstyle": "none", "markersize": 9}  # To be seen around a median as well.
-        axes.plot(first, at, **style, label=f"{text}, first call")
+        style["label"] += ", first call"
+        axes.plot(first, at, **style)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    harness.log_ticks(axes.xaxis)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.grid(True, axis="x", which="both", linewidth=0.3)
@@ -370,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "rows": rows,
         "acceptance": acceptance(rows),
     }
-    return harness.publish(report, describe, plot, args.output_dir)
+    return harness.publish(report, describe, plot, args)
 
 
 if __name__ == "__main__":

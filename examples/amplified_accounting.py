@@ -37,14 +37,12 @@ taken.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
+import arguments
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -255,15 +253,10 @@ def plot(cells: Sequence[Cell], training: Training, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_args(argv: Sequence[str] | None) -> tuple[Training, list[float], list[int], str]:
-    parser = Parser(description="Compares the noise of a training run by how batches are sampled.")
+    parser = arguments.Parser(
+        description="Compares the noise of a training run by how batches are sampled."
+    )
     parser.add_argument("--examples", type=int, default=60_000, help="in the dataset (60000)")
     parser.add_argument("--batch", type=int, default=500, help="expected size of a batch (500)")
     parser.add_argument("--epochs", type=int, default=10, help="of training (10)")
@@ -275,7 +268,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Training, list[float], list[
         "--bands", type=int, nargs="+", default=[1, 8, 64], help="to compare (1 8 64)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of Monte Carlo (0)")
-    parser.add_argument("--output", default="amplified_accounting.png", help="where the plot goes")
+    parser.add_argument(
+        "--output",
+        type=arguments.output,
+        default="amplified_accounting.png",
+        help="where the plot goes",
+    )
     args = parser.parse_args(argv)
     if args.examples < 1:
         parser.error(f"expected --examples >= 1, found {args.examples}")
@@ -294,16 +292,6 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Training, list[float], list[
     for b in args.bands:
         if not 1 <= b <= training.cycle:
             parser.error(f"expected 1 <= --bands <= {training.cycle} steps an epoch, found {b}")
-    # Rather before than after the work.
-    path = pathlib.Path(args.output)
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        parser.error(f"expected --output to be a file that can be written: {error}")
-    if not existed:
-        path.unlink()
     epsilons, bands = sorted(set(args.epsilon)), sorted(set(args.bands))
     training = dataclasses.replace(training, calibrations=2 * len(epsilons) * len(bands))
     return training, epsilons, bands, args.output

@@ -31,6 +31,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import arguments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,8 +171,8 @@ def evaluate(candidate: Candidate, pattern: Participation) -> Row:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    header = ["strategy", "bands", "rms error", "max error", "sensitivity", "state (models)"]
-    table = [[*header, "planned in", ""]]
+    header = ["strategy", "bands", "rms error", "max", "sensitivity", "models", "plan", ""]
+    table = [header]
     best = min(rows, key=lambda row: row.rms_error)
     for row in rows:
         table.append(
@@ -183,7 +184,7 @@ def format_table(rows: Sequence[Row]) -> str:
                 f"{row.sensitivity:.3f}",
                 str(row.models),
                 f"{row.seconds:.2f} s",
-                "<- least error" if row is best else "",
+                "*" if row is best else "",
             ]
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -191,7 +192,8 @@ def format_table(rows: Sequence[Row]) -> str:
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
         for line in table
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    note = "* least error; models: what the noise keeps; plan: time to find the strategy"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
 
 
 def plot(rows: Sequence[Row], path: str, pattern: Participation) -> None:
@@ -240,38 +242,55 @@ def plot(rows: Sequence[Row], path: str, pattern: Participation) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description="Compares strategies for correlated noise at the same privacy.",
     )
-    parser.add_argument("--n", type=int, default=2000, help="steps of training (2000)")
-    parser.add_argument("--epochs", type=int, default=10, help="times each example takes part (10)")
+    parser.add_argument("--n", type=arguments.count, default=2000, help="steps of training (2000)")
     parser.add_argument(
-        "--min-sep", type=int, help="least distance of two of them (default: n // epochs)"
+        "--epochs", type=arguments.count, default=10, help="times each example takes part (10)"
     )
     parser.add_argument(
-        "--bands", type=int, nargs="+", help="band counts to try (default: a few up to min_sep)"
+        "--min-sep",
+        type=arguments.count,
+        help="least distance of two of them (default: n // epochs)",
     )
-    parser.add_argument("--output", default="optimize_strategy.png", help="where the plot goes")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--bands",
+        type=arguments.count,
+        nargs="+",
+        help="band counts to try (default: a few up to min_sep)",
+    )
+    parser.add_argument(
+        "--output",
+        type=arguments.output,
+        default="optimize_strategy.png",
+        help="where the plot goes",
+    )
+    args = parser.parse_args(argv)
+    if args.min_sep is None:
+        args.min_sep = max(args.n // args.epochs, 1)
+    try:
+        args.pattern = Participation(args.n, args.epochs, args.min_sep)
+    except ValueError as error:
+        parser.error(str(error))
+    args.bands = sorted(set(args.bands or band_counts(args.min_sep)))
+    if args.bands[-1] > args.n:
+        parser.error(f"expected 1 <= bands <= n={args.n}, found bands={args.bands}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parse_args(argv)
-    min_sep = args.min_sep
-    if min_sep is None:
-        # At least 1: the checks are to find fault with n or epochs, not with what follows.
-        min_sep = max(args.n // max(args.epochs, 1), 1)
-    pattern = Participation(args.n, args.epochs, min_sep)
-    counts = band_counts(min_sep) if args.bands is None else sorted(set(args.bands))
-    if not 1 <= counts[0] <= counts[-1] <= pattern.n:
-        raise ValueError(f"expected 1 <= bands <= n={pattern.n}, found bands={counts}")
+    pattern = args.pattern
     print(
         f"Steps: {pattern.n}. Participations of an example: up to {pattern.epochs}, at least "
         f"{pattern.min_sep} steps apart."
     )
 
     rows = []
-    with tqdm(candidates(pattern, counts), unit="strategy", desc="planning") as progress:
+    with tqdm(
+        candidates(pattern, args.bands), unit="strategy", desc="planning", disable=None
+    ) as progress:
         for candidate in progress:
             progress.set_postfix_str(f"{candidate.kind}, b = {candidate.bands}")
             rows.append(evaluate(candidate, pattern))

@@ -35,6 +35,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import arguments
 import dp_accounting
 import jax
 import jax.numpy as jnp
@@ -170,7 +171,7 @@ def run_all(settings: Settings) -> list[Run]:
     kinds = [(swapped, donated) for donated in (False, True) for swapped in (False, True)]
     programs = {kind: train(settings, donate=kind[1]) for kind in kinds}
     plans, params, steps = {}, {}, {kind: [] for kind in kinds}
-    for t in tqdm(range(settings.steps + 1), unit="step", desc="training"):
+    for t in tqdm(range(settings.steps + 1), unit="step", desc="training", disable=None):
         for kind, program in programs.items():
             swapped, _ = kind
             # All it takes.
@@ -194,7 +195,7 @@ def difference(a: Run, b: Run) -> float:
 
 
 def format_table(runs: Sequence[Run]) -> str:
-    header = ["noise state", "", "planned in", "step", "of which noise", "final loss", "parameters"]
+    header = ["noise state", "", "plan", "step", "its noise", "loss", "parameters"]
     table = [header]
     reference = runs[0]
     for run in runs:
@@ -261,18 +262,20 @@ def plot(runs: Sequence[Run], path: str, settings: Settings) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description="A jax_privacy program with and without jax_privacy_kernels swapped in.",
     )
-    parser.add_argument("--steps", type=int, default=64, help="of training (64)")
-    parser.add_argument("--bands", type=int, default=16, help="of the strategy (16)")
-    parser.add_argument("--hidden", type=int, default=768, help="units of both layers (768)")
-    parser.add_argument("--noise-multiplier", type=float, default=1.0)
-    parser.add_argument("--output", default="swap_in.png", help="where the plot goes")
+    parser.add_argument("--steps", type=arguments.count, default=64, help="of training (64)")
+    parser.add_argument("--bands", type=arguments.count, default=16, help="of the strategy (16)")
+    parser.add_argument(
+        "--hidden", type=arguments.count, default=768, help="units of both layers (768)"
+    )
+    parser.add_argument("--noise-multiplier", type=arguments.positive, default=1.0, help="(1)")
+    parser.add_argument(
+        "--output", type=arguments.output, default="swap_in.png", help="where the plot goes"
+    )
     args = parser.parse_args(argv)
-    if args.hidden < 1:
-        parser.error(f"--hidden must be at least 1, got {args.hidden}")
-    if not 1 <= args.bands <= min(args.steps, TRAIN_SIZE // 4):
+    if args.bands > min(args.steps, TRAIN_SIZE // 4):
         most = min(args.steps, TRAIN_SIZE // 4)
         parser.error(f"--bands must be between 1 and {most}, got {args.bands}")
     return args

@@ -40,6 +40,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import arguments
 import dp_accounting
 import jax
 import jax.numpy as jnp
@@ -337,8 +338,8 @@ def format_table(rows: Sequence[Row]) -> str:
     def microseconds(value: float | None) -> str:
         return "-" if value is None else f"{1e6 * value:.0f} us"
 
-    header = ["mechanism", "bands", "epsilon", "delta", "noise std", "test accuracy"]
-    table = [header + [f"noise/step, {name}" for name in IMPLEMENTATIONS]]
+    header = ["mechanism", "bands", "epsilon", "delta", "stddev", "test accuracy"]
+    table = [header + list(IMPLEMENTATIONS)]
     for row in rows:
         private = row.bands is not None
         table.append(
@@ -354,7 +355,8 @@ def format_table(rows: Sequence[Row]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.rjust, line, widths)) for line in table]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    note = f"{', '.join(IMPLEMENTATIONS)}: one step of noise by that implementation"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
 
 
 def plot(rows: Sequence[Row], path: str, *, epsilon: float, delta: float) -> None:
@@ -393,28 +395,44 @@ def plot(rows: Sequence[Row], path: str, *, epsilon: float, delta: float) -> Non
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description="Private training on digits: BandMF and independent noise at one epsilon.",
     )
     parser.add_argument(
-        "--epsilon", type=float, default=4.0, help="privacy budget of the whole run"
+        "--epsilon",
+        type=arguments.between(0.01, 100),
+        default=4.0,
+        help="privacy budget of the whole run (4)",
     )
-    parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--epochs", type=int, default=16, help="times each example takes part")
-    parser.add_argument("--batch-size", type=int, default=40)
-    parser.add_argument("--bands", type=int, help="of BandMF (default: steps per epoch)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs per mechanism")
-    parser.add_argument("--output", default="train_digits.png", help="where the plot goes")
+    # No Gaussian mechanism has a delta of 0, and accountants lose what is far below this one.
+    parser.add_argument("--delta", type=arguments.between(1e-12, 1), default=1e-5, help="(1e-5)")
+    parser.add_argument(
+        "--epochs", type=arguments.count, default=16, help="times each example takes part (16)"
+    )
+    parser.add_argument("--batch-size", type=arguments.count, default=40, help="(40)")
+    parser.add_argument("--bands", type=arguments.count, help="of BandMF (steps per epoch)")
+    parser.add_argument("--seeds", type=arguments.count, default=5, help="runs per mechanism (5)")
+    parser.add_argument(
+        "--output", type=arguments.output, default="train_digits.png", help="where the plot goes"
+    )
     for name, rate in LEARNING_RATES.items():
-        parser.add_argument(f"--lr-{name}", type=float, default=rate, help=f"learning rate, {name}")
+        parser.add_argument(
+            f"--lr-{name}", type=arguments.positive, default=rate, help=f"learning rate, {name}"
+        )
     parser.add_argument("--quick", action="store_true", help="two epochs and one seed, as a check")
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs, args.seeds = 2, 1
-    if min(args.epochs, args.seeds) < 1:
-        parser.error("--epochs and --seeds must be at least 1")
-    if not 1 <= args.batch_size <= TRAIN_SIZE:
+    if args.batch_size > TRAIN_SIZE:
         parser.error(f"--batch-size must be between 1 and {TRAIN_SIZE}, got {args.batch_size}")
+    # Up to min_sep bands the columns of C that one example touches are orthogonal; beyond,
+    # sensitivity grows.
+    steps_per_epoch = TRAIN_SIZE // args.batch_size
+    args.bands = args.bands or steps_per_epoch
+    if args.bands > steps_per_epoch:
+        parser.error(
+            f"--bands must be between 1 and {steps_per_epoch} (steps per epoch), got {args.bands}"
+        )
     return args
 
 
@@ -422,18 +440,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parse_args(argv)
     data = load_data(args.batch_size)
     steps_per_epoch, _ = data.labels.shape
-    # Up to min_sep bands the columns of C that one example touches are orthogonal; beyond,
-    # sensitivity grows.
-    bands = steps_per_epoch if args.bands is None else args.bands
-    if not 1 <= bands <= steps_per_epoch:
-        raise SystemExit(
-            f"--bands must be between 1 and {steps_per_epoch} (steps per epoch), got {bands}."
-        )
-
     guarantee = calibrate(args.epsilon, args.delta)
     print(
         f"Every example takes part {args.epochs} times, {steps_per_epoch} steps apart.\n"
-        f"Noise multiplier {guarantee.noise_multiplier:.4f} under zero-out adjacency gives "
+        f"Noise multiplier {guarantee.noise_multiplier:.4f} under zero-out adjacency gives\n"
         f"epsilon = {guarantee.epsilon:.4f} at delta = {args.delta:g} by the PLD accountant\n"
         f"(the looser RDP accountant: {guarantee.epsilon_rdp:.4f})."
     )
@@ -445,12 +455,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     mechanisms = [
         Mechanism("non-private", None, float("inf"), 0.0, args.lr_non_private),
         private_mechanism("independent", bands=1, learning_rate=args.lr_independent, **pattern),
-        private_mechanism("bandmf", bands=bands, learning_rate=args.lr_bandmf, **pattern),
+        private_mechanism("bandmf", bands=args.bands, learning_rate=args.lr_bandmf, **pattern),
     ]
 
     rows, reasons = [], []
     total_steps = len(mechanisms) * args.seeds * args.epochs * steps_per_epoch
-    with tqdm(total=total_steps, unit="step", desc="training") as progress:
+    with tqdm(total=total_steps, unit="step", desc="training", disable=None) as progress:
         for mechanism in mechanisms:
             steps, accuracies = train(
                 mechanism, data, epochs=args.epochs, seeds=args.seeds, progress=progress

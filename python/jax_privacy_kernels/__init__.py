@@ -27,3 +27,7 @@ __all__ = [
     "sharding_utils",
     "uninstall",
 ]
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -1,111 +1,105 @@
-"""``python -m jax_privacy_kernels``: the capability report, or a program under the swap."""
+"""The command line: ``python -m jax_privacy_kernels``, or ``jax-privacy-kernels``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
-import importlib.util
-import io
+import importlib
 import os
-import pkgutil
 import sys
-import types
-import warnings
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
-from jax_privacy_kernels import _plan_command
-from jax_privacy_kernels._report import report
-from jax_privacy_kernels._swap import install
+from jax_privacy_kernels._version import __version__
+
+__all__ = ["main"]
+
+PROGRAM = "python -m jax_privacy_kernels"
+WIDTH = 79
+# Modules with EXAMPLES, add_arguments(parser) and main(options); the first line of their text is
+# their help.
+COMMANDS = {
+    "report": "_report",
+    "bench": "_bench_command",
+    "plan": "_plan_command",
+    "run": "_run_command",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m jax_privacy_kernels",
-        description="Runs a program that uses jax_privacy on this library, as `python program.py "
-        "...` would run it. Without a program: reports what runs on this machine, and what is "
-        "swapped. JAX is imported before the program: set JAX_* variables in the shell, not in it. "
-        "`plan` in place of a program compares mechanisms for a run: see `plan --help`.",
-    )
-    parser.add_argument("--force", action="store_true", help="however old jax-privacy is")
-    parser.add_argument("-m", action="store_true", dest="module", help="program is a module's name")
-    parser.add_argument("program", nargs="?", help="a Python file, or a folder or zip of them")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
+    """Runs a command; without any it reports, and what is no command is a program to run."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["plan"]:
-        planner = argparse.ArgumentParser(prog="python -m jax_privacy_kernels plan")
-        _plan_command.add_arguments(planner)
-        _plan_command.main(planner.parse_args(argv[1:]))
-        return
-    # What follows the program is not parsed: argparse would drop a "--".
-    end = next((i + 1 for i, arg in enumerate(argv) if not arg.startswith("-")), len(argv))
-    options = parser.parse_args(argv[:end])
-    if options.program is None:
-        if options.module:
-            parser.error("-m: expected the name of a module")
-        print(report())
-        return
-    if not options.module and not os.path.exists(options.program):
-        parser.error(f"expected a program, found no file {options.program!r}")
-    install(force=options.force)
-    sys.addaudithook(_warn_of_late_variables)
-    program = types.ModuleType("__main__")
-    sys.argv = [options.program, *argv[end:]]
-    code = _module(program, options.program) if options.module else _file(program, options.program)
-    # For good: threads, exit handlers and pickles look the program up there.
-    sys.modules["__main__"] = program
-    exec(code, vars(program))
+    if argv[:1] in (["-h"], ["--help"]):
+        return _print(_help())
+    if argv[:1] == ["--version"]:
+        return _print(f"jax-privacy-kernels {__version__}")
+    name, arguments = (argv[0], argv[1:]) if argv else ("report", [])
+    if name not in COMMANDS:
+        name, arguments = "run", argv
+    module = _module(name)
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {name}",
+        description="\n\n".join(textwrap.fill(x, WIDTH) for x in str(module.__doc__).split("\n\n")),
+        epilog="examples:\n" + _examples(module),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    if name == "run":
+        # What follows the program is not parsed: argparse would drop a "--".
+        own = next((i + 1 for i, x in enumerate(arguments) if not x.startswith("-")), None)
+        options = parser.parse_args(arguments[:own])
+        options.args = [] if own is None else arguments[own:]
+        module.main(options)
+    else:
+        _piped(module.main, parser.parse_args(arguments))
 
 
-def _warn_of_late_variables(event: str, arguments: tuple[Any, ...]) -> None:
-    """Says so where a program sets what JAX, already imported, has read and will not read again."""
-    if event == "os.putenv":
-        name, value = (os.fsdecode(x) for x in arguments)
-        if name.startswith("JAX_") and os.environ.get(name) != value:
-            warnings.warn(
-                f"{name}={value} comes too late: python -m jax_privacy_kernels imports JAX before "
-                "the program. Set it in the shell, or use jax.config.update",
-                stacklevel=3,
-            )
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"jax_privacy_kernels.{COMMANDS[name]}")
 
 
-def _module(program: types.ModuleType, name: str) -> types.CodeType:
-    """The code of a module, or of a package's ``__main__``, that ``python -m`` would run."""
-    spec = importlib.util.find_spec(name)
-    if spec is not None and spec.submodule_search_locations is not None:
-        spec = importlib.util.find_spec(f"{name}.__main__")
-    if spec is None:
-        raise ModuleNotFoundError(f"expected a module to run, found none named {name!r}", name=name)
-    code = _of_spec(program, spec)
-    sys.argv[0] = program.__file__ or name
-    return code
+def _help() -> str:
+    modules = {name: _module(name) for name in COMMANDS}
+    lines = {name: str(module.__doc__).splitlines()[0] for name, module in modules.items()}
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} [COMMAND] [arguments]",
+            "",
+            "Correlated noise for differentially private training in JAX, compiled.",
+            "",
+            "commands (without one: report):",
+            *(f"  {name:<8}{line}" for name, line in lines.items()),
+            "",
+            "options:",
+            "  -h, --help   this text, or that of a command: COMMAND --help",
+            "  --version    the version",
+            "",
+            "examples:",
+            *(_examples(module) for module in modules.values()),
+        ]
+    ).rstrip()
 
 
-def _file(program: types.ModuleType, path: str) -> types.CodeType:
-    """The code of a file, or of the ``__main__`` in a folder or zip, that ``python`` would run."""
-    if pkgutil.get_importer(path) is not None:
-        sys.path[0] = path = os.path.abspath(path)
-        spec = importlib.machinery.PathFinder.find_spec("__main__", [path])
-        if spec is None:
-            raise ModuleNotFoundError(f"expected a program, found no __main__ in {path!r}")
-        return _of_spec(program, spec)
-    if not sys.flags.safe_path:
-        # In place of the current directory, for which `python -m` is the reason.
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
-    program.__file__ = path = os.path.abspath(path)
-    program.__package__ = None
-    with io.open_code(path) as file:
-        return compile(file.read(), path, "exec", dont_inherit=True)
+def _examples(module: ModuleType) -> str:
+    """The examples of a command, as one types them."""
+    lines = module.EXAMPLES.strip("\n").splitlines()
+    return "\n".join(f"  {PROGRAM} {line.strip()}" for line in lines)
 
 
-def _of_spec(program: types.ModuleType, spec: importlib.machinery.ModuleSpec) -> types.CodeType:
-    loader: Any = spec.loader
-    code = loader.get_code(spec.name)
-    if code is None:
-        raise ImportError(f"expected Python code in {spec.name!r}, found none")
-    program.__spec__, program.__loader__, program.__package__ = spec, loader, spec.parent
-    program.__file__ = spec.origin
-    return code
+def _print(text: str) -> None:
+    _piped(print, text)
+
+
+def _piped(call: Callable[..., None], *arguments: Any) -> None:
+    """Calls, and ends without a word where nobody reads what is printed any more."""
+    try:
+        call(*arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

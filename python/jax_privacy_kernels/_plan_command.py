@@ -1,4 +1,8 @@
-"""``python -m jax_privacy_kernels plan``: `planning.plan` for a terminal."""
+"""Compares the mechanisms that fit a run, at one privacy target.
+
+Every row is a mechanism with its noise, its error, its state and its time per step, and every
+epsilon is one that an accountant computes; see `jax_privacy_kernels.planning.plan`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ import sys
 from jax_privacy_kernels import planning
 from jax_privacy_kernels.matrix_factorization import toeplitz
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["EXAMPLES", "add_arguments", "main"]
+
+EXAMPLES = """
+  plan --steps 2000 --dataset-size 60000 --batch-size 600 --epochs 20 --epsilon 4 --delta 1e-6
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to its parser."""
-    parser.description = "Compares the mechanisms that fit a run, at one privacy target."
     required = parser.add_argument_group("the run")
     required.add_argument("--steps", type=int, required=True)
     required.add_argument("--dataset-size", type=int, required=True, help="examples")

@@ -1,7 +1,8 @@
-"""The capability report: what would run here, and why not something else."""
+"""Reports what would run on this machine, and why not something else."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import platform
@@ -13,7 +14,11 @@ import jax
 from jax_privacy_kernels import _swap
 from jax_privacy_kernels.ops import _dispatch, _ffi, _registry
 
-__all__ = ["report"]
+__all__ = ["EXAMPLES", "add_arguments", "main", "report"]
+
+EXAMPLES = """
+  report
+"""
 
 _PACKAGES = (
     "jax-privacy-kernels",
@@ -26,6 +31,15 @@ _PACKAGES = (
     "triton",
     "jax-triton",
 )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def main(options: argparse.Namespace) -> None:
+    del options
+    print(report())
 
 
 def report() -> str:

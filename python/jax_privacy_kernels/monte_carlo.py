@@ -534,3 +534,7 @@ def _keys(seed: int | None, *purposes: str) -> tuple[int, list[np.ndarray]]:
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     found = [jax.random.fold_in(key, _PURPOSES.index(purpose)) for purpose in purposes]
     return seed, [np.asarray(jax.random.key_data(k)) for k in found]
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import enum
 import operator
 import secrets
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,7 @@ from jax_privacy_kernels.ops import (
     NoiseState,
     NoisingMatrix,
     check_mesh,
+    check_name,
     check_noise_dtype,
     check_shared,
     correlated_noise,
@@ -138,10 +140,11 @@ def matrix_factorization_privatizer(
         secret, and give a key only to reproduce a run.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
         gradient's own dtype. It is correlated and scaled in 32 bits at least. Gradients of 16 bits
-        deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values.
+        deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values. Outside of JAX's
+        64-bit mode float64 means float32, with a warning.
       intermediate_strategy: how noise is laid out over devices, see `SupportedStrategies`.
-      implementation: of the noise kernel, "jax" or "cpp"; None for the fastest that takes the
-        arguments.
+      implementation: of the noise kernel, "jax", "cpp" (on CPUs), "pallas" or "triton" (on CUDA
+        devices); None for the fastest that takes the arguments.
 
     Returns:
       A transformation with ``init(model)``, which takes arrays or ShapeDtypeStructs shaped like
@@ -153,7 +156,8 @@ def matrix_factorization_privatizer(
     Raises:
       TypeError: a noising matrix, key or stddev of a wrong type. From init and update: leaves that
         are not real floating, or a noise dtype that is not one of the above.
-      ValueError: a dense matrix that is not 2-D, empty or not finite; stddev negative, NaN,
+      ValueError: an implementation that there is not; a dense matrix that is not 2-D, empty or not
+        finite; stddev negative, NaN,
         infinite or beyond float32; a key that is not one key; no key inside a trace. From init: no
         key where several processes work together. From update: a state of another format, strategy,
         stddev or number of bands, or of gradients of other shapes or dtypes (NaN instead where a
@@ -174,6 +178,8 @@ def matrix_factorization_privatizer(
             f"expected intermediate_strategy to be one of {[str(s) for s in strategies]}, "
             f"found {intermediate_strategy!r}"
         )
+    check_name(implementation)
+    _warn_of_float64(dtype)
     stddev = _check_stddev(stddev)
     key = _Keys(prng_key)
     if hasattr(noising_matrix, "multiply_next"):
@@ -184,13 +190,46 @@ def matrix_factorization_privatizer(
             privatizer = _streaming(noising_matrix, stddev, key, dtype, implementation)
     elif isinstance(noising_matrix, _ARRAYS):
         privatizer = _dense(noising_matrix, stddev, key, dtype, implementation)
+    elif hasattr(noising_matrix, "inverse_as_streaming_matrix"):
+        raise TypeError(
+            "expected noising_matrix to be an array or a StreamingMatrix, found the strategy "
+            f"{noising_matrix!r}: pass its inverse_as_streaming_matrix()"
+        )
     else:
         raise TypeError(
             f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
-    return _for_any_caller(_on_mesh(privatizer.init), privatizer.update, str(key.impl))
+    told = [
+        f"<{_shown_matrix(noising_matrix)}>",
+        f"stddev={stddev if is_concrete(stddev) else 'traced'}",
+        f"dtype={None if dtype is None else jnp.dtype(dtype).name}",
+        f"intermediate_strategy={intermediate_strategy.name}",
+        f"implementation={implementation!r}",
+        f"noise stream {key.impl}",
+    ]
+    privatizer = _for_any_caller(_on_mesh(privatizer.init), privatizer.update)
+    privatizer.told = f"matrix_factorization_privatizer({', '.join(told)})"
+    return privatizer
+
+
+class _Privatizer(optax.GradientTransformation):
+    """A transformation that tells what it is, but not its key: errors print what they are about."""
+
+    told = "matrix_factorization_privatizer(...)"
+
+    def __repr__(self) -> str:
+        return self.told
+
+
+def _shown_matrix(noising_matrix: Any) -> str:
+    structure = getattr(noising_matrix, "structure", None)
+    if isinstance(structure, NoisingMatrix):
+        return str(structure)
+    if hasattr(noising_matrix, "multiply_next"):
+        return "a StreamingMatrix without a fused kernel"
+    return f"dense {' x '.join(map(str, np.shape(noising_matrix)))} matrix"
 
 
 def gaussian_privatizer(
@@ -303,9 +342,14 @@ def _dense(
 ) -> optax.GradientTransformation:
     rows = jnp.asarray(matrix)
     if rows.ndim != 2 or rows.size == 0:
+        hint = (
+            ": coefficients of a strategy make a noising matrix by "
+            "toeplitz.inverse_as_streaming_matrix(coef), those of C^-1 by "
+            "toeplitz.noising_coef_as_streaming_matrix(coef)"
+        )
         raise ValueError(
             "Expected 2D matrix: expected noising_matrix to be 2-D and not empty, "
-            f"found shape {rows.shape}"
+            f"found shape {rows.shape}{hint if rows.ndim == 1 else ''}"
         )
     if jnp.issubdtype(rows.dtype, jnp.complexfloating):
         raise TypeError(f"expected noising_matrix to be real, found dtype {rows.dtype}")
@@ -334,17 +378,7 @@ def _dense(
     return optax.GradientTransformation(init, update)
 
 
-class _Privatizer(optax.GradientTransformation):
-    """A transformation whose repr says where its noise comes from."""
-
-    stream: str
-
-    def __repr__(self) -> str:
-        # A copy that a pytree was made of has lost it.
-        return f"<privatizer, noise stream {getattr(self, 'stream', 'unknown')}>"
-
-
-def _for_any_caller(init: Any, update: Any, stream: str) -> optax.GradientTransformation:
+def _for_any_caller(init: Any, update: Any) -> _Privatizer:
     """The privatizer, where JAX is strict about dtypes and where leaves are Python numbers, too."""
 
     def arrays(tree: Any) -> Any:
@@ -361,9 +395,7 @@ def _for_any_caller(init: Any, update: Any, stream: str) -> optax.GradientTransf
         with jax.numpy_dtype_promotion("standard"):
             return update(arrays(sum_of_clipped_grads), noise_state, params)
 
-    privatizer = _Privatizer(init_for_any_caller, update_for_any_caller)
-    privatizer.stream = stream
-    return privatizer
+    return _Privatizer(init_for_any_caller, update_for_any_caller)
 
 
 def _on_mesh(init: Any) -> Any:
@@ -512,7 +544,8 @@ def _as_key(prng_key: Any) -> jax.Array:
             return jax.random.key(operator.index(prng_key))
         except TypeError as error:
             raise TypeError(
-                f"expected prng_key to be a key, an integer or None, found {prng_key!r}"
+                "expected prng_key to be a key, an integer or None, "
+                f"found a {type(prng_key).__name__}"
             ) from error
     key = jnp.asarray(prng_key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -525,6 +558,17 @@ def _as_key(prng_key: Any) -> jax.Array:
     if key.shape:
         raise ValueError(f"expected prng_key to be one key, found keys of shape {key.shape}")
     return key
+
+
+def _warn_of_float64(dtype: Any) -> None:
+    """Says so where noise of 64 bits was asked for, and JAX makes it 32, as everywhere."""
+    if dtype not in (None, float) and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        warnings.warn(
+            f"requested dtype {jnp.dtype(dtype).name} is not available outside of JAX's 64-bit "
+            "mode, and noise will be float32: set jax.config.update('jax_enable_x64', True), or "
+            "use jnp.float32",
+            stacklevel=3,
+        )
 
 
 def _check_stddev(stddev: Any) -> Any:
@@ -547,3 +591,7 @@ def _check_stddev(stddev: Any) -> Any:
             f"found {stddev}"
         )
     return float(value)
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -283,3 +283,7 @@ def _names(state: Any) -> str:
     if type(state) in (tuple, list):
         return "(" + ", ".join(_names(part) for part in state) + ")"
     return type(state).__name__
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -318,3 +318,7 @@ def _axes(spec: PartitionSpec) -> tuple[str, ...]:
     for entry in spec:
         axes.extend(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
     return tuple(axes)
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

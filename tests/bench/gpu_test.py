@@ -49,7 +49,7 @@ def out_of_memory(*_):
 
 @pytest.mark.parametrize(("seconds", "reason"), [("420", "out of memory"), ("0", "no time left")])
 def test_what_cannot_be_measured_is_left_out(bench, monkeypatch, tmp_path, capsys, seconds, reason):
-    monkeypatch.setattr(bench.noise, "Runner", out_of_memory)
+    monkeypatch.setattr(bench.noise, "runner", out_of_memory)
     options = ["--cases", "sizes", "--seconds", seconds, "--output-dir", str(tmp_path)]
     bench.main(["--quick", *options])
     (row,) = json.loads(next(tmp_path.glob("gpu-*.json")).read_text())["rows"]

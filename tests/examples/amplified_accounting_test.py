@@ -114,37 +114,3 @@ def test_advice_names_the_best(run, example):
 
 def test_plot_is_written(run):
     assert run[1].read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--examples=0"], "--examples >= 1, found 0"),
-        (["--batch=0"], "1 <= --batch <= 60000, found 0"),
-        (["--batch=ten"], "invalid int value: 'ten'"),
-        (["--epochs=0"], "--epochs >= 1, found 0"),
-        (["--epsilon", "1", "0"], "--epsilon <= 100, found 0"),
-        (["--delta=1"], "0 < --delta < 1, found 1"),
-        (["--bands", "121"], "1 <= --bands <= 120 steps an epoch, found 121"),
-        (["--seed=-1"], "0 <= --seed < 2^64, found -1"),
-        (["--output=/nowhere/at/all.png"], "--output to be a file that can be written"),
-        (["--what"], "unrecognized arguments: --what"),
-    ],
-)
-def test_bad_arguments_are_one_line(example, capsys, arguments, message):
-    with pytest.raises(SystemExit) as error:
-        example.main(arguments)
-    assert error.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-
-
-def test_output_is_left_as_it_was_when_arguments_are_checked(example, tmp_path):
-    path = tmp_path / "plot.png"
-    example.parse_args([f"--output={path}"])
-    assert not path.exists()
-    path.write_bytes(b"old")
-    example.parse_args([f"--output={path}"])
-    assert path.read_bytes() == b"old"

@@ -98,37 +98,20 @@ def test_optimizing_pays(run, example):
 def test_table_is_sorted_and_marks_the_winner(run, example):
     rows, _ = run
     assert [row.rms_error for row in rows] == sorted(row.rms_error for row in rows)
-    header, _, *lines = example.format_table(rows).splitlines()
+    header, _, *lines, _ = example.format_table(rows).splitlines()
     assert "rms error" in header
+    assert max(map(len, lines)) <= 80
     assert len(lines) == len(rows)
-    assert ["least error" in line for line in lines] == [True] + [False] * (len(rows) - 1)
+    assert [line.endswith("*") for line in lines] == [True] + [False] * (len(rows) - 1)
     assert all(line.startswith(row.kind) for line, row in zip(lines, rows, strict=True))
     # Marked even if it does not come first.
-    assert "least error" in example.format_table(rows[::-1]).splitlines()[-1]
+    assert example.format_table(rows[::-1]).splitlines()[-2].endswith("*")
 
 
 def test_plot_is_written(run):
     _, path = run
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--n=0"], r"n >= 1, found n=0"),
-        (["--n=10", "--epochs=0"], r"1 <= epochs <= n=10, found epochs=0"),
-        (["--n=10", "--epochs=11"], r"1 <= epochs <= n=10, found epochs=11"),
-        (["--n=10", "--epochs=1", "--min-sep=11"], r"min_sep <= n=10, found min_sep=11"),
-        (["--n=10", "--epochs=2", "--min-sep=0"], r"1 <= min_sep <= n=10, found min_sep=0"),
-        (["--n=10", "--epochs=5", "--min-sep=3"], r"5 participations .* found room for 4 "),
-        (["--n=10", "--epochs=2", "--bands", "11"], r"bands <= n=10, found bands=\[11\]"),
-        (["--n=10", "--epochs=2", "--bands", "0", "3"], r"1 <= bands .* found bands=\[0, 3\]"),
-    ],
-)
-def test_bad_arguments_are_errors(example, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        example.main(arguments)
 
 
 @pytest.mark.parametrize("arguments", [["--n=1", "--epochs=1"], ["--n=5", "--epochs=5"]])

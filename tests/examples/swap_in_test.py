@@ -78,22 +78,9 @@ def test_difference_is_that_of_the_parameters(run, example):
 def test_table_and_plot(run, example):
     rows, path, _ = run
     header, _, *lines = example.format_table(rows).splitlines()
-    assert "of which noise" in header
+    assert "its noise" in header
+    assert max(map(len, lines)) <= 80
     assert ["reference" in line for line in lines] == [True, False, False, False]
     assert ["swapped" in line for line in lines] == [row.swapped for row in rows]
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--bands=0"], "between 1 and 64, got 0"),
-        (["--steps=8", "--bands=9"], "between 1 and 8, got 9"),
-        (["--hidden=0"], "at least 1, got 0"),
-    ],
-)
-def test_bad_arguments_are_errors(example, capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        example.main(arguments)
-    assert message in capsys.readouterr().err

@@ -40,3 +40,7 @@ __all__ = [
     "streaming_matrix",
     "toeplitz",
 ]
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -60,6 +60,12 @@ class ColumnNormalizedBanded(Mirrored):
         if isinstance(self.params, np.ndarray):  # where the caller may write later
             object.__setattr__(self, "params", self.params.copy())
 
+    def __repr__(self) -> str:
+        shape, dtype = np.shape(self.params), getattr(self.params, "dtype", None)
+        if len(shape) != 2:
+            return f"ColumnNormalizedBanded(params={self.params!r})"
+        return f"ColumnNormalizedBanded(n={shape[0]}, bands={shape[1]}, dtype={dtype})"
+
     @property
     def n(self) -> int:
         """The size of C."""
@@ -357,3 +363,7 @@ def _loss(
     A: StreamingMatrix | None, reduction_fn: Callable[[jax.Array], jax.Array], scan_fn: Any
 ) -> Callable[[ColumnNormalizedBanded], jax.Array]:
     return lambda C: reduction_fn(per_query_error(C, A, scan_fn))
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

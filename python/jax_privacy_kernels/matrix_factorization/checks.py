@@ -118,3 +118,7 @@ def _matrix(name: str) -> str:
 
 def _shape(M: Any) -> str:
     return f"shape {tuple(jnp.shape(M))}"
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

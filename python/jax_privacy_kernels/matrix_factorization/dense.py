@@ -429,3 +429,7 @@ def _loss_and_projected_gradient(
     diagonal = jnp.zeros_like(diagonal) if equal_norm else diagonal - jnp.tile(shared, epochs)
     gradient = gradient.at[jnp.diag_indices(n)].set(diagonal)
     return loss, gradient * mask
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -273,3 +273,7 @@ def _compiled(loss_fn: Any, body: Callable[..., Any], *options: Any) -> Any:
     if choice not in by_options:
         by_options[choice] = jax.jit(lambda *args: body(reference(), *options, *args))
     return by_options[choice]
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

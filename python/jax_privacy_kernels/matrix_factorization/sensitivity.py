@@ -450,3 +450,7 @@ def _widened(X: jax.Array, rows: int) -> jax.Array:
     """``|X|``, and what rounding may have taken from the inner products of columns."""
     norms = jnp.sqrt(jnp.diag(X))
     return jnp.abs(X) + 4 * (rows + 8) * 2.0**-53 * (norms[:, None] * norms[None, :])
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

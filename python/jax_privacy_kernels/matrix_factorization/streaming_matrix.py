@@ -95,6 +95,11 @@ class StreamingMatrix(Mirrored, Generic[State]):
     # Not an argument: dataclasses.replace on one of the functions must drop it.
     structure: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        if isinstance(self.structure, NoisingMatrix):
+            return f"StreamingMatrix({self.structure})"
+        return f"StreamingMatrix({self.init_multiply!r}, {self.multiply_next!r})"
+
     @classmethod
     def from_array_implementation(
         cls,
@@ -400,3 +405,7 @@ def momentum_sgd_matrix(
     return StreamingMatrix.from_array_implementation(
         init_multiply, multiply_next, structure=Momentum(momentum, rates, decay)
     )
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -278,3 +278,7 @@ def _row_scale(coef: jax.Array, n: int) -> jax.Array:
 # Pickles name this module, whichever file a function is written in.
 for _name in __all__:
     globals()[_name].__module__ = __name__
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

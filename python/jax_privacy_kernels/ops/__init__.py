@@ -1,7 +1,7 @@
 """The hot paths: one public op each, and its implementations."""
 
 from jax_privacy_kernels.ops._chacha20 import CHACHA20
-from jax_privacy_kernels.ops._dispatch import asked, implementation
+from jax_privacy_kernels.ops._dispatch import asked, check_name, implementation
 from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
 from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
 from jax_privacy_kernels.ops._once import mark_tree
@@ -42,6 +42,7 @@ __all__ = [
     "asked",
     "banded_error",
     "check_mesh",
+    "check_name",
     "check_noise_dtype",
     "check_shared",
     "correlated_noise",

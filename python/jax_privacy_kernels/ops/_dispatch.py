@@ -21,11 +21,13 @@ from jax.interpreters import ad, batching, mlir
 
 __all__ = [
     "ENVIRONMENT",
+    "NAMES",
     "PLATFORMS",
     "Implementation",
     "Table",
     "asked",
     "candidates",
+    "check_name",
     "implementation",
     "per_platform",
     "requested",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 ENVIRONMENT = "JAX_PRIVACY_KERNELS_IMPLEMENTATION"
+NAMES = ("jax", "cpp", "pallas", "triton")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -63,8 +66,15 @@ Table = Mapping[str, Implementation[Any]]
 _block: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
 
 
-@contextlib.contextmanager
-def implementation(name: str | None) -> Iterator[None]:
+def check_name(name: str | None) -> None:
+    """Raises a ValueError unless it is the name of an implementation, of some op, or None."""
+    if name is not None and name not in NAMES:
+        raise ValueError(
+            f"expected implementation to be None or one of {', '.join(NAMES)}, found {name!r}"
+        )
+
+
+def implementation(name: str | None) -> contextlib.AbstractContextManager[None]:
     """Makes ops called in the block, without a name of their own, take the implementation ``name``.
 
     What counts is when a call is traced: a function that was jitted and called before the block
@@ -72,7 +82,16 @@ def implementation(name: str | None) -> Iterator[None]:
 
     Args:
       name: "jax", "cpp", "pallas" or "triton", or None for the fastest that takes the arguments.
+
+    Raises:
+      ValueError: there is no such implementation.
     """
+    check_name(name)
+    return _in_block(name)
+
+
+@contextlib.contextmanager
+def _in_block(name: str | None) -> Iterator[None]:
     token = _block.set(name)
     try:
         yield

@@ -23,6 +23,7 @@ __all__ = [
     "abstract_kind",
     "check_kind",
     "has_fingerprint",
+    "in_words",
     "key_words",
     "kind_of",
 ]
@@ -51,6 +52,10 @@ class Clock(NamedTuple):
     stddevs: Any
     kind: dict[str, jax.Array]
 
+    def __repr__(self) -> str:
+        """Without the keys: errors print what they are about."""
+        return f"Clock(step={_shown_step(self)}, kind={_name_of_kind(self)}, keys=<secret>)"
+
 
 class NoiseState(NamedTuple):
     """State of a privatizer before a step. It unpacks as ``clock, inner = state``.
@@ -66,6 +71,43 @@ class NoiseState(NamedTuple):
 
     clock: Clock
     inner: Any
+
+    def __repr__(self) -> str:
+        """What it is of, without keys and noise: errors print what they are about."""
+        leaves = jax.tree.leaves(self.inner)
+        size = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+        kind = _name_of_kind(self.clock)
+        return (
+            f"NoiseState(step={_shown_step(self.clock)}, kind={kind}, of {in_words(kind)}; "
+            f"{len(leaves)} arrays of noise, {size / 1e6:.3g} MB)"
+        )
+
+
+def _shown_step(clock: Any) -> str:
+    step = getattr(clock, "step", None)
+    known = isinstance(step, jax.Array | np.ndarray | np.generic) and is_concrete(step)
+    return str(step) if known else type(step).__name__
+
+
+def _name_of_kind(clock: Any) -> str:
+    kind = getattr(clock, "kind", None)
+    return " ".join(map(str, kind)) if isinstance(kind, dict) else type(kind).__name__
+
+
+def in_words(kind: str) -> str:
+    """What a kind of state is of, as users call it."""
+    counts = {name: int(n) for name, n in re.findall(r"_(slots|buffers|samples)(\d+)", kind)}
+    if "_dense_" in kind:
+        words = "a dense matrix"
+    elif "samples" in counts:
+        words = f"{counts['samples']} coefficients of C^-1 with {counts['slots']} slots"
+    elif "buffers" in counts:
+        words = f"{counts['buffers']} buffers"
+    elif "slots" in counts:
+        words = f"{counts['slots'] + 1} bands"
+    else:
+        words = "another kind"
+    return words + (" and a stddev that changes" if "_changing_stddev" in kind else "")
 
 
 for _type in (Clock, NoiseState):
@@ -112,10 +154,12 @@ def check_kind(state: Any, expected: NoiseState) -> None:
     if found != name:
         if found.rpartition("_")[0] == name.rpartition("_")[0]:  # of other leaves, named by rings
             check_like("noise_state.inner", state.inner, expected.inner)
+        words = in_words(found), in_words(name)
+        differ = f"a state of {words[0]}, expected {words[1]}: " if words[0] != words[1] else ""
         raise ValueError(
-            f"expected noise_state to be of kind {name}, of this privatizer and these gradients "
-            "(slots are b - 1 for b bands; the number after the dtypes tells the dimensions of the "
-            f"leaves), found one of kind {found}"
+            f"{differ}expected noise_state to be of kind {name}, of this privatizer and these "
+            "gradients (slots are b - 1 for b bands; the number after the dtypes tells the "
+            f"dimensions of the leaves), found one of kind {found}"
         )
     check_like("noise_state", state, expected)
 

@@ -6,3 +6,7 @@
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation, sample_generation
 
 __all__ = ["delta_calculation", "sample_generation"]
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

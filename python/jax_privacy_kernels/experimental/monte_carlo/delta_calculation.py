@@ -281,3 +281,7 @@ def perform_calibration_from_samples(
             if not estimate <= base_delta:
                 return (True, i - 1) if i else (False, base_delta)
     return True, size - 1
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

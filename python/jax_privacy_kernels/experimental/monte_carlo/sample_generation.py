@@ -303,3 +303,7 @@ def _min_sep_loss(scheme: BMinSep, ratio: np.ndarray) -> np.ndarray:
         return after
     ring[1:] += log_p
     return special.logsumexp(ring, axis=0) - np.log1p((b - 1) * p)
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

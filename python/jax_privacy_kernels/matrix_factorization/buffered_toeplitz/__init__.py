@@ -92,3 +92,7 @@ _named: list[Any] = [globals()[name] for name in __all__ if name not in _aliases
 _named += [_same, _with_inverse, _decay_pair, _blts_of_decay_pair, _interlaced, _blts_of_interlaced]
 for _object in _named:
     _object.__module__ = __name__
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

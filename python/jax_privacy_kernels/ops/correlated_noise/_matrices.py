@@ -51,6 +51,12 @@ class BandedRecurrence:
     coef: jax.Array
     row_scale: jax.Array | None = None
 
+    def __str__(self) -> str:
+        *rows, bands = self.coef.shape
+        if rows:
+            return f"inverse of a banded strategy, n = {rows[0]}, b = {bands}"
+        return f"inverse of a banded Toeplitz strategy, b = {bands}"
+
     @property
     def dtype(self) -> jnp.dtype:
         return self.coef.dtype
@@ -90,6 +96,9 @@ class MovingAverage:
     coef: jax.Array
     slots: int = dataclasses.field(metadata={"static": True})
     row_scale: jax.Array | None = None
+
+    def __str__(self) -> str:
+        return f"banded C^-1 of {self.coef.shape[0]} coefficients, look_ahead = {self.slots}"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -134,6 +143,10 @@ class BufferedToeplitz:
     inverse: bool = dataclasses.field(metadata={"static": True})
     slots: int = dataclasses.field(metadata={"static": True})
     row_scale: jax.Array | None = None
+
+    def __str__(self) -> str:
+        which = "inverse of a BLT" if self.inverse else "BLT"
+        return f"{which} of {self.buf_decay.shape[0]} buffers, look_ahead = {self.slots}"
 
     @property
     def dtype(self) -> jnp.dtype:

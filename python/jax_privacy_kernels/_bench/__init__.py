@@ -1,0 +1,1 @@
+"""What measures: the command ``bench``, and what it shares with the scripts under bench/."""

@@ -1,0 +1,162 @@
+"""What is seen at a prompt: completion, representations without keys, and what errors propose."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from public_api_test import public_modules
+
+import jax_privacy_kernels
+from jax_privacy_kernels import noise_addition, ops
+from jax_privacy_kernels.matrix_factorization import (
+    banded,
+    buffered_toeplitz,
+    streaming_matrix,
+    toeplitz,
+)
+
+COEF = jnp.asarray([1.0, 0.5, 0.25, 0.125])
+BLT = buffered_toeplitz.BufferedToeplitz.build([0.9, 0.5], [0.1, 0.2], dtype=jnp.float32)
+BANDED = banded.ColumnNormalizedBanded.default(9, 3)
+# By what a representation has to say.
+MATRICES = {
+    "banded Toeplitz strategy, b = 4": toeplitz.inverse_as_streaming_matrix(COEF),
+    "banded strategy, n = 9, b = 3": BANDED.inverse_as_streaming_matrix(),
+    "BLT of 2 buffers": BLT.inverse_as_streaming_matrix(),
+    "of 4 coefficients, look_ahead = 3": toeplitz.noising_coef_as_streaming_matrix(COEF),
+    "without a fused kernel": streaming_matrix.prefix_sum() @ streaming_matrix.prefix_sum(),
+    "dense 5 x 5 matrix": jnp.eye(5),
+}
+GRADS = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
+SEED = 987_654_321
+
+
+def words_of_keys(state):
+    """The numbers by which one would know a state's noise."""
+    return [str(word) for word in np.asarray(state.clock.keys).ravel() if word]
+
+
+def privatizer(matrix, **options):
+    return noise_addition.matrix_factorization_privatizer(
+        matrix, stddev=1.5, prng_key=SEED, **options
+    )
+
+
+def test_completion_shows_what_is_public():
+    for module in public_modules():
+        assert dir(module) == sorted(module.__all__), module.__name__
+
+
+@pytest.mark.parametrize("said", MATRICES)
+def test_privatizers_say_what_they_are(said):
+    made = privatizer(MATRICES[said], dtype=jnp.bfloat16, implementation="jax")
+    for copied in (made, copy.copy(made), optax.GradientTransformation(*made)):
+        assert str(SEED) not in repr(copied)
+    for text in (said, "stddev=1.5", "dtype=bfloat16", "DEFAULT", "implementation='jax'"):
+        assert text in repr(made)
+    assert repr(copy.copy(made)) == repr(made)
+    assert isinstance(made, optax.GradientTransformation)
+    init, update = made
+    assert (init, update) == (made.init, made.update)
+    # JAX and optax take it apart and put it together.
+    assert optax.chain(made, optax.sgd(0.1)).init(GRADS)
+
+
+def test_a_traced_stddev_is_not_printed_as_a_tracer():
+    texts = []
+
+    def make(stddev):
+        made = noise_addition.gaussian_privatizer(stddev=stddev, prng_key=0)
+        texts.append(repr(made))
+        return stddev
+
+    jax.jit(make)(1.0)
+    assert "stddev=traced" in texts[0]
+
+
+@pytest.mark.parametrize("said", MATRICES)
+def test_states_never_print_keys_and_noise(said):
+    made = privatizer(MATRICES[said])
+    state = made.init(GRADS)
+    _, state = made.update(GRADS, state)
+    text = repr(state) + repr(state.clock) + str(state)
+    assert "step=1" in text
+    assert not [word for word in words_of_keys(state) if word in text]
+    for leaf in jax.tree.leaves(state.inner):
+        assert str(np.asarray(leaf).ravel()[0]) not in text or np.asarray(leaf).ravel()[0] == 0
+    with pytest.raises(ValueError, match="static") as error:
+        jax.jit(made.update, static_argnums=1)(GRADS, state)
+    assert not [word for word in words_of_keys(state) if word in str(error.value)]
+    assert pickle.loads(pickle.dumps(state)).clock.kind.keys() == state.clock.kind.keys()
+
+
+def test_representations_survive_anything():
+    """JAX builds trees of whatever it likes, also of tracers and of nothing."""
+    state = privatizer(MATRICES["BLT of 2 buffers"]).init(GRADS)
+    assert "of 2 buffers" in repr(state)
+    for fill in (None, object(), jnp.zeros(2), "x"):
+        assert "NoiseState(" in repr(jax.tree.map(lambda _, fill=fill: fill, state))
+    assert "NoiseState(" in repr(ops.NoiseState((), None))
+    shown = []
+    jax.jit(lambda s: shown.append(repr(s)) or s)(state)
+    assert "Tracer" in shown[0]
+    assert "ColumnNormalizedBanded(" in repr(banded.ColumnNormalizedBanded(None))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "proposed"),
+    [
+        (COEF, "toeplitz.inverse_as_streaming_matrix(coef)"),
+        (np.asarray(COEF), "toeplitz.noising_coef_as_streaming_matrix(coef)"),
+        (BLT, "pass its inverse_as_streaming_matrix()"),
+        (BANDED, "pass its inverse_as_streaming_matrix()"),
+    ],
+)
+def test_strategies_in_place_of_noising_matrices(matrix, proposed):
+    with pytest.raises((TypeError, ValueError), match=re.escape(proposed)):
+        privatizer(matrix)
+
+
+@pytest.mark.parametrize(
+    ("owner", "of_state", "message"),
+    [
+        (MATRICES["banded Toeplitz strategy, b = 4"], COEF[:2], "2 bands, expected 4 bands"),
+        (BANDED.inverse_as_streaming_matrix(), COEF, "4 bands, expected 3 bands"),
+        (MATRICES["BLT of 2 buffers"], COEF, "4 bands, expected 2 buffers"),
+        (jnp.eye(5), COEF, "4 bands, expected a dense matrix"),
+        (
+            MATRICES["of 4 coefficients, look_ahead = 3"],
+            COEF,
+            "4 bands, expected 4 coefficients of C^-1 with 3 slots",
+        ),
+    ],
+)
+def test_states_of_another_mechanism_are_told_in_words(owner, of_state, message):
+    state = privatizer(toeplitz.inverse_as_streaming_matrix(of_state)).init(GRADS)
+    with pytest.raises(ValueError, match=re.escape(f"a state of {message}: expected noise_state")):
+        privatizer(owner).update(GRADS, state)
+
+
+@pytest.mark.parametrize("name", ["CPP", "foo", ""])
+@pytest.mark.parametrize("matrix", [MATRICES["BLT of 2 buffers"], np.eye(3)], ids=["blt", "dense"])
+def test_implementations_that_there_are_not(name, matrix):
+    message = re.escape(f"one of jax, cpp, pallas, triton, found {name!r}")
+    with pytest.raises(ValueError, match=message):
+        privatizer(matrix, implementation=name)
+    with pytest.raises(ValueError, match=message):
+        jax_privacy_kernels.implementation(name)
+
+
+def test_every_implementation_has_a_name():
+    registry = importlib.import_module("jax_privacy_kernels.ops._registry")
+    dispatch = importlib.import_module("jax_privacy_kernels.ops._dispatch")
+    names = {name for op in registry.OPS for name in registry.table(op)}
+    assert names == set(dispatch.NAMES)

@@ -82,9 +82,9 @@ def _help() -> str:
 
 
 def _examples(module: ModuleType) -> str:
-    """The examples of a command, as one types them."""
-    lines = module.EXAMPLES.strip("\n").splitlines()
-    return "\n".join(f"  {PROGRAM} {line.strip()}" for line in lines)
+    """The examples of a command, as one types them; options alone continue the line before."""
+    lines = [line.strip() for line in module.EXAMPLES.strip("\n").splitlines()]
+    return "\n".join(f"  {'  ' if x.startswith('--') else PROGRAM} {x}" for x in lines)
 
 
 def _print(text: str) -> None:

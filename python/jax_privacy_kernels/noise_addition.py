@@ -19,7 +19,8 @@ step if not.
     ...     noisy_grads, state = update(grads, state)
 
 They compose, ``optax.chain(privatizer, optimizer)``; what follows the noise is post-processing and
-costs no privacy. The stddev that a privacy guarantee asks for is the noise multiplier times the
+costs no privacy. What passes a privatizer by has no noise: the leaves that ``optax.masked(
+privatizer, mask)`` leaves out are released as they are. The stddev that a privacy guarantee asks for is the noise multiplier times the
 clipping norm times the sensitivity of the strategy C.
 """
 
@@ -29,6 +30,7 @@ import enum
 import math
 import operator
 import secrets
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -47,9 +49,9 @@ from jax_privacy_kernels.ops import (
     MOST_STDDEV,
     NoiseState,
     NoisingMatrix,
+    check_devices,
     check_mesh,
     check_noise_dtype,
-    check_shared,
     correlated_noise,
     dense_noise,
     fingerprint_of_function,
@@ -130,7 +132,8 @@ def matrix_factorization_privatizer(
         bands a step reads all b - 1 slots. Such a state is of another kind, made by the ``init`` of
         a privatizer whose stddev is traced as well. For a dense matrix stddev_t scales row t of
         ``C^-1 Z``.
-      prng_key: a typed or a raw key, a seed, or None. A key that is given begins every ``init`` of
+      prng_key: a typed or a raw key, a seed, or None. Seeds that differ by a multiple of 2^32 are
+        the same, outside of 64-bit mode. A key that is given begins every ``init`` of
         the privatizer and of its copies, cloudpickled ones for instance: the same noise each time.
         For None every ``init`` draws a key of its own from the operating system's entropy. Inside
         of jit, the key that is drawn is a constant of the compiled ``init``, and every call of that
@@ -163,10 +166,14 @@ def matrix_factorization_privatizer(
         a trace has hidden them.
       ValueError from init and update, too: in a vmap, gradients that are mapped where the key is
         not, which would all have the same noise. From update: in a shard_map, gradients that vary
-        over axes that the state's key does not (with ``check_vma=False``, and in a pmap, nobody can
-        see that); gradients unreduced over a mesh axis.
+        over axes that the state's key does not (NaN with ``check_vma=False`` and in a pmap, where
+        devices compare them, a pass over the gradients); gradients unreduced over a mesh axis.
       From init and update with ``SupportedStrategies.ZERO``, ValueError: a leaf without a mesh;
       RuntimeError: one on a mesh with axes that are not explicit.
+
+    Warns:
+      UserWarning: from init, once, if noise is sampled in 16 bits, whose few values tell gradients
+        apart.
     """
     strategies = SupportedStrategies.DEFAULT, SupportedStrategies.ZERO
     if intermediate_strategy not in strategies:
@@ -190,7 +197,7 @@ def matrix_factorization_privatizer(
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
-    return _for_any_caller(_on_mesh(privatizer.init), privatizer.update)
+    return _for_any_caller(_on_mesh(privatizer.init), privatizer.update, dtype)
 
 
 def gaussian_privatizer(
@@ -284,9 +291,9 @@ def _streaming(
         unit, noise = independent.update(zeros, _owned(noise_state, -own)._replace(inner=()))
         expected = jax.eval_shape(init_inner, sum_of_clipped_grads)
         check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
-        check_shared(sum_of_clipped_grads, noise_state.clock.keys)
+        once = check_devices(sum_of_clipped_grads, noise_state.clock.keys)
         scale = jnp.asarray(stddev, jnp.result_type(float))
-        scale = jnp.where(is_usable_stddev(scale), scale, jnp.nan)
+        scale = jnp.where(is_usable_stddev(scale) & once, scale, jnp.nan)
         z = jax.tree.map(lambda u: scale * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
         x, inner = matrix.multiply_next(z, noise_state.inner)
         return jax.tree.map(_add, sum_of_clipped_grads, x), _owned(noise, own)._replace(inner=inner)
@@ -334,7 +341,7 @@ def _dense(
     return optax.GradientTransformation(init, update)
 
 
-def _for_any_caller(init: Any, update: Any) -> optax.GradientTransformation:
+def _for_any_caller(init: Any, update: Any, dtype: Any) -> optax.GradientTransformation:
     """The privatizer, where JAX is strict about dtypes and where leaves are Python numbers, too."""
 
     def arrays(tree: Any) -> Any:
@@ -343,7 +350,10 @@ def _for_any_caller(init: Any, update: Any) -> optax.GradientTransformation:
 
     def init_for_any_caller(model: Any) -> NoiseState:
         with jax.numpy_dtype_promotion("standard"):
-            return init(arrays(model))
+            model = arrays(model)
+            state = init(model)
+            _warn_of_16_bits(model, dtype)
+            return state
 
     def update_for_any_caller(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
@@ -352,6 +362,20 @@ def _for_any_caller(init: Any, update: Any) -> optax.GradientTransformation:
             return update(arrays(sum_of_clipped_grads), noise_state, params)
 
     return optax.GradientTransformation(init_for_any_caller, update_for_any_caller)
+
+
+def _warn_of_16_bits(model: Any, dtype: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        noise_dtype = check_noise_dtype(path, leaf, dtype)
+        if noise_dtype.itemsize == 2:
+            # Python shows one warning of a text and a line once.
+            warnings.warn(
+                f"noise of 16 bits ({noise_dtype}) takes few values, one sample of bfloat16 one of "
+                "128: noisy gradients that only one of two data sets can give tell the two apart. "
+                "Pass dtype=jnp.float32 to the privatizer",
+                stacklevel=1,
+            )
+            return
 
 
 def _on_mesh(init: Any) -> Any:

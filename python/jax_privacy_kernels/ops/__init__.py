@@ -2,8 +2,8 @@
 
 from jax_privacy_kernels.ops._dispatch import asked, implementation
 from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
-from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
-from jax_privacy_kernels.ops._once import mark_tree
+from jax_privacy_kernels.ops._leaves import check_noise_dtype
+from jax_privacy_kernels.ops._once import check_devices, mark_tree
 from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
 from jax_privacy_kernels.ops._state import NoiseState, key_words
@@ -39,9 +39,9 @@ __all__ = [
     "NoisingMatrix",
     "asked",
     "banded_error",
+    "check_devices",
     "check_mesh",
     "check_noise_dtype",
-    "check_shared",
     "correlated_noise",
     "dense_noise",
     "fingerprint_of_function",

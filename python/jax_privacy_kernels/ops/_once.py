@@ -7,10 +7,51 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
-__all__ = ["mark", "mark_tree"]
+from jax_privacy_kernels._checks import leaf_name
+from jax_privacy_kernels.ops._dispatch import varying_axes
+from jax_privacy_kernels.ops._fingerprint import checksum
+
+__all__ = ["check_devices", "mark", "mark_tree"]
+
+
+def check_devices(grads: Any, keys: Any) -> Any:
+    """Whether, inside of a shard_map or a pmap, devices of the same key have the same gradients.
+
+    Shards of a leaf would have the same noise otherwise. Types tell that to a trace, except in a
+    pmap and in a ``shard_map(..., check_vma=False)``: there devices exchange their keys and
+    checksums of their gradients, and the result is traced. Elsewhere it is True.
+
+    Raises:
+      ValueError: types tell that gradients differ over axes that the keys do not differ over.
+    """
+    shared = varying_axes(keys)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if axes := varying_axes(grad) - shared:
+            raise ValueError(
+                f"expected leaf {leaf_name(path)} to be the same over the axes {sorted(axes)} of a "
+                "shard_map, as its noise would be, found it to vary: shards of a leaf need noise "
+                "of their own, which it has outside of shard_map, or from a key for each"
+            )
+    axes = _untyped_axes()
+    if not axes:
+        return True
+    found = jnp.append(jnp.ravel(keys), checksum(jax.tree.leaves(grads)))
+    of_all = jax.lax.all_gather(found, axes)
+    same = of_all == found
+    return (same[:, -1] | ~same[:, :-1].all(axis=1)).all()
+
+
+def _untyped_axes() -> tuple[str, ...]:
+    """The manual axes of more than one device over which the types of arrays do not vary."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    axes = tuple(name for name, n, kind in sizes if kind == AxisType.Manual and n > 1)
+    return () if axes and varying_axes(jax.lax.axis_index(axes)) else axes
 
 
 def mark(keys: Any, grads: Sequence[Any]) -> jax.Array:

@@ -150,12 +150,12 @@ def correlated_noise(
     grad_leaves, tree = jax.tree.flatten(grads)
     expected = _state.abstract_state(tree, leaves, filter, key_impl)
     check_kind(state, expected)
-    _leaves.check_shared(grads, state.clock.keys)
+    once = _once.check_devices(grads, state.clock.keys)
     _partition.check_summed_up(grads)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
     _partition.check_mesh(grads, state.clock.keys)
-    valid = has_fingerprint(state, fingerprint)
+    valid = has_fingerprint(state, fingerprint) & once
     outs, clock, rings = _step(
         leaves,
         name,

@@ -138,12 +138,12 @@ def dense_noise(
         raise ValueError(
             f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
         )
-    _leaves.check_shared(grads, state.clock.keys)
+    once = _once.check_devices(grads, state.clock.keys)
     _partition.check_summed_up(grads)
     _partition.check_mesh(grads, state.clock.keys)
     valid = has_fingerprint(state, _fingerprint_of(matrix, leaves))
     # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
-    valid &= (step >= 0) & (step < n)
+    valid &= (step >= 0) & (step < n) & once
     scale, row = jnp.asarray(stddev, jnp.result_type(float)), matrix[step]
     largest = jnp.abs(row).max()
     made = _stddev.is_normal(largest.astype(scale.dtype) * scale)

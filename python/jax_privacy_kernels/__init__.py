@@ -7,10 +7,11 @@ makes programs that use jax_privacy run on them as they are.
 from jax_privacy_kernels import matrix_factorization, noise_addition, optimizers, sharding_utils
 from jax_privacy_kernels._swap import install, installed, uninstall
 from jax_privacy_kernels._version import __version__
-from jax_privacy_kernels.ops import implementation
+from jax_privacy_kernels.ops import disabled_safety_checks, implementation
 
 __all__ = [
     "__version__",
+    "disabled_safety_checks",
     "implementation",
     "install",
     "installed",

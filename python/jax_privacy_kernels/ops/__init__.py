@@ -1,6 +1,7 @@
 """The hot paths: one public op each, and its implementations."""
 
 from jax_privacy_kernels.ops._dispatch import asked, implementation
+from jax_privacy_kernels.ops._export import disabled_safety_checks
 from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
 from jax_privacy_kernels.ops._leaves import check_noise_dtype
 from jax_privacy_kernels.ops._once import check_devices, mark_tree
@@ -44,6 +45,7 @@ __all__ = [
     "check_noise_dtype",
     "correlated_noise",
     "dense_noise",
+    "disabled_safety_checks",
     "fingerprint_of_function",
     "implementation",
     "init_correlated_noise",

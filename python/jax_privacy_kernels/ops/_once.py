@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,11 @@ def check_devices(grads: Any, keys: Any) -> Any:
                 "shard_map, as its noise would be, found it to vary: shards of a leaf need noise "
                 "of their own, which it has outside of shard_map, or from a key for each"
             )
-    axes = _untyped_axes()
-    if not axes:
+    untyped = _untyped_axes()
+    if not untyped:
         return True
     found = jnp.append(jnp.ravel(keys), checksum(jax.tree.leaves(grads)))
-    of_all = jax.lax.all_gather(found, axes)
+    of_all = jax.lax.all_gather(found, untyped)
     same = of_all == found
     return (same[:, -1] | ~same[:, :-1].all(axis=1)).all()
 
@@ -54,15 +55,18 @@ def _untyped_axes() -> tuple[str, ...]:
     return () if axes and varying_axes(jax.lax.axis_index(axes)) else axes
 
 
-def mark(keys: Any, grads: Sequence[Any]) -> jax.Array:
-    """The data of keys, as it is, known to make noise for these gradients.
+def mark(keys: Any, grads: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    """The data of keys, known to make noise for these gradients, and whether no others have it.
 
     Under a vmap that maps gradients and not the keys, a ValueError: all would get the same noise.
+    Under one that maps both, keys may be equal still, as a `jax.lax.cond` whose predicate is mapped
+    maps all that it is given. The second result, a boolean, says whether they are not.
     """
-    return _mark_p.bind(keys, *grads)
+    marked, once = _mark_p.bind(keys, *grads)
+    return marked, once
 
 
-def mark_tree(keys: Any, tree: Any) -> jax.Array:
+def mark_tree(keys: Any, tree: Any) -> tuple[jax.Array, jax.Array]:
     """The same for a tree of gradients, or of a model whose noise begins at the keys.
 
     Leaves that are no arrays, ShapeDtypeStructs for instance, are mapped over nothing.
@@ -71,19 +75,16 @@ def mark_tree(keys: Any, tree: Any) -> jax.Array:
 
 
 _mark_p = jax.extend.core.Primitive("jax_privacy_kernels_mark")
+_mark_p.multiple_results = True
 
 
 @_mark_p.def_impl
 def _now(keys: Any, *_: Any) -> Any:
-    return keys
+    return [keys, jnp.asarray(True)]
 
 
-@_mark_p.def_abstract_eval
-def _shape(keys: Any, *_: Any) -> Any:
-    return keys
-
-
-mlir.register_lowering(_mark_p, lambda _, keys, *__: [keys])
+_mark_p.def_abstract_eval(lambda keys, *_: [keys, jax.core.ShapedArray((), jnp.bool_)])
+mlir.register_lowering(_mark_p, mlir.lower_fun(_now, multiple_results=True))
 
 
 def _batch(args: Any, dims: Any) -> Any:
@@ -94,7 +95,20 @@ def _batch(args: Any, dims: Any) -> Any:
             "of a vmap as the gradients are, found it shared: all of them would get the same "
             "noise. Map over states of different keys too, or add noise to the sum outside of vmap"
         )
-    return _mark_p.bind(*args), dims[0]
+    keys, once = _mark_p.bind(*args)
+    if not any(mapped[1:]):
+        return [keys, once], [dims[0], None]
+    return [keys, once & _are_different(jnp.moveaxis(keys, dims[0], 0))], [dims[0], 0]
+
+
+def _are_different(keys: jax.Array) -> jax.Array:
+    """Of each of the keys ``[n, ...]`` whether no other is the same."""
+    # What later keys are split from is the last.
+    words = list(keys.reshape(keys.shape[0], -1)[:, -4:].T)
+    *ordered, place = jax.lax.sort([*words, jnp.arange(keys.shape[0])], num_keys=len(words))
+    same = functools.reduce(jnp.logical_and, [word[1:] == word[:-1] for word in ordered])
+    first, second = jnp.append(same, False), jnp.append(False, same)
+    return ~jnp.zeros_like(first).at[place].set(first | second)
 
 
 batching.primitive_batchers[_mark_p] = _batch
@@ -102,8 +116,8 @@ batching.primitive_batchers[_mark_p] = _batch
 
 def _jvp(primals: Any, tangents: Any) -> Any:
     del tangents
-    keys = _mark_p.bind(*primals)
-    return keys, np.zeros(keys.shape, jax.dtypes.float0)
+    results = _mark_p.bind(*primals)
+    return results, [np.zeros(x.shape, jax.dtypes.float0) for x in results]
 
 
 ad.primitive_jvps[_mark_p] = _jvp

@@ -88,7 +88,7 @@ def init_dense_noise(
     leaves = _leaves.plan(model, matrix.dtype, dtype)
     kind = _kind(leaves, jax.random.key_impl(key))
     fingerprint = jnp.asarray(_fingerprint_of(matrix, leaves))
-    words = _once.mark_tree(jax.random.key_data(key), model)
+    words, _ = _once.mark_tree(jax.random.key_data(key), model)
     words = jnp.copy(words)[None]  # the state is there to be donated
     return NoiseState(Clock(jnp.zeros((), jnp.int32), words, (), {kind: fingerprint}), ())
 
@@ -178,7 +178,9 @@ def _add(
     grads: list[jax.Array],
 ) -> list[jax.Array]:
     ahead = _counter_prng.looks_ahead(key_impl)
-    key = jax.random.wrap_key_data(_once.mark(keys, grads)[0], impl=key_impl)
+    keys, once = _once.mark(keys, grads)
+    scale = jnp.where(once, scale, jnp.nan)
+    key = jax.random.wrap_key_data(keys[0], impl=key_impl)
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
         key, row = rest

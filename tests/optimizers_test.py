@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -550,6 +551,46 @@ def test_adamax_is_not_taken_for_adam(base):
     message = "found optax.adamax, which keeps an infinity norm.*pass extract_preconditioner"
     with pytest.raises(ValueError, match=message):
         scale_then_privatize(base)
+
+
+class AsATuple(NamedTuple):
+    inner: optax.GradientTransformation
+
+    def init(self, params):
+        return self.inner.init(params)
+
+    def update(self, updates, state, params=None):
+        return self.inner.update(updates, state, params)
+
+
+class WithSlots:
+    __slots__ = ("inner",)
+    init, update = AsATuple.init, AsATuple.update
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+class WithOneSlot(WithSlots):
+    __slots__ = "more"  # which Python takes for one name
+
+
+class WithADict:
+    init, update = AsATuple.init, AsATuple.update
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+@pytest.mark.parametrize("kind", [AsATuple, WithSlots, WithOneSlot, WithADict])
+def test_optimizers_of_methods(kind):
+    def methods(inner):
+        made = kind(inner)
+        return optax.GradientTransformation(made.init, made.update)
+
+    scale_then_privatize(methods(optax.adam(0.1)))
+    with pytest.raises(ValueError, match=r"found optax\.adamax"):
+        scale_then_privatize(methods(optax.adamax(0.1)))
 
 
 def test_adam_from_a_function_of_that_name_is_adam():

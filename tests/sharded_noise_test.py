@@ -631,6 +631,40 @@ class TestEightDevices:
         with pytest.raises(ValueError, match=r"\['flat'\].*same over the axes \['x'\]"):
             jax.jit(local)(grads)
 
+    @pytest.mark.parametrize("matrix", ["banded", "dense", "prefix"])
+    @pytest.mark.parametrize("through", ["shard_map", "pmap"])
+    def test_shards_that_would_share_their_noise_where_types_do_not_tell(self, through, matrix):
+        """Their noise is NaN; replicas, and shards with keys of their own, have theirs."""
+
+        def step(grads, key, summed):
+            mechanism = privatizer(matrix, prng_key=key)
+            state = mechanism.init(grads)
+            grads = jax.lax.psum(grads, "x") if summed else grads
+            return mechanism.update(grads, state)[0]
+
+        def on_devices(keys, summed=False):
+            def one(grads, keys):
+                out = step(*jax.tree.map(lambda x: x[0], (grads, keys)), summed)
+                return jax.tree.map(lambda x: x[None], out)
+
+            if through == "pmap":
+                return jax.pmap(functools.partial(step, summed=summed), "x")(grads, keys)
+            mesh, specs = mesh_of("x", "automatic"), {"in_specs": P("x"), "out_specs": P("x")}
+            return jax.jit(jax.shard_map(one, mesh=mesh, check_vma=False, **specs))(grads, keys)
+
+        grads = {"w": jnp.arange(8 * 1500.0).reshape(8, 1500), "v": jnp.zeros((8, 3))}
+        keys = jax.random.split(jax.random.key(0), 8)
+        one_key = keys[jnp.zeros(8, int)]
+        assert all(np.isnan(out).all() for out in jax.tree.leaves(on_devices(one_key)))
+        total = jax.tree.map(lambda x: x.sum(axis=0), grads)
+        expected = step(total, keys[0], summed=False)
+        for replica in zip(*jax.tree.leaves(on_devices(one_key, summed=True)), strict=True):
+            for found, want in zip(replica, jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+        assert len(np.unique(on_devices(keys)["v"])) == 24
+        two_alike = np.isnan(on_devices(keys.at[5].set(keys[2]))["v"]).all(axis=1)
+        assert np.flatnonzero(two_alike).tolist() == [2, 5]
+
     def test_a_state_that_is_laid_out_otherwise(self):
         mechanism, grads, mesh = privatizer(), model(("flat",)), mesh_of("x")
         with jax.set_mesh(mesh):

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_privacy_kernels import random
+from jax_privacy_kernels import disabled_safety_checks, random
 from jax_privacy_kernels.matrix_factorization import (
     banded,
     buffered_toeplitz,
@@ -26,6 +26,7 @@ from jax_privacy_kernels.noise_addition import (
     SupportedStrategies,
     matrix_factorization_privatizer,
 )
+from jax_privacy_kernels.ops import _ffi
 
 N = 8
 SHAPES = {"w": (3, 500), "scalar": ()}
@@ -298,6 +299,29 @@ def test_states_of_one_key_in_a_vmap_are_refused(name):
 
 
 @mechanisms
+def test_states_of_one_key_that_a_branch_maps_make_no_noise(name):
+    """A mapped predicate maps all operands of a cond, so that no key is seen to be shared."""
+
+    def one(g, state):
+        return jax.lax.cond(
+            g.sum() >= 0, lambda: privatizer(name).update(g, state)[0], lambda: jnp.zeros(7)
+        )
+
+    models = jnp.arange(21.0).reshape(3, 7)
+    init = privatizer(name).init
+    out = jax.jit(jax.vmap(one, (0, None)))(models, init(jnp.zeros(7)))
+    assert np.isnan(out).all()
+    keys = [
+        matrix_factorization_privatizer(ALL[name].matrix(), stddev=1.5, prng_key=k) for k in (3, 4)
+    ]
+    states = [keys[k].init(jnp.zeros(7)) for k in (0, 1, 0)]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    out = jax.vmap(privatizer(name).update)(models, states)[0]
+    assert np.isnan(out).all(axis=1).tolist() == [True, False, True]
+    assert np.isfinite(out[1]).all()
+
+
+@mechanisms
 def test_states_of_their_own_keys_in_a_vmap(name):
     matrix = ALL[name].matrix()
 
@@ -373,22 +397,41 @@ def test_a_step_in_plain_jax_can_be_exported(name):
     assert_equal(outs, expected)
 
 
-@pytest.mark.parametrize("name", ["identity", "dense"])
+@mechanisms
+def test_a_step_with_compiled_kernels_can_be_exported(name):
+    if (reason := _ffi.unavailable()) or not _ffi.targets():
+        pytest.skip(f"{reason}")
+    update = jax.jit(privatizer(name, implementation="cpp").update)
+    state = privatizer(name).init(grads())
+    exported = jax.export.export(update, disabled_checks=disabled_safety_checks())(grads(), state)
+    assert "jpk_" in exported.mlir_module()
+    assert_equal(exported.call(grads(), state)[0], update(grads(), state)[0])
+    with pytest.raises(ValueError, match="custom call"):
+        jax.export.export(update)(grads(), state)
+
+
+@mechanisms
 def test_a_step_can_be_exported_for_any_size(name):
-    """That keeps no rings. What is exported knows the state of other sizes as well."""
+    """What is exported knows the state of other sizes as well."""
     mechanism = privatizer(name, implementation="jax")
     (size,) = jax.export.symbolic_shape("d", constraints=["d <= 700000000"])
-    structs = {"w": jax.ShapeDtypeStruct((3, size), jnp.float32)}
+    structs = {
+        "v": jax.ShapeDtypeStruct((3, size), jnp.float32),
+        "w": jax.ShapeDtypeStruct((size,), jnp.float32),
+    }
     state = jax.eval_shape(mechanism.init, structs)
     exported = jax.export.export(jax.jit(mechanism.update))(structs, state)
-    for d in (5, 2000):
-        g = {"w": jnp.ones((3, d))}
-        outs, after = exported.call(g, mechanism.init(g))
-        expected, _ = jax.jit(mechanism.update)(g, mechanism.init(g))
-        assert_close(outs, expected)
-        assert_close(exported.call(g, after)[0], jax.jit(mechanism.update)(g, after)[0])
-        other = mechanism.init({"w": jnp.ones((3, d + 1))})
-        assert np.isnan(exported.call(g, other)[0]["w"]).all()
+    update = jax.jit(mechanism.update)
+    for d in (5, 1024, 2500):
+        g = {"v": jnp.ones((3, d)), "w": jnp.ones(d)}
+        other = mechanism.init({"v": jnp.ones((3, d + 1)), "w": jnp.ones(d + 1)})
+        found = expected = mechanism.init(g)
+        for _ in range(5):
+            out, found = exported.call(g, found)
+            want, expected = update(g, expected)
+            assert_close(out, want)
+        if name in ("identity", "dense", "banded inverse without state"):  # no shape tells
+            assert np.isnan(exported.call(g, other)[0]["w"]).all()
 
 
 @mechanisms
@@ -416,46 +459,94 @@ def test_a_trace_over_a_mesh_leaks_nothing(strategy, kind):
 # -- A stddev that changes --------------------------------------------------------------------
 
 
-def test_a_stddev_that_changes_scales_the_samples():
-    """As it does in jax_privacy: row t of C^-1 diag(stddev) Z."""
-    matrix = ALL["banded"].matrix()
-    stddevs = jnp.array([1.0, 10.0, 0.0, 100.0, 2.0, 2.0])
+STDDEVS = (1.0, 10.0, 0.0, 100.0, 2.0, 2.0)
+
+
+def samples(steps, d):
     unit = matrix_factorization_privatizer(streaming_matrix.identity(), stddev=1.0, prng_key=3)
 
-    @jax.jit
-    def schedule(stddevs):
-        def make(stddev):
-            return matrix_factorization_privatizer(matrix, stddev=stddev, prng_key=3)
-
-        def one(state, stddev):
-            return make(stddev).update(jnp.zeros(2000), state)[::-1]
-
-        return jax.lax.scan(one, make(stddevs[0]).init(jnp.zeros(2000)), stddevs)[1]
-
     def sample(state, _):
-        return unit.update(jnp.zeros(2000), state)[::-1]
+        return unit.update(jnp.zeros(d), state)[::-1]
 
-    z = jax.lax.scan(sample, unit.init(jnp.zeros(2000)), length=len(stddevs))[1]
-    expected = matrix @ (stddevs[:, None] * z)
-    np.testing.assert_allclose(schedule(stddevs), expected, rtol=1e-5, atol=1e-4)
+    return jax.lax.scan(sample, unit.init(jnp.zeros(d)), length=steps)[1]
 
 
-def test_states_of_known_and_of_traced_stddevs_are_of_two_kinds():
-    known = privatizer("banded").init(grads())
+@pytest.mark.parametrize("name", [name for name in ALL if name != "dense"])
+@pytest.mark.parametrize("start", ["traced", "known", "injected"])
+def test_a_stddev_that_changes_scales_the_samples(name, start):
+    """As it does in jax_privacy: row t of C^-1 diag(stddev) Z, from whatever init."""
+    matrix = ALL[name].matrix()
+    make = functools.partial(matrix_factorization_privatizer, matrix, prng_key=3)
+    zeros, stddevs = jnp.zeros(2000), jnp.array(STDDEVS)
+    if start == "injected":
+        injected = optax.inject_hyperparams(lambda stddev: make(stddev=stddev))(
+            stddev=lambda t: stddevs[t]
+        )
+        state, update = injected.init(zeros), jax.jit(injected.update)
+        outs = []
+        for _ in STDDEVS:
+            out, state = update(zeros, state, zeros)
+            outs.append(out)
+    elif start == "known":
+        state = make(stddev=7.0).init(zeros)
+        update = jax.jit(lambda stddev, state: make(stddev=stddev).update(zeros, state))
+        outs = []
+        for stddev in STDDEVS:
+            out, state = update(stddev, state)
+            outs.append(out)
+    else:
+
+        @jax.jit
+        def schedule(stddevs):
+            def one(state, stddev):
+                return make(stddev=stddev).update(zeros, state)[::-1]
+
+            return jax.lax.scan(one, make(stddev=stddevs[0]).init(zeros), stddevs)[1]
+
+        outs = schedule(stddevs)
+    expected = matrix @ (stddevs[:, None] * samples(len(STDDEVS), 2000))
+    np.testing.assert_allclose(jnp.stack(list(outs)), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["banded", "buffers", "banded inverse"])
+def test_states_of_known_and_of_traced_stddevs_are_of_two_kinds(name):
+    """But before step 0, where they are of keys alone."""
+    make = functools.partial(matrix_factorization_privatizer, ALL[name].matrix(), prng_key=3)
+    known, later = privatizer(name), step(name)(grads(), privatizer(name).init(grads()))[1]
 
     def traced(stddev, state):
-        mechanism = matrix_factorization_privatizer(
-            ALL["banded"].matrix(), stddev=stddev, prng_key=0
-        )
-        return mechanism.update(grads(), state)
+        return make(stddev=stddev).update(grads(), state)
 
-    def start(stddev):
-        mechanism = matrix_factorization_privatizer(
-            ALL["banded"].matrix(), stddev=stddev, prng_key=0
-        )
-        return mechanism.init(grads())
+    with pytest.raises(ValueError, match=r"changing_stddev.*found one of kind v2_\w+_ahead"):
+        jax.jit(functools.partial(traced, state=later))(1.0)
+    outs, _ = jax.jit(traced)(1.0, later)
+    assert all(np.isnan(out).all() for out in jax.tree.leaves(outs))
+    start = jax.jit(lambda stddev: make(stddev=stddev).init(grads()))
+    with pytest.raises(ValueError, match=r"_ahead.*found one of kind.*changing_stddev"):
+        known.update(grads(), start(1.0))
+    other = jax.tree.map(lambda x: x[..., None], grads())
+    with pytest.raises(ValueError, match="expected noise_state"):
+        jax.jit(traced)(1.0, known.init(other))
 
-    with pytest.raises(ValueError, match=r"changing_stddev.*found one of kind v2_recurrence_ahead"):
-        jax.jit(functools.partial(traced, state=known))(1.0)
-    with pytest.raises(ValueError, match=r"recurrence_ahead.*found one of kind.*changing_stddev"):
-        privatizer("banded").update(grads(), jax.jit(start)(1.0))
+
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("strategy", SupportedStrategies)
+def test_a_stddev_that_changes_on_a_mesh(strategy):
+    make = functools.partial(
+        matrix_factorization_privatizer,
+        ALL["banded"].matrix(),
+        prng_key=3,
+        intermediate_strategy=strategy,
+    )
+    update = jax.jit(lambda stddev, g, state: make(stddev=stddev).update(g, state))
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))):
+        g = jax.device_put(jnp.zeros(1600), P("x"))
+        state = make(stddev=7.0).init(g)
+        for stddev, x in zip(STDDEVS, expected_on_a_mesh(), strict=True):
+            out, state = update(stddev, g, state)
+            np.testing.assert_allclose(out, x, rtol=1e-5, atol=1e-4)
+
+
+def expected_on_a_mesh():
+    z = jnp.array(STDDEVS)[:, None] * samples(len(STDDEVS), 1600)
+    return np.asarray(ALL["banded"].matrix() @ z)

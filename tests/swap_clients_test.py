@@ -243,12 +243,12 @@ def test_the_same_with_and_without(client):
 # -- Transformations of optax around a privatizer ----------------------------------------------
 
 
-def banded_privatizer(seed, bands=3):
+def banded_privatizer(seed, bands=3, stddev=0.7):
     coef = toeplitz.optimal_max_error_strategy_coefs(bands)
     coef = coef / jnp.linalg.norm(coef)
     return noise_addition.matrix_factorization_privatizer(
         toeplitz.inverse_as_streaming_matrix(coef, column_normalize_for_n=STEPS),
-        stddev=0.7,
+        stddev=stddev,
         prng_key=seed,
     )
 
@@ -281,6 +281,12 @@ TRANSFORMS = {
     "inject_hyperparams of the privatizer": lambda: optax.chain(
         optax.inject_hyperparams(noise_addition.gaussian_privatizer, static_args="prng_key")(
             stddev=SCHEDULE, prng_key=3
+        ),
+        optax.sgd(0.2),
+    ),
+    "inject_hyperparams of a banded privatizer": lambda: optax.chain(
+        optax.inject_hyperparams(banded_privatizer, static_args=("seed", "bands"))(
+            1, stddev=SCHEDULE
         ),
         optax.sgd(0.2),
     ),

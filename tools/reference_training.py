@@ -45,6 +45,7 @@ class Case:
 
 CASES = {
     "1 band (DP-SGD)": Case(1),
+    "6 bands": Case(6),
     "16 bands": Case(16),
     "32 bands": Case(32),
     "16 bands, AutotuneMicrobatch": Case(16, microbatch="autotuned"),
@@ -59,7 +60,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--parameters", type=int, default=100_000)
     parser.add_argument(
-        "--case", action="append", help="part of the name of a case; all by default"
+        "--case", action="append", choices=CASES, help="may be repeated; all by default"
     )
     parser.add_argument("--child", nargs=3, metavar=("CASE", "SWAPPED", "FOLDER"))
     options = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> int:
         train(CASES[name], swapped == "True", options, pathlib.Path(folder))
         return 0
 
-    chosen = [name for name in CASES if not options.case or any(c in name for c in options.case)]
+    chosen = options.case or list(CASES)
     print(
         f"{options.parameters} parameters, {options.steps} steps; seconds without -> with the swap"
     )

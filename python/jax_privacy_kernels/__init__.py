@@ -13,10 +13,11 @@ from jax_privacy_kernels import (
 )
 from jax_privacy_kernels._swap import install, installed, uninstall
 from jax_privacy_kernels._version import __version__
-from jax_privacy_kernels.ops import implementation
+from jax_privacy_kernels.ops import disabled_safety_checks, implementation
 
 __all__ = [
     "__version__",
+    "disabled_safety_checks",
     "implementation",
     "install",
     "installed",

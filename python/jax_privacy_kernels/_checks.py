@@ -28,11 +28,13 @@ __all__ = [
     "check_real",
     "check_scalar",
     "check_vector",
+    "floats",
     "is_concrete",
     "is_tracing",
     "leaf_name",
     "owned",
     "promote_types",
+    "type_of",
 ]
 
 
@@ -143,6 +145,24 @@ def owned(name: str, x: Any) -> jax.Array:
         raise TypeError(f"expected {name} to be an array of numbers, found {x!r}") from error
 
 
+def floats(name: str, x: Any) -> np.ndarray:
+    """x as an array of float64; ValueError if its numbers are too large, TypeError for others."""
+    try:
+        return np.asarray(x, np.float64)
+    except OverflowError as error:
+        raise ValueError(f"expected {name} in the range of float64, found {x!r}") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected {name} to be an array of numbers, found {x!r}") from error
+
+
+def type_of(name: str, x: Any) -> Any:
+    """`jax.typeof` of an array or a number; ValueError for a number too large for a dtype."""
+    try:
+        return jax.typeof(x)
+    except OverflowError as error:
+        raise ValueError(f"expected {name} in the range of a dtype, found {x!r}") from error
+
+
 def check_one_given(**arguments: Any) -> None:
     """Raises a ValueError unless exactly one of two arguments, given by name, is not None."""
     absent = [value is None for value in arguments.values()]
@@ -213,11 +233,12 @@ def check_like(name: str, value: Any, expected: Any, *, dtypes: bool = True) -> 
     """
 
     def describe(tree: Any) -> dict[str, str]:
-        return {
-            name + jax.tree_util.keystr(path): f"shape {jnp.shape(leaf)}"
-            + (f" and dtype {jnp.result_type(leaf)}" if dtypes else "")
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
+        found = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            where = name + jax.tree_util.keystr(path)
+            like = leaf if hasattr(leaf, "dtype") else owned(where, leaf)
+            found[where] = f"shape {like.shape}" + (f" and dtype {like.dtype}" if dtypes else "")
+        return found
 
     if type(value) is not type(expected) and not isinstance(expected, jax.ShapeDtypeStruct):
         raise ValueError(

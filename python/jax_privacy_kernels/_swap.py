@@ -356,7 +356,7 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
         def init(model: Any) -> Any:
             key = (keys or noise_addition._Keys(None)).draw()
             jax.eval_shape(make(key).init, model)  # checks the model
-            data = ops.mark_tree(jax.random.key_data(key), model)
+            data, _ = ops.mark_tree(jax.random.key_data(key), model)
             key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
             given = prng_key if isinstance(prng_key, jax.Array | np.ndarray) else key
             return _like(given, jnp.copy(key)), ()

@@ -4,7 +4,8 @@ A privatizer's ``update(sum_of_clipped_grads, noise_state, params=None)`` return
 and the next state. The state is a tree of plain arrays: it can be jitted, scanned, donated and
 checkpointed, and it holds everything that the noise to come depends on. Donate it: with b bands it
 holds b - 1 copies of the model, which are updated in place if donated, and copied whole at every
-step if not.
+step if not. A state makes the noise of one update: a loop, or a `jax.lax.map`, that does not go on
+with the state after it gives every gradient the same noise. A `jax.lax.scan` carries it on.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -19,8 +20,9 @@ step if not.
     ...     noisy_grads, state = update(grads, state)
 
 They compose, ``optax.chain(privatizer, optimizer)``; what follows the noise is post-processing and
-costs no privacy. The stddev that a privacy guarantee asks for is the noise multiplier times the
-clipping norm times the sensitivity of the strategy C.
+costs no privacy. What passes a privatizer by has no noise: the leaves that ``optax.masked`` leaves
+out are released as they are. The stddev that a privacy guarantee asks for is the noise multiplier
+times the clipping norm times the sensitivity of the strategy C.
 """
 
 from __future__ import annotations
@@ -40,17 +42,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels import random, sharding_utils
-from jax_privacy_kernels._checks import check_like, is_concrete, is_tracing, leaf_name
+from jax_privacy_kernels._checks import check_like, is_concrete, is_tracing, leaf_name, owned
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
     LEAST_STDDEV,
     MOST_STDDEV,
     NoiseState,
     NoisingMatrix,
+    check_devices,
     check_mesh,
     check_name,
     check_noise_dtype,
-    check_shared,
     correlated_noise,
     dense_noise,
     fingerprint_of_function,
@@ -127,17 +129,20 @@ def matrix_factorization_privatizer(
       stddev: standard deviation of Z, in the units of the gradients; finite and not negative, 0 or
         between 1e-30 and the largest float32. One that is traced may change from step to step: row
         t of ``C^-1 diag(stddev) Z`` is added. Then no noise is made ahead, in plain JAX: for b
-        bands a step reads all b - 1 slots. Such a state is of another kind, made by the ``init`` of
-        a privatizer whose stddev is traced as well. For a dense matrix stddev_t scales row t of
-        ``C^-1 Z``.
-      prng_key: a typed or a raw key, a seed, or None. A key that is given begins every ``init`` of
-        the privatizer and of its copies, cloudpickled ones for instance: the same noise each time.
-        For None every ``init`` draws a `random.secure_key` of its own. Seeds and threefry keys
+        bands a step reads all b - 1 slots. Such a state is of another kind: it comes from an
+        ``init`` whose stddev is traced as well, or from the first step after one whose stddev is
+        known, as `optax.inject_hyperparams` has it. (The carry of a scan keeps its type: trace the
+        ``init`` there.) For a dense matrix stddev_t scales row t of ``C^-1 Z``.
+      prng_key: a typed or a raw key, a seed, or None. Seeds that differ by a multiple of 2^32 are
+        the same, outside of 64-bit mode. A key that is given begins every ``init`` of the
+        privatizer and of its copies, cloudpickled ones for instance: the same noise each time. For
+        None every ``init`` draws a `random.secure_key` of its own. Seeds and threefry keys
         reproduce jax_privacy's noise; for None, and for keys of type `random.chacha20`, it comes
         from ChaCha20, and nobody who sees some of it can tell the rest (``docs/security.md``).
         Inside of jit, the key that is drawn is a constant of the compiled ``init``, and every call
-        of that begins the same noise. Who knows the key, or a state, knows the noise: keep states
-        secret, and give a key only to reproduce a run.
+        of that begins the same noise; so does what runs under `jax.ensure_compile_time_eval`. Who
+        knows the key, or a state, knows the noise: keep states secret, and give a key only to
+        reproduce a run.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
         gradient's own dtype. It is correlated and scaled in 32 bits at least. Gradients of 16 bits
         deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values. Outside of JAX's
@@ -166,11 +171,16 @@ def matrix_factorization_privatizer(
         asked for that cannot run. Coefficients that are refused where a matrix is made give NaN if
         a trace has hidden them.
       ValueError from init and update, too: in a vmap, gradients that are mapped where the key is
-        not, which would all have the same noise. From update: in a shard_map, gradients that vary
-        over axes that the state's key does not (with ``check_vma=False``, and in a pmap, nobody can
-        see that); gradients unreduced over a mesh axis.
+        not, which would all have the same noise (NaN where both are mapped, and keys equal). From
+        update: in a shard_map, gradients that vary over axes that the state's key does not (NaN
+        with ``check_vma=False`` and in a pmap, where devices compare them, a pass over the
+        gradients); gradients unreduced over a mesh axis.
       From init and update with ``SupportedStrategies.ZERO``, ValueError: a leaf without a mesh;
       RuntimeError: one on a mesh with axes that are not explicit.
+
+    Warns:
+      UserWarning: from init, once, if noise is sampled in 16 bits, whose few values tell gradients
+        apart.
     """
     strategies = SupportedStrategies.DEFAULT, SupportedStrategies.ZERO
     if intermediate_strategy not in strategies:
@@ -209,7 +219,7 @@ def matrix_factorization_privatizer(
         f"implementation={implementation!r}",
         f"noise stream {key.impl}",
     ]
-    privatizer = _for_any_caller(_on_mesh(privatizer.init), privatizer.update)
+    privatizer = _for_any_caller(_on_mesh(privatizer.init), privatizer.update, dtype)
     privatizer.told = f"matrix_factorization_privatizer({', '.join(told)})"
     return privatizer
 
@@ -319,13 +329,13 @@ def _streaming(
             noise_state = NoiseState(noise_state, ())  # which the independent noise refuses
         # The independent noise checks its own state; a matrix may promote the dtype of its own.
         own = of_matrix()
-        noise_state = _marked(noise_state, sum_of_clipped_grads)
+        noise_state, once = _marked(noise_state, sum_of_clipped_grads)
         unit, noise = independent.update(zeros, _owned(noise_state, -own)._replace(inner=()))
         expected = jax.eval_shape(init_inner, sum_of_clipped_grads)
         check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
-        check_shared(sum_of_clipped_grads, noise_state.clock.keys)
+        once &= check_devices(sum_of_clipped_grads, noise_state.clock.keys)
         scale = jnp.asarray(stddev, jnp.result_type(float))
-        scale = jnp.where(is_usable_stddev(scale), scale, jnp.nan)
+        scale = jnp.where(is_usable_stddev(scale) & once, scale, jnp.nan)
         z = jax.tree.map(lambda u: scale * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
         x, inner = matrix.multiply_next(z, noise_state.inner)
         return jax.tree.map(_add, sum_of_clipped_grads, x), _owned(noise, own)._replace(inner=inner)
@@ -340,7 +350,7 @@ def _dense(
     dtype: Any,
     implementation: str | None,
 ) -> optax.GradientTransformation:
-    rows = jnp.asarray(matrix)
+    rows = owned("noising_matrix", matrix)
     if rows.ndim != 2 or rows.size == 0:
         hint = (
             ": coefficients of a strategy make a noising matrix by "
@@ -378,16 +388,19 @@ def _dense(
     return optax.GradientTransformation(init, update)
 
 
-def _for_any_caller(init: Any, update: Any) -> _Privatizer:
+def _for_any_caller(init: Any, update: Any, dtype: Any) -> _Privatizer:
     """The privatizer, where JAX is strict about dtypes and where leaves are Python numbers, too."""
 
     def arrays(tree: Any) -> Any:
         number = int, float, complex
-        return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, number) else x, tree)
+        return jax.tree.map(lambda x: owned("a leaf", x) if isinstance(x, number) else x, tree)
 
     def init_for_any_caller(model: Any) -> NoiseState:
         with jax.numpy_dtype_promotion("standard"):
-            return init(arrays(model))
+            model = arrays(model)
+            state = init(model)
+            _warn_of_16_bits(model, dtype)
+            return state
 
     def update_for_any_caller(
         sum_of_clipped_grads: Any, noise_state: Any, params: Any = None
@@ -396,6 +409,20 @@ def _for_any_caller(init: Any, update: Any) -> _Privatizer:
             return update(arrays(sum_of_clipped_grads), noise_state, params)
 
     return _Privatizer(init_for_any_caller, update_for_any_caller)
+
+
+def _warn_of_16_bits(model: Any, dtype: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        noise_dtype = check_noise_dtype(path, leaf, dtype)
+        if noise_dtype.itemsize == 2:
+            # Python shows one warning of a text and a line once.
+            warnings.warn(
+                f"noise of 16 bits ({noise_dtype}) takes few values, one sample of bfloat16 one of "
+                "128: noisy gradients that only one of two data sets can give tell the two apart. "
+                "Pass dtype=jnp.float32 to the privatizer",
+                stacklevel=1,
+            )
+            return
 
 
 def _on_mesh(init: Any) -> Any:
@@ -451,11 +478,12 @@ def _zero_redundancy(
         likes = jax.tree_util.tree_map_with_path(flat, sum_of_clipped_grads)
         ending = suffix(sum_of_clipped_grads)
         inner = _renamed(noise_state, lambda name: _without_ending(name, ending))
-        inner = _marked(inner, sum_of_clipped_grads)
+        inner, once = _marked(inner, sum_of_clipped_grads)
         zeros = jax.tree.map(
             lambda like: zeros_on_mesh(like.shape, like.dtype, like.sharding), likes
         )
         noise, state = privatizer.update(zeros, inner)
+        noise = jax.tree.map(lambda x: jnp.where(once, x, jnp.nan), noise)
         noisy = jax.tree.map(sharding_utils.local_reshape_add, sum_of_clipped_grads, noise)
         return noisy, _renamed(state, lambda name: name + ending)
 
@@ -478,13 +506,17 @@ def _renamed(state: Any, rename: Callable[[str], str]) -> Any:
     return _relabeled(state, lambda name, fingerprint: (rename(name), fingerprint))
 
 
-def _marked(state: Any, grads: Any) -> Any:
-    """The state, known to make noise for these gradients, which it is then not made with."""
+def _marked(state: Any, grads: Any) -> tuple[Any, Any]:
+    """The state, known to make noise for these gradients, which it is then not made with.
+
+    And whether it makes it for no others.
+    """
     keys = getattr(getattr(state, "clock", None), "keys", None)
     if not isinstance(state, NoiseState) or not isinstance(keys, jax.Array | np.ndarray):
-        return state
+        return state, True
     check_mesh(grads, keys)
-    return state._replace(clock=state.clock._replace(keys=mark_tree(keys, grads)))
+    keys, once = mark_tree(keys, grads)
+    return state._replace(clock=state.clock._replace(keys=keys)), once
 
 
 def _owned(state: NoiseState, own: Any) -> NoiseState:
@@ -546,6 +578,10 @@ def _as_key(prng_key: Any) -> jax.Array:
             raise TypeError(
                 "expected prng_key to be a key, an integer or None, "
                 f"found a {type(prng_key).__name__}"
+            ) from error
+        except OverflowError as error:
+            raise ValueError(
+                f"expected prng_key to be an integer of 64 bits, found {prng_key}"
             ) from error
     key = jnp.asarray(prng_key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -222,10 +222,18 @@ def _uses_adamax(optimizer: Any) -> bool:
             cells = part.__closure__ or ()
             parts += [cell.cell_contents for cell in cells if cell != types.CellType()]
         elif inspect.ismethod(part):
-            parts += [part.__func__, vars(part.__self__)]
+            parts += [part.__func__, *_held_by(part.__self__)]
         elif isinstance(part, tuple | list | dict):
             parts += part.values() if isinstance(part, dict) else part
     return False
+
+
+def _held_by(owner: Any) -> list[Any]:
+    """What an object holds: as a tuple, in its __dict__ and in its slots."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(owner).__mro__]
+    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+    named = [getattr(owner, name, None) for name in names]
+    return [*named, getattr(owner, "__dict__", {}), *(owner if isinstance(owner, tuple) else ())]
 
 
 # The second moments in the states of adaptive optimizers, by class; optax does not export them all.

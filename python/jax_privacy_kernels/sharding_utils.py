@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_privacy_kernels._checks import check_int, is_tracing
+from jax_privacy_kernels._checks import check_int, check_memory, is_tracing, type_of
 
 __all__ = [
     "PartitionSpecPyTree",
@@ -68,7 +68,7 @@ def flatten_with_zero_redundancy(
       ValueError: the array has no mesh, or has yet to be summed up over mesh axes.
       RuntimeError: a mesh axis is not explicit.
     """
-    info = jax.typeof(abstract_array)
+    info = type_of("abstract_array", abstract_array)
     mesh = _check_mesh("abstract_array", info.sharding.mesh)
     if axes := info.sharding.spec.unreduced:
         raise ValueError(
@@ -106,7 +106,7 @@ def local_reshape_add(x: jax.Array, y: jax.Array) -> jax.Array:
       ValueError: x has no mesh, or y another one; y is not 1-D, smaller than x, or does not split.
       RuntimeError: a mesh axis is not explicit.
     """
-    sharding, info = jax.typeof(x).sharding, jax.typeof(y)
+    sharding, info = type_of("x", x).sharding, type_of("y", y)
     mesh = _check_mesh("x", sharding.mesh)
     found = info.sharding.mesh
     if found.empty:  # made before the mesh was set
@@ -149,10 +149,11 @@ def compute_early_stopping_order(batch_size: int, microbatch_size: int | None) -
 
     Raises:
       TypeError: a size that is not an integer.
-      ValueError: ``batch_size`` below 0, ``microbatch_size`` below 1, or a batch that does not
-        divide into microbatches.
+      ValueError: ``batch_size`` below 0 or beyond memory, ``microbatch_size`` below 1, or a batch
+        that does not divide into microbatches.
     """
     batch_size = check_int("batch_size", batch_size, minimum=0)
+    check_memory("batch_size", batch_size, 16 * batch_size)
     order = np.arange(batch_size)
     if microbatch_size is None:
         return order

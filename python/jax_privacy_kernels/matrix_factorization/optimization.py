@@ -211,7 +211,7 @@ def _shape_of_state(optimizer: Any, leaves: Any, tree: Any) -> Any:
 def _in_turns(loop: Callable[..., Any], params: Any, state: Any, steps: int) -> Any:
     """Runs the loop a few steps at a time: the parameters after the last."""
     carry = np.int64(0), np.int64(0), params, state
-    turn = 8
+    turn = 1
     while True:
         began = time.monotonic()
         until = np.int64(min(int(carry[0]) + turn, steps))

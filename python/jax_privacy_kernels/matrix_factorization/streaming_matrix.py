@@ -207,7 +207,7 @@ class StreamingMatrix(Mirrored, Generic[State]):
         number = isinstance(other, int | float | np.generic | np.ndarray | jax.Array)
         if not number or np.ndim(other) != 0 or jnp.iscomplexobj(other):
             raise TypeError(f"expected a real scalar to multiply by, found {other!r}")
-        scale = jnp.array([other])
+        scale = owned("the scalar", other)[None]
         return _with_structure(
             multiply_streaming_matrices(self, diagonal(scale)),
             _scale_structure(self.structure, scale),

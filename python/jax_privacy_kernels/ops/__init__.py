@@ -2,9 +2,10 @@
 
 from jax_privacy_kernels.ops._chacha20 import CHACHA20
 from jax_privacy_kernels.ops._dispatch import asked, check_name, implementation
+from jax_privacy_kernels.ops._export import disabled_safety_checks
 from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
-from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
-from jax_privacy_kernels.ops._once import mark_tree
+from jax_privacy_kernels.ops._leaves import check_noise_dtype
+from jax_privacy_kernels.ops._once import check_devices, mark_tree
 from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
 from jax_privacy_kernels.ops._state import NoiseState
@@ -41,12 +42,13 @@ __all__ = [
     "NoisingMatrix",
     "asked",
     "banded_error",
+    "check_devices",
     "check_mesh",
     "check_name",
     "check_noise_dtype",
-    "check_shared",
     "correlated_noise",
     "dense_noise",
+    "disabled_safety_checks",
     "fingerprint_of_function",
     "implementation",
     "init_correlated_noise",

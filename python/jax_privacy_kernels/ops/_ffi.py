@@ -13,7 +13,7 @@ import warnings
 import jax
 import numpy as np
 
-__all__ = ["simd_target", "unavailable"]
+__all__ = ["simd_target", "targets", "unavailable"]
 
 
 def _register() -> str | None:
@@ -79,6 +79,15 @@ def _failure() -> str | None:
     thread.start()
     thread.join()
     return found[0] if found else None
+
+
+def targets() -> list[str]:
+    """What XLA calls the handlers; none if the extension cannot be loaded."""
+    if _registered:
+        return []
+    from jax_privacy_kernels import _jpk
+
+    return sorted(_jpk.handlers())
 
 
 def simd_target() -> str:

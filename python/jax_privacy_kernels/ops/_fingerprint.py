@@ -18,7 +18,13 @@ import numpy as np
 
 from jax_privacy_kernels._checks import is_concrete
 
-__all__ = ["WORDS", "fingerprint", "fingerprint_of_function", "fingerprint_of_shapes"]
+__all__ = [
+    "WORDS",
+    "checksum",
+    "fingerprint",
+    "fingerprint_of_function",
+    "fingerprint_of_shapes",
+]
 
 WORDS = 4
 
@@ -54,6 +60,17 @@ def fingerprint_of_function(function: Callable[..., Any], *args: Any) -> Any:
     total: Any = np.zeros(WORDS, np.uint32)
     for x in _numbers(jax.make_jaxpr(function)(*args)):
         total = total + fingerprint([x])
+    return total
+
+
+def checksum(arrays: Sequence[jax.Array]) -> jax.Array:
+    """One uint32 of floating arrays, traced, in one pass over them: equal for equal bits."""
+    total = jnp.uint32(0)
+    for place, x in enumerate(arrays):
+        bits = jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}")
+        words = jax.lax.bitcast_convert_type(x, bits).reshape(-1).astype(jnp.uint32)
+        at = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9) + jnp.uint32(place)
+        total += _finalized(jnp, words ^ at).sum(dtype=jnp.uint32)
     return total
 
 

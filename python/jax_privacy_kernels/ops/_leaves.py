@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels._checks import leaf_name
-from jax_privacy_kernels.ops._dispatch import varying_axes
 from jax_privacy_kernels.ops._shards import Shard, Words
 
-__all__ = ["TILE", "Leaf", "check_noise_dtype", "check_shared", "plan", "tile_of"]
+__all__ = ["TILE", "Leaf", "check_noise_dtype", "plan", "tile_of"]
 
 # Elements of a leaf that share a place in the schedule of correlated noise; they follow each other
 # in row-major order. The unit in which leaves are counted, whatever the schedule.
@@ -116,18 +115,3 @@ def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
                 f"found {found}"
             )
     return noise_dtype
-
-
-def check_shared(grads: Any, key: Any) -> None:
-    """Raises a ValueError if in a shard_map gradients differ where the key of their noise does not.
-
-    The shards of such a leaf would have the same noise.
-    """
-    shared = varying_axes(key)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        if axes := varying_axes(grad) - shared:
-            raise ValueError(
-                f"expected leaf {leaf_name(path)} to be the same over the axes {sorted(axes)} of a "
-                "shard_map, as its noise would be, found it to vary: shards of a leaf need noise "
-                "of their own, which it has outside of shard_map, or from a key for each"
-            )

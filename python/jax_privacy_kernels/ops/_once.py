@@ -2,26 +2,71 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
-__all__ = ["mark", "mark_tree"]
+from jax_privacy_kernels._checks import leaf_name
+from jax_privacy_kernels.ops._dispatch import varying_axes
+from jax_privacy_kernels.ops._fingerprint import checksum
+
+__all__ = ["check_devices", "mark", "mark_tree"]
 
 
-def mark(keys: Any, grads: Sequence[Any]) -> jax.Array:
-    """The data of keys, as it is, known to make noise for these gradients.
+def check_devices(grads: Any, keys: Any) -> Any:
+    """Whether, inside of a shard_map or a pmap, devices of the same key have the same gradients.
+
+    Shards of a leaf would have the same noise otherwise. Types tell that to a trace, except in a
+    pmap and in a ``shard_map(..., check_vma=False)``: there devices exchange their keys and
+    checksums of their gradients, and the result is traced. Elsewhere it is True.
+
+    Raises:
+      ValueError: types tell that gradients differ over axes that the keys do not differ over.
+    """
+    shared = varying_axes(keys)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if axes := varying_axes(grad) - shared:
+            raise ValueError(
+                f"expected leaf {leaf_name(path)} to be the same over the axes {sorted(axes)} of a "
+                "shard_map, as its noise would be, found it to vary: shards of a leaf need noise "
+                "of their own, which it has outside of shard_map, or from a key for each"
+            )
+    untyped = _untyped_axes()
+    if not untyped:
+        return True
+    found = jnp.append(jnp.ravel(keys), checksum(jax.tree.leaves(grads)))
+    of_all = jax.lax.all_gather(found, untyped)
+    same = of_all == found
+    return (same[:, -1] | ~same[:, :-1].all(axis=1)).all()
+
+
+def _untyped_axes() -> tuple[str, ...]:
+    """The manual axes of more than one device over which the types of arrays do not vary."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    axes = tuple(name for name, n, kind in sizes if kind == AxisType.Manual and n > 1)
+    return () if axes and varying_axes(jax.lax.axis_index(axes)) else axes
+
+
+def mark(keys: Any, grads: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    """The data of keys, known to make noise for these gradients, and whether no others have it.
 
     Under a vmap that maps gradients and not the keys, a ValueError: all would get the same noise.
+    Under one that maps both, keys may be equal still, as a `jax.lax.cond` whose predicate is mapped
+    maps all that it is given. The second result, a boolean, says whether they are not.
     """
-    return _mark_p.bind(keys, *grads)
+    marked, once = _mark_p.bind(keys, *grads)
+    return marked, once
 
 
-def mark_tree(keys: Any, tree: Any) -> jax.Array:
+def mark_tree(keys: Any, tree: Any) -> tuple[jax.Array, jax.Array]:
     """The same for a tree of gradients, or of a model whose noise begins at the keys.
 
     Leaves that are no arrays, ShapeDtypeStructs for instance, are mapped over nothing.
@@ -30,19 +75,16 @@ def mark_tree(keys: Any, tree: Any) -> jax.Array:
 
 
 _mark_p = jax.extend.core.Primitive("jax_privacy_kernels_mark")
+_mark_p.multiple_results = True
 
 
 @_mark_p.def_impl
 def _now(keys: Any, *_: Any) -> Any:
-    return keys
+    return [keys, jnp.asarray(True)]
 
 
-@_mark_p.def_abstract_eval
-def _shape(keys: Any, *_: Any) -> Any:
-    return keys
-
-
-mlir.register_lowering(_mark_p, lambda _, keys, *__: [keys])
+_mark_p.def_abstract_eval(lambda keys, *_: [keys, jax.core.ShapedArray((), jnp.bool_)])
+mlir.register_lowering(_mark_p, mlir.lower_fun(_now, multiple_results=True))
 
 
 def _batch(args: Any, dims: Any) -> Any:
@@ -53,7 +95,20 @@ def _batch(args: Any, dims: Any) -> Any:
             "of a vmap as the gradients are, found it shared: all of them would get the same "
             "noise. Map over states of different keys too, or add noise to the sum outside of vmap"
         )
-    return _mark_p.bind(*args), dims[0]
+    keys, once = _mark_p.bind(*args)
+    if not any(mapped[1:]):
+        return [keys, once], [dims[0], None]
+    return [keys, once & _are_different(jnp.moveaxis(keys, dims[0], 0))], [dims[0], 0]
+
+
+def _are_different(keys: jax.Array) -> jax.Array:
+    """Of each of the keys ``[n, ...]`` whether no other is the same."""
+    # What later keys are split from is the last.
+    words = list(keys.reshape(keys.shape[0], -1)[:, -4:].T)
+    *ordered, place = jax.lax.sort([*words, jnp.arange(keys.shape[0])], num_keys=len(words))
+    same = functools.reduce(jnp.logical_and, [word[1:] == word[:-1] for word in ordered])
+    first, second = jnp.append(same, False), jnp.append(False, same)
+    return ~jnp.zeros_like(first).at[place].set(first | second)
 
 
 batching.primitive_batchers[_mark_p] = _batch
@@ -61,8 +116,8 @@ batching.primitive_batchers[_mark_p] = _batch
 
 def _jvp(primals: Any, tangents: Any) -> Any:
     del tangents
-    keys = _mark_p.bind(*primals)
-    return keys, np.zeros(keys.shape, jax.dtypes.float0)
+    results = _mark_p.bind(*primals)
+    return results, [np.zeros(x.shape, jax.dtypes.float0) for x in results]
 
 
 ad.primitive_jvps[_mark_p] = _jvp

@@ -60,7 +60,8 @@ def shard(shape: Sequence[int], local: Sequence[int]) -> Shard:
 
 def first(shape: Sequence[int], local: Sequence[int], place: Sequence[Any]) -> Words:
     """The index in the leaf of the first element of a block, at that place among the blocks."""
-    total = (jnp.uint32(0), jnp.uint32(0))
+    # Of NumPy, so that the places of thousands of whole leaves are one constant.
+    total: Any = (np.uint32(0), np.uint32(0))
     stride = 1
     for size, count, at in zip(reversed(shape), reversed(local), reversed(place), strict=True):
         if not isinstance(at, int) or at:

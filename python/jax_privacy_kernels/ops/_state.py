@@ -24,6 +24,7 @@ __all__ = [
     "check_kind",
     "has_fingerprint",
     "in_words",
+    "is_of_kind",
     "key_words",
     "kind_of",
 ]
@@ -134,6 +135,12 @@ def kind_of(described: str, key_impl: Any, leaves: Sequence[Leaf]) -> str:
 def abstract_kind(name: str) -> Any:
     """`Clock.kind`, its shape and dtype."""
     return {name: jax.ShapeDtypeStruct((WORDS,), jnp.uint32)}
+
+
+def is_of_kind(state: Any, name: str) -> bool:
+    """Whether that is what a state says that it is."""
+    kind = getattr(getattr(state, "clock", None), "kind", None)
+    return isinstance(kind, dict) and list(kind) == [name]
 
 
 def check_kind(state: Any, expected: NoiseState) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_privacy_kernels._checks import check_int, check_scalar
+from jax_privacy_kernels._checks import check_int, check_scalar, floats
 
 __all__ = [
     "delta_from_epsilon_and_samples",
@@ -180,9 +180,8 @@ def delta_from_epsilon_and_samples(
     Raises:
       ValueError: an argument is out of range or of the wrong shape.
     """
-    losses = np.asarray(samples, np.float64)
-    if not epsilon >= 0:
-        raise ValueError(f"expected epsilon >= 0, found epsilon={epsilon}")
+    losses = floats("samples", samples)
+    epsilon = check_scalar("epsilon", epsilon, lambda x: x >= 0, "a number >= 0")
     if losses.ndim != 1 or losses.size == 0:
         raise ValueError(
             f"expected samples to be a non-empty 1-D array, found shape {losses.shape}"
@@ -191,7 +190,7 @@ def delta_from_epsilon_and_samples(
         raise ValueError(f"expected numbers, found samples[{np.isnan(losses).argmax()}] = nan")
     weights = None
     if counts is not None:
-        weights = np.asarray(counts, np.float64)
+        weights = floats("counts", counts)
         if weights.shape != losses.shape:
             raise ValueError(
                 f"expected counts of the shape of samples, {losses.shape}, found {weights.shape}"
@@ -244,14 +243,19 @@ def perform_calibration_from_samples(
     Raises:
       ValueError: lists do not match, or there are too few samples for delta.
     """
-    if len(positive_samples) == 0:
-        raise ValueError("expected positive_samples to be non-empty, found no lists")
-    size = len(positive_samples)
     lists = {
+        "positive_samples": positive_samples,
         "positive_counts": positive_counts,
         "negative_samples": negative_samples,
         "negative_counts": negative_counts if negative_samples is not None else None,
     }
+    for name, found in lists.items():
+        optional = name != "positive_samples"
+        if not isinstance(found, Sequence | np.ndarray) and not (optional and found is None):
+            raise TypeError(f"expected {name} to be a list of lists, found {found!r}")
+    if len(positive_samples) == 0:
+        raise ValueError("expected positive_samples to be non-empty, found no lists")
+    size = len(positive_samples)
     for name, found in lists.items():
         if found is not None and len(found) != size:
             raise ValueError(
@@ -268,7 +272,9 @@ def perform_calibration_from_samples(
     if negative_samples is not None:
         signs.append((negative_samples, negative_counts))
     least = min(
-        len(samples[i]) if counts is None else int(np.sum(counts[i]))
+        floats("samples", samples[i]).size
+        if counts is None
+        else int(np.sum(floats("counts", counts[i])))
         for samples, counts in signs
         for i in range(size)
     )

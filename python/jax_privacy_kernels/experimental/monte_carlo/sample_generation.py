@@ -16,7 +16,7 @@ import numpy as np
 from scipy import signal, special
 
 from jax_privacy_kernels import _sampling
-from jax_privacy_kernels._checks import check_int, check_scalar
+from jax_privacy_kernels._checks import check_int, check_memory, check_scalar, floats
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
     BMinSep,
@@ -66,6 +66,7 @@ def generate_sample(
     c = _column(scheme, c_col)
     n = scheme.iterations
     count = 1 if num_samples is None else check_int("num_samples", num_samples)
+    check_memory("num_samples", count, 24 * n * count)
     rng = np.random.default_rng(seed)
     rest = None
     if truncated is not None:
@@ -132,9 +133,13 @@ def compute_privacy_loss(
     noise_multiplier = check_scalar("noise_multiplier", noise_multiplier)
     if not noise_multiplier > 0:
         raise ValueError(f"expected noise_multiplier > 0, found {noise_multiplier}")
+    if not 1e-150 <= noise_multiplier <= 1e150:  # or its square is beyond floats
+        raise ValueError(
+            f"expected noise_multiplier between 1e-150 and 1e150, found {noise_multiplier}"
+        )
     scheme, truncated = _sampling.as_scheme(strategy)
     c = _column(scheme, c_col)
-    y = np.asarray(sample, np.float64)
+    y = floats("sample", sample)
     if y.ndim not in (1, 2) or y.shape[0] != scheme.iterations:
         raise ValueError(
             f"expected sample of shape [{scheme.iterations}] or [{scheme.iterations}, samples], "

@@ -285,10 +285,10 @@ class BufferedToeplitz(Mirrored):
         ):
             if bound is not None:
                 check_scalar(name, bound, lambda x: 0 < x < np.inf, "positive and finite")
-        check_scalar("buf_decay_shift", buf_decay_shift)
+        shift = check_scalar("buf_decay_shift", buf_decay_shift)
         half = (m + 1) // 2
         spacing = buf_decay_scale * np.pi / np.sqrt(2 * (half + 1))
-        x = spacing * (np.arange(m) + 1 - half + buf_decay_shift)
+        x = spacing * (np.arange(m) + 1 - half + shift)
         with np.errstate(all="ignore"):
             theta = 1 / (1 + np.exp(2 * x))
             omega = -(theta**2) * np.exp(3 * x) / np.sum(np.exp(x) * theta)

@@ -26,7 +26,13 @@ from jax_privacy_kernels.ops import (
 )
 from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._noise import NoiseOutputs
-from jax_privacy_kernels.ops._state import Clock, NoiseState, check_kind, has_fingerprint
+from jax_privacy_kernels.ops._state import (
+    Clock,
+    NoiseState,
+    check_kind,
+    has_fingerprint,
+    is_of_kind,
+)
 from jax_privacy_kernels.ops.correlated_noise import _cpp, _jax, _pallas, _state, _triton
 from jax_privacy_kernels.ops.correlated_noise._contract import Inputs, Run
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
@@ -91,7 +97,7 @@ def init_correlated_noise(
       TypeError: a leaf is not floating, or its noise dtype is not one that can be sampled.
       ValueError: the model is mapped over an axis (vmap) that the key is not mapped over.
     """
-    filter = _filter(matrix, jax.random.key_impl(key), stddev)
+    filter = _filters(matrix, jax.random.key_impl(key), stddev)[-1]
     matrix = jax.tree.map(_canonical, matrix)
     leaves = _leaves.plan(model, matrix.dtype, dtype)
     fingerprint = _fingerprint_of(matrix, filter, stddev, leaves)
@@ -121,7 +127,8 @@ def correlated_noise(
     Args:
       grads: tree of floating arrays.
       state: from `init_correlated_noise` or the step before, for this tree, matrix, stddev and
-        dtype.
+        dtype. With a traced stddev, one from init may be of a stddev that is known: the state after
+        the step is of the other kind.
       matrix: the rows of ``C^-1``.
       stddev: standard deviation of the samples of this step. The same at every step if it is known,
         as it is outside of traces.
@@ -141,21 +148,25 @@ def correlated_noise(
       NotImplementedError: when lowered, the implementation asked for does not run on the platform.
     """
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
-    filter = _filter(matrix, key_impl, stddev)
+    known, filter = _filters(matrix, key_impl, stddev)
     matrix = jax.tree.map(_canonical, matrix)
     leaves = _leaves.plan(grads, matrix.dtype, dtype)
     fingerprint = _fingerprint_of(matrix, filter, stddev, leaves)
     matrix, unit = matrix.scaled()
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
-    expected = _state.abstract_state(tree, leaves, filter, key_impl)
-    check_kind(state, expected)
-    _leaves.check_shared(grads, state.clock.keys)
+    valid: Any = True
+    if known is not filter and _is_unstarted(state, _state.kind(known, key_impl, leaves)):
+        check_kind(state, _state.abstract_state(tree, leaves, known, key_impl))
+        state = _state.unstarted(state, grads, leaves, filter, key_impl, fingerprint)
+        valid = state.clock.step == 0
+    check_kind(state, _state.abstract_state(tree, leaves, filter, key_impl))
+    once = _once.check_devices(grads, state.clock.keys)
     _partition.check_summed_up(grads)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
     _partition.check_mesh(grads, state.clock.keys)
-    valid = has_fingerprint(state, fingerprint)
+    valid &= has_fingerprint(state, fingerprint) & once
     outs, clock, rings = _step(
         leaves,
         name,
@@ -189,7 +200,8 @@ def _step(
     rings: list[jax.Array],
 ) -> tuple[list[jax.Array], Clock, list[jax.Array]]:
     step = jnp.maximum(clock.step, 0)  # below 0 it is not valid, which kernels need not know
-    clock = clock._replace(keys=_once.mark(clock.keys, grads))
+    keys, once = _once.mark(clock.keys, grads)
+    clock = clock._replace(keys=keys)
     before = clock.step
     keys, stddevs, clock = _state.tick(clock, key_impl, filter, stddev)
     factors = [1 / unit] if filter.varying else [stddev / unit]
@@ -203,7 +215,7 @@ def _step(
     coef = jnp.where(usable, coef, 1).astype(jnp.promote_types(coef.dtype, jnp.float32))
     # Either the step has overflowed, or it is not one; or traced coefficients, a traced stddev or a
     # traced state hid what is refused where it is seen. NaN is seen; no noise would not be.
-    valid &= usable & (before >= 0)
+    valid &= usable & (before >= 0) & once
     valid &= _stddev.is_usable(stddev) & (_stddev.is_normal(scale) | _stddev.is_zero(stddev))
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
@@ -226,12 +238,20 @@ def _canonical(x: Any) -> Any:
     return np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)) if known else x
 
 
-def _filter(matrix: NoisingMatrix, key_impl: Any, stddev: Any) -> Filter:
-    counted, known = _counter_prng.looks_ahead(key_impl), is_concrete(stddev)
-    filter = matrix.filter(counted, counted=counted)
-    if known or not filter.remembers:
-        return filter
-    return matrix.filter(False, counted=counted, varying=True)
+def _filters(matrix: NoisingMatrix, key_impl: Any, stddev: Any) -> tuple[Filter, Filter]:
+    """The filter for a stddev that is known, and the one for this stddev."""
+    counted = _counter_prng.looks_ahead(key_impl)
+    known = matrix.filter(counted, counted=counted)
+    if is_concrete(stddev) or not known.remembers:
+        return known, known
+    kept = known.keys - known.behind
+    return known, matrix.filter(False, counted=counted, varying=True, kept_ahead=kept)
+
+
+def _is_unstarted(state: Any, kind: str) -> bool:
+    """Whether a state is of that kind, and may be one before step 0."""
+    step = state.clock.step if is_of_kind(state, kind) else 1
+    return not is_concrete(step) or int(step) == 0
 
 
 def _fingerprint_of(

@@ -34,6 +34,8 @@ class Filter:
         Only then can terms be made ahead.
       varying: whether the stddev of the samples may change from step to step. Then terms are of the
         stddev of their samples, and none are made ahead; else they are of stddev 1.
+      kept_ahead: the number of steps to come whose keys a state keeps though no terms are made
+        ahead.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,7 @@ class Filter:
     slots: int
     counted: bool = dataclasses.field(default=True, kw_only=True)
     varying: bool = dataclasses.field(default=False, kw_only=True)
+    kept_ahead: int = dataclasses.field(default=0, kw_only=True)
 
     @property
     def buffers(self) -> int:
@@ -66,6 +69,11 @@ class Filter:
     def steps(self) -> int:
         """The number of terms that a visit to a tile makes, at most."""
         return max(self.slots, 1) if self.ahead else 1
+
+    @property
+    def keys(self) -> int:
+        """The number of keys that a state keeps beside the one that later ones are split from."""
+        return self.behind + (self.steps if self.ahead else self.kept_ahead)
 
     def factors(self, step: jax.Array, coef: jax.Array) -> jax.Array:
         """The coefficients at a step as kernels for GPUs take them."""

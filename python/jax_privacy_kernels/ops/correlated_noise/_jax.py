@@ -51,7 +51,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
             None if leaf.whole else leaf.shard,
             0 if filter.counted else leaf.size,
             inputs.step,
-            jnp.int32(leaf.first_tile % max(filter.slots, 1)),
+            jnp.asarray(leaf.first_tile % max(filter.slots, 1), jnp.int32),
             (first[0], first[1]),
             leaf_keys[:, leaf.index],
             inputs.coef,
@@ -106,7 +106,9 @@ def _leaf_step(
         if slots > 1:
             phase = functools.partial(here.phase, slots, first_phase)
             flat = _warm_up(filter, one_step, step, phase, flat)
-        if shard is None or not shard.axes:
+        if not isinstance(grad.size, int):
+            flat = _refresh_any_size(slots, here, now, first_phase, keys, matrices, flat)
+        elif shard is None or not shard.axes:
             flat = _refresh(slots, here, now, first_phase, keys, matrices, flat)
         else:
             due = here.phase(slots, first_phase) == now
@@ -203,6 +205,28 @@ def _refresh_tiles(
         place = start[:, None] + jnp.arange(width)[None, :] - begin[:, None]
         new = jnp.where((place >= 0) & (place < TILE), new, old)
     return _write(ring, start, new)
+
+
+def _refresh_any_size(
+    slots: int,
+    here: Here,
+    now: jax.Array,
+    first_phase: jax.Array,
+    keys: jax.Array,
+    matrices: Matrices,
+    ring: jax.Array,
+) -> jax.Array:
+    """As `_refresh`, of a whole leaf whose size is symbolic: by way of a copy in whole tiles."""
+    rows, size = ring.shape
+    tiles = (size + TILE - 1) // TILE
+    padded = jnp.pad(ring, ((0, 0), (0, tiles * TILE - size))).reshape(rows, tiles, TILE)
+    group = jnp.arange((tiles + slots - 1) // slots, dtype=jnp.int32)
+    turn = slots * group + (now - first_phase - group) % slots  # the last may be beyond the leaf
+    sample = functools.partial(here.sample_from, size=TILE)
+    start = jnp.zeros_like(turn, jnp.uint32), turn.astype(jnp.uint32) * TILE
+    z = jax.vmap(lambda key: jax.vmap(lambda hi, lo: sample(key, (hi, lo)))(*start))(keys)
+    new = _visited(matrices, z, padded.at[:, turn].get(mode="clip"))
+    return padded.at[:, turn].set(new, mode="drop").reshape(rows, tiles * TILE)[:, :size]
 
 
 def _refresh_elements(

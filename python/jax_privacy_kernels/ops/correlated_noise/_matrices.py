@@ -61,7 +61,7 @@ class BandedRecurrence:
     def dtype(self) -> jnp.dtype:
         return self.coef.dtype
 
-    def filter(self, ahead: bool, **options: bool) -> Filter:
+    def filter(self, ahead: bool, **options: Any) -> Filter:
         return RecurrenceFilter(ahead, self.coef.shape[-1] - 1, **options)
 
     def scaled(self) -> tuple[BandedRecurrence, jax.typing.ArrayLike]:
@@ -104,7 +104,7 @@ class MovingAverage:
     def dtype(self) -> jnp.dtype:
         return self.coef.dtype
 
-    def filter(self, ahead: bool, **options: bool) -> Filter:
+    def filter(self, ahead: bool, **options: Any) -> Filter:
         slots = self.slots if ahead else 0
         return MovingAverageFilter(ahead, slots, self.coef.shape[0], **options)
 
@@ -152,7 +152,7 @@ class BufferedToeplitz:
     def dtype(self) -> jnp.dtype:
         return jnp.result_type(self.buf_decay, self.output_scale)
 
-    def filter(self, ahead: bool, **options: bool) -> Filter:
+    def filter(self, ahead: bool, **options: Any) -> Filter:
         slots = self.slots if ahead else 0
         kind = InverseBufferedFilter if self.inverse else BufferedFilter
         return kind(ahead, slots, self.buf_decay.shape[0], **options)

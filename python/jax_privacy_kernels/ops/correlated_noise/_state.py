@@ -13,7 +13,7 @@ from jax_privacy_kernels.ops._leaves import Leaf
 from jax_privacy_kernels.ops._state import Clock, NoiseState, abstract_kind, key_words, kind_of
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
 
-__all__ = ["abstract_state", "init_state", "kind", "tick"]
+__all__ = ["abstract_state", "init_state", "kind", "tick", "unstarted"]
 
 
 def kind(filter: Filter, key_impl: Any, leaves: tuple[Leaf, ...]) -> str:
@@ -40,7 +40,7 @@ def abstract_state(
     rings = [struct((filter.rows, *leaf.shape), leaf.dtype) for leaf in leaves]
     clock = Clock(
         step=struct((), jnp.int32),
-        keys=struct((_stored(filter) + 1, *key_words(key_impl)), jnp.uint32),
+        keys=struct((filter.keys + 1, *key_words(key_impl)), jnp.uint32),
         stddevs=stddevs,
         kind=abstract_kind(kind(filter, key_impl, leaves)),
     )
@@ -52,16 +52,46 @@ def init_state(
 ) -> NoiseState:
     """The state before step 0, its rings laid out as the leaves of the model are."""
     key_impl = jax.random.key_impl(key)
+    data, _ = _once.mark_tree(jax.random.key_data(key), model)
+    keys = _first_keys(filter.behind, filter.keys, key_impl, data)
+    return _at_rest(model, leaves, filter, key_impl, keys, jnp.zeros((), jnp.int32), fingerprint)
+
+
+def unstarted(
+    state: NoiseState,
+    grads: Any,
+    leaves: tuple[Leaf, ...],
+    filter: Filter,
+    key_impl: Any,
+    fingerprint: Any,
+) -> NoiseState:
+    """A state before step 0 of the filter with look-ahead, as one of the filter without.
+
+    Before step 0 a state holds nothing but keys, of which both have the same.
+    """
+    keys, step = state.clock.keys, state.clock.step
+    return _at_rest(grads, leaves, filter, key_impl, keys, step, fingerprint)
+
+
+def _at_rest(
+    model: Any,
+    leaves: tuple[Leaf, ...],
+    filter: Filter,
+    key_impl: Any,
+    keys: jax.Array,
+    step: jax.Array,
+    fingerprint: Any,
+) -> NoiseState:
+    """A state that remembers no samples."""
     expected = abstract_state(jax.tree.structure(model), leaves, filter, key_impl)
 
     def ring(leaf: Any, ring: jax.ShapeDtypeStruct) -> jax.Array:
         return _partition.zeros(ring.shape, ring.dtype, _partition.rows_like(leaf))
 
     ((name, _),) = expected.clock.kind.items()
-    data = _once.mark_tree(jax.random.key_data(key), model)
     clock = Clock(
-        step=jnp.zeros((), jnp.int32),
-        keys=_first_keys(filter.behind, _stored(filter), key_impl, data),
+        step=step,
+        keys=keys,
         stddevs=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), expected.clock.stddevs),
         kind={name: jnp.asarray(fingerprint)},
     )
@@ -80,7 +110,7 @@ def tick(
     key, subkey = jax.random.split(jax.random.wrap_key_data(clock.keys[-1], impl=key_impl))
     stored, subkey, key = clock.keys[:-1], jax.random.key_data(subkey), jax.random.key_data(key)
     known = jnp.concatenate([stored, subkey[None]])
-    keys = jax.random.wrap_key_data(stored if filter.ahead else known, impl=key_impl)
+    keys = jax.random.wrap_key_data(known[: filter.behind + filter.steps], impl=key_impl)
     stddevs, history = None, clock.stddevs
     if filter.varying:
         stddevs = stddev[None]
@@ -89,11 +119,6 @@ def tick(
             history = stddevs[1:]
     after = Clock(clock.step + 1, jnp.concatenate([known[1:], key[None]]), history, clock.kind)
     return keys, stddevs, after
-
-
-def _stored(filter: Filter) -> int:
-    """The number of keys that the clock holds beside the one that others are split from."""
-    return filter.behind + (filter.steps if filter.ahead else 0)
 
 
 # Jitted, so that all states of a size share what is compiled.

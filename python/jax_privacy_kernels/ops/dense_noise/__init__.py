@@ -89,7 +89,7 @@ def init_dense_noise(
     leaves = _leaves.plan(model, matrix.dtype, dtype)
     kind = _kind(leaves, jax.random.key_impl(key))
     fingerprint = jnp.asarray(_fingerprint_of(matrix, leaves))
-    words = _once.mark_tree(jax.random.key_data(key), model)
+    words, _ = _once.mark_tree(jax.random.key_data(key), model)
     words = jnp.copy(words)[None]  # the state is there to be donated
     return NoiseState(Clock(jnp.zeros((), jnp.int32), words, (), {kind: fingerprint}), ())
 
@@ -139,12 +139,12 @@ def dense_noise(
         raise ValueError(
             f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
         )
-    _leaves.check_shared(grads, state.clock.keys)
+    once = _once.check_devices(grads, state.clock.keys)
     _partition.check_summed_up(grads)
     _partition.check_mesh(grads, state.clock.keys)
     valid = has_fingerprint(state, _fingerprint_of(matrix, leaves))
     # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
-    valid &= (step >= 0) & (step < n)
+    valid &= (step >= 0) & (step < n) & once
     scale, row = jnp.asarray(stddev, jnp.result_type(float)), matrix[step]
     largest = jnp.abs(row).max()
     made = _stddev.is_normal(largest.astype(scale.dtype) * scale)
@@ -179,7 +179,9 @@ def _add(
     grads: list[jax.Array],
 ) -> list[jax.Array]:
     ahead = _counter_prng.looks_ahead(key_impl)
-    key = jax.random.wrap_key_data(_once.mark(keys, grads)[0], impl=key_impl)
+    keys, once = _once.mark(keys, grads)
+    scale = jnp.where(once, scale, jnp.nan)
+    key = jax.random.wrap_key_data(keys[0], impl=key_impl)
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
         key, row = rest

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import (
     _coefficients,
@@ -71,7 +72,7 @@ def toeplitz_solve(
 
     Args:
       coef: ``[m]``, real, m >= 1; those from the n-th on do not matter. If ``coef[0]`` is 0 the
-        result is not finite.
+        result is not finite; if one that matters is not finite it is NaN.
       rhs: ``[n]`` or ``[n, ...]``, real, n >= 1.
       transpose: solves ``T^T x = rhs`` instead.
       implementation: "jax", "cpp", ..., or None for the fastest.
@@ -90,6 +91,9 @@ def toeplitz_solve(
 
 
 def _solution(coef: jax.Array, rhs: jax.Array, transpose: bool, name: str | None) -> jax.Array:
+    coef = coef[: rhs.shape[0]]
+    # An infinite coefficient would make an x of zeros.
+    coef = jnp.where(jnp.isfinite(coef).all(), coef, jnp.full_like(coef, jnp.nan))
     return _linear.apply(_Solution(transpose, name), [coef], [rhs])[0]
 
 

@@ -14,6 +14,7 @@ are whole cycles of b - 1 steps, after which the look-ahead schedule repeats. Ca
   copied    the state not donated: XLA copies it at every step
   float64   gradients and noise of 64 bits
   bfloat16  gradients of 16 bits, noise of 32
+  secure    a chacha20 key, as privatizers draw; also beside the kernel with a threefry2x32 key
 
 and for other noising matrices than the inverse of a banded Toeplitz strategy, all of them one
 float32 leaf, the state donated, "bands" being the size of the mechanism:
@@ -42,7 +43,7 @@ from jax_privacy import matrix_factorization as peer_mechanisms
 from jax_privacy import noise_addition as peer_noise_addition
 
 from jax_privacy_kernels import matrix_factorization as mechanisms
-from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels import noise_addition, random
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -124,6 +125,7 @@ class Case:
     many_leaves: bool = False
     scan: bool = False
     donate: tuple[int, ...] = (1,)  # of update(grads, state)
+    secure: bool = False  # a chacha20 key
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,6 +140,7 @@ CASES = {
     "copied": Case(FEW, donate=()),
     "float64": Case(FEW, dtype="float64"),
     "bfloat16": Case(FEW, dtype="bfloat16", noise_dtype="float32"),
+    "secure": Case((1, 8, 32), secure=True),
     "by_row": Case((32,), BY_ROW),
     "inverse": Case((16,), INVERSE),
     "buffers": Case((4,), BUFFERS),
@@ -149,7 +152,8 @@ class Runner:
     """A privatizer with its state; a call takes some steps and gives the last noisy gradients."""
 
     def __init__(self, name: str, case: Case, bands: int, grads: Any, steps: int):
-        options = {"stddev": 1.0, "prng_key": 0, "dtype": case.noise_dtype}
+        key = random.secure_key(bytes(32)) if case.secure else jax.random.key(0)
+        options = {"stddev": 1.0, "prng_key": key, "dtype": case.noise_dtype}
         if name == "peer":
             matrix = case.mechanism.matrix(peer_mechanisms, bands)
             make = peer_noise_addition.matrix_factorization_privatizer
@@ -202,6 +206,9 @@ def measure(
     calls = cycle * -(-repeats // cycle) if not case.scan else max(repeats // 4, 2)
     names = case.names
     runners = {n: Runner(n, case, bands, grads, steps) for n in names}
+    if case.secure:
+        other = dataclasses.replace(case, secure=False)
+        runners["threefry2x32"] = Runner("cpp", other, bands, grads, steps)
     warmup = max(cycle + 1, 3) if not case.scan else 2
     times = harness.interleave(runners, warmup=warmup, repeats=calls)
     # All have taken the same number of steps, so that they must agree.
@@ -210,7 +217,10 @@ def measure(
         t.update({key: t[key] / steps for key in ("median_s", "p90_s", "min_s", "max_s")})
     slot = np.dtype(case.noise_dtype or case.dtype)
     parameters = sum(shapes)
+    # The same kernel of another stream, not another implementation of the same step.
+    threefry = {key: times.pop(key) for key in ("threefry2x32",) if key in times}
     return {
+        **threefry,
         "case": name,
         "bands": bands,
         "leaves": len(shapes),
@@ -265,6 +275,12 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for case, name, bands, least in floors
         if (case, bands) in found
     ]
+    for case, bands in found:
+        if case == "secure":
+            row = found[case, bands]
+            ratio = row["implementations"]["cpp"]["median_s"] / row["threefry2x32"]["median_s"]
+            what = f"secure: cpp time at {bands} bands over that with a threefry2x32 key"
+            checks.append(harness.floor(what, ratio, "<=", 1.15))
     for one, other, what, most in (
         (("bands", 64), ("bands", 8), "bands: cpp time at 64 bands over 8", 1.6),
         (("inverse", 16), ("bands", 16), "inverse: cpp time over bands, both at 16", 1.5),
@@ -285,7 +301,7 @@ def describe(report: dict[str, Any]) -> str:
     )
     copy = f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, read + written"
     header = ["case", "bands", "parameters", *(f"{n} ms (p90)" for n in NAMES), "jax x", "cpp x"]
-    header += ["cpp Ms/s", "cpp GB/s", "% of bound", "first call s", "differ by"]
+    header += ["threefry2x32 ms", "cpp Ms/s", "cpp GB/s", "% of bound", "first call s", "differ by"]
     lines = []
     for row in report["rows"]:
         times, cpp = row["implementations"], row["cpp"]
@@ -296,6 +312,8 @@ def describe(report: dict[str, Any]) -> str:
             for n in NAMES
         ]
         ratios = [f"{row['speedup'][n]:.1f}" if row["speedup"] else "-" for n in NAMES[1:]]
+        other = row.get("threefry2x32")
+        ratios.append(f"{other['median_s'] * 1e3:.2f}" if other else "-")
         use = [f"{cpp['samples_per_s'] / 1e6:.0f}", f"{cpp['bytes_per_s'] / 1e9:.1f}"]
         use.append(f"{cpp['fraction_of_bound'] * 100:.0f}")
         first = " ".join(f"{times[n]['first_call_s']:.2f}" for n in NAMES if n in times)

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <variant>
 #include <vector>
 
 #include "noise.h"
@@ -30,6 +31,9 @@ enum class Filter {
   kInverseBuffers,  // x_t = z_t - w.u_t, u_{t+1} = decay u_t + x_t
 };
 
+// Keys of one stream.
+using Keys = std::variant<const Key*, const chacha20::Key*>;
+
 // What every leaf shares at step t.
 struct Step {
   Filter filter;
@@ -39,7 +43,7 @@ struct Step {
   int64_t behind;   // how many samples before z_t there are in x_t
   int64_t now;      // t mod S: the slot of x_t
   // Of steps t - behind .. t + max(S, 1) - 1: a leaf's key is split(key of the step, leaf).
-  const Key* keys;
+  Keys keys;
   // kRecurrence: see set_recurrence. kMovingAverage: of z_{t-behind} .. z_t, and zeros up to
   // padded(behind + 1). Buffers: the decays, then the weights of the buffers in x_t.
   std::vector<double> weights;
@@ -61,7 +65,7 @@ struct Step {
   }
 };
 
-inline Step make_step(Filter filter, int64_t t, int64_t slots, const Key* keys, double output_scale,
+inline Step make_step(Filter filter, int64_t t, int64_t slots, Keys keys, double output_scale,
                       bool accurate) {
   Step step{};
   step.filter = filter;
@@ -127,7 +131,7 @@ inline void set_buffers(Step& step, const double* parameters, int64_t buffers) {
 // What one worker needs, made before any thread starts.
 struct Workspace {
   explicit Workspace(const Step& step)
-      : keys(static_cast<size_t>(step.samples())),
+      : keys(step.samples() * kKeyNumbers),
         block_rows(step.block_rows()),
         scratch(block_rows * kBlock + static_cast<int64_t>(step.weights.size())) {}
   template <typename X>
@@ -139,31 +143,29 @@ struct Workspace {
     return scratch.as<X>() + block_rows * kBlock;
   }
 
-  std::vector<Key> keys;  // those of the leaf, like Step::keys
+  Scratch keys;  // those of the leaf, like Step::keys
   int64_t block_rows;
   Scratch scratch;
 };
 
 // Some elements of a leaf that make terms, and what they need for it.
-template <typename X>
+template <typename Z, typename X, typename Stream>
 struct Block {
   const Step& step;
   const Leaf& leaf;
-  const Key* keys;
   const X* weights;
   X* rows;  // [Step::block_rows(), kBlock]
+  Stream stream;
   const Visit* visit;
-  Indices indices;
 
   JPK_INLINE void begin(const Visit* of) {
     visit = of;
-    indices.set(*visit);
+    stream.begin(*visit);
   }
 
   // weight * the samples of step t + ahead, or of key j if samples of the past come first.
-  template <typename Z>
-  JPK_INLINE void sample(int64_t key, X weight, X* __restrict x) const {
-    jpk::sample<Z, X>(indices, keys[key], step.accurate, weight, x);
+  JPK_INLINE void sample(int64_t key, X weight, X* __restrict x) {
+    jpk::sample<Z, X>(stream, key, step.accurate, weight, x);
   }
 
   // Copies a row of the ring, and pads it with zeros.
@@ -215,12 +217,12 @@ JPK_INLINE void accumulate(int64_t rows, const X* weight, const X* history, X* _
 
 // Makes x_t .. x_{t+steps-1}, steps being S or 1, in the ring's slots; without slots, x_t in x.
 // So do the two functions that follow.
-template <typename Z, typename X>
-JPK_INLINE void advance_recurrence(const Block<X>& at, int64_t steps, X* __restrict x) {
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void advance_recurrence(Block<Z, X, Stream>& at, int64_t steps, X* __restrict x) {
   const Step& step = at.step;
   const int64_t slots = step.slots;
   if (slots == 0) {
-    return at.template sample<Z>(0, static_cast<X>(step.input_weight[0]), x);
+    return at.sample(0, static_cast<X>(step.input_weight[0]), x);
   }
   // A single step of a run's first S reads the slots that have been written.
   const int64_t rows = steps == slots ? slots : std::min(step.t, slots);
@@ -229,7 +231,7 @@ JPK_INLINE void advance_recurrence(const Block<X>& at, int64_t steps, X* __restr
   for (int64_t ahead = 0; ahead < steps; ++ahead) {
     const int64_t slot = step.slot(ahead);
     const X* weights = step.by_row ? at.weights + ahead * padded(slots) : at.weights + slots - slot;
-    at.template sample<Z>(ahead, static_cast<X>(step.input_weight[step.by_row ? ahead : 0]), x);
+    at.sample(ahead, static_cast<X>(step.input_weight[step.by_row ? ahead : 0]), x);
     accumulate<X>(padded(rows), weights, at.rows, x);
     if (steps == slots) std::copy_n(x, kBlock, at.rows + slot * kBlock);
   }
@@ -237,19 +239,19 @@ JPK_INLINE void advance_recurrence(const Block<X>& at, int64_t steps, X* __restr
   for (int64_t m = 0; m < slots; ++m) at.store(m, at.rows + m * kBlock);
 }
 
-template <typename Z, typename X>
-JPK_INLINE void advance_moving_average(const Block<X>& at, int64_t steps, X* __restrict x) {
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void advance_moving_average(Block<Z, X, Stream>& at, int64_t steps, X* __restrict x) {
   const Step& step = at.step;
   const int64_t samples = step.behind + steps;
   if (step.slots == 0) {
-    return weighted_samples<Z, X>(at.indices, at.keys, step.accurate, at.weights, samples, x);
+    return weighted_samples<Z, X>(at.stream, step.accurate, at.weights, samples, x);
   }
   for (int64_t j = 0; j < samples; ++j) {
     X* z = at.rows + j * kBlock;
     if (step.t - step.behind + j < 0) {
       std::fill(z, z + kBlock, X(0));  // nothing came before step 0
     } else {
-      at.template sample<Z>(j, X(1), z);
+      at.sample(j, X(1), z);
     }
   }
   std::fill(at.rows + samples * kBlock, at.rows + (samples + kGroup) * kBlock, X(0));
@@ -260,15 +262,15 @@ JPK_INLINE void advance_moving_average(const Block<X>& at, int64_t steps, X* __r
   }
 }
 
-template <typename Z, typename X>
-JPK_INLINE void advance_buffers(const Block<X>& at, int64_t steps, X* __restrict x) {
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void advance_buffers(Block<Z, X, Stream>& at, int64_t steps, X* __restrict x) {
   const Step& step = at.step;
   const int64_t buffers = step.buffers;
   const X *decay = at.weights, *weight = at.weights + buffers;
   for (int64_t m = 0; m < buffers; ++m) at.load(m, at.rows + m * kBlock);
   for (int64_t ahead = 0; ahead < steps; ++ahead) {
     X z[kBlock];
-    at.template sample<Z>(ahead, X(1), z);
+    at.sample(ahead, X(1), z);
     std::copy_n(z, kBlock, x);
     for (int64_t m = 0; m < buffers; ++m) {
       const X* u = at.rows + m * kBlock;
@@ -284,28 +286,30 @@ JPK_INLINE void advance_buffers(const Block<X>& at, int64_t steps, X* __restrict
   for (int64_t m = 0; m < buffers; ++m) at.store(m, at.rows + m * kBlock);
 }
 
-template <typename Z, typename X>
-JPK_INLINE void advance(const Block<X>& at, int64_t steps, X* x) {
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void advance(Block<Z, X, Stream>& at, int64_t steps, X* x) {
   switch (at.step.filter) {
     case Filter::kRecurrence:
-      return advance_recurrence<Z, X>(at, steps, x);
+      return advance_recurrence(at, steps, x);
     case Filter::kMovingAverage:
-      return advance_moving_average<Z, X>(at, steps, x);
+      return advance_moving_average(at, steps, x);
     case Filter::kBuffers:
     case Filter::kInverseBuffers:
-      return advance_buffers<Z, X>(at, steps, x);
+      return advance_buffers(at, steps, x);
   }
 }
 
 // One step of parts [begin, end) of one leaf, sampled as Z, kept as X.
-template <typename Z, typename X>
-JPK_INLINE void step_parts(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
-                           Workspace& workspace) {
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void step_parts(const typename Stream::Key* keys, const Step& step, const Leaf& leaf,
+                           int64_t begin, int64_t end, Workspace& workspace) {
   const X scale = static_cast<X>(step.output_scale);
   X* weights = workspace.weights<X>();
   for (size_t i = 0; i < step.weights.size(); ++i) weights[i] = static_cast<X>(step.weights[i]);
-  for (int64_t j = 0; j < step.samples(); ++j) workspace.keys[j] = split(step.keys[j], leaf.index);
-  Block<X> at{step, leaf, workspace.keys.data(), weights, workspace.block<X>(), nullptr, {}};
+  auto* of_leaf = workspace.keys.as<typename Stream::Key>();
+  bool keyed = false;  // most visits make no terms, and need no keys
+  Block<Z, X, Stream> at{
+      step, leaf, weights, workspace.block<X>(), Stream(of_leaf, step.samples()), nullptr};
   X x[kBlock];
 
   const X* ring_now = static_cast<const X*>(leaf.ring) + (step.buffers + step.now) * leaf.size;
@@ -314,8 +318,12 @@ JPK_INLINE void step_parts(const Step& step, const Leaf& leaf, int64_t begin, in
                 leaf.shard.part(end, leaf.size));
   while (const Visit* visit = visits.next()) {
     if (visit->terms) {
+      for (int64_t j = 0; !keyed && j < step.samples(); ++j) {
+        of_leaf[j] = Stream::split(keys[j], leaf.index);
+      }
+      keyed = true;
       at.begin(visit);
-      advance<Z, X>(at, visit->terms, x);
+      advance(at, visit->terms, x);
     }
     const X* from = x;
     for (int64_t s = 0; s < visit->spans; ++s) {
@@ -332,6 +340,16 @@ JPK_INLINE void step_parts(const Step& step, const Leaf& leaf, int64_t begin, in
     }
   }
   if (later.count) emit<X>(leaf, later, scale, ring_now + later.here);
+}
+
+template <typename Z, typename X>
+JPK_INLINE void step_parts(const Step& step, const Leaf& leaf, int64_t begin, int64_t end,
+                           Workspace& workspace) {
+  if (const auto* keys = std::get_if<const chacha20::Key*>(&step.keys)) {
+    return step_parts<Z, X, ChaCha20Stream<Z>>(*keys, step, leaf, begin, end, workspace);
+  }
+  const Key* keys = std::get<const Key*>(step.keys);
+  step_parts<Z, X, ThreefryStream<Z>>(keys, step, leaf, begin, end, workspace);
 }
 
 JPK_TARGET_CLONES static void step_parts_f32_f32(const Step& step, const Leaf& leaf, int64_t begin,

@@ -72,11 +72,14 @@ ffi::Error run_correlated_noise(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t,
     }
     if (t.element_count() != 1 || t.typed_data()[0] < 0) return "step must be one integer >= 0";
     if (slots < 0 || slots > kMostSlots) return "slots must be >= 0 and in bounds";
-    if (keys.dimensions().size() != 2 || keys.dimensions()[1] != 2) {
-      return "keys must have shape [.., 2]";
+    const int64_t words = keys.dimensions().size() == 2 ? keys.dimensions()[1] : 0;
+    if (words != 2 && words != 8) {
+      return "keys must have shape [.., 2] for threefry2x32 or [.., 8] for chacha20";
     }
-    Step step = make_step(Filter::kRecurrence, t.typed_data()[0], slots,
-                          reinterpret_cast<const Key*>(keys.typed_data()), scale[0], accurate);
+    Keys of_steps = reinterpret_cast<const Key*>(keys.typed_data());
+    if (words == 8) of_steps = reinterpret_cast<const chacha20::Key*>(keys.typed_data());
+    Step step =
+        make_step(Filter::kRecurrence, t.typed_data()[0], slots, of_steps, scale[0], accurate);
     if (std::string wrong = set_filter(filter, slots, coef, step); !wrong.empty()) return wrong;
     if (keys.dimensions()[0] != step.samples()) {
       return "keys must be one for each of the steps that are sampled";

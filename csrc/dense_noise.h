@@ -3,6 +3,7 @@
 #define JPK_DENSE_NOISE_H_
 
 #include <cstdint>
+#include <variant>
 #include <vector>
 
 #include "noise.h"
@@ -11,45 +12,57 @@ namespace jpk {
 
 // What every leaf shares.
 struct Row {
-  Key key;                      // sample j of a leaf has the key split(split(key, leaf), j)
-  std::vector<double> weights;  // of the samples
-  bool accurate;                // see Gaussian::any
+  std::variant<Key, chacha20::Key> key;  // sample j of a leaf: fold_in(split(key, leaf), j)
+  std::vector<double> weights;           // of the samples
+  bool accurate;                         // see Gaussian::any
 
   int64_t samples() const { return static_cast<int64_t>(weights.size()); }
 };
 
 // What one worker needs, made before any thread starts.
 struct RowWorkspace {
-  explicit RowWorkspace(const Row& row) : keys(row.weights.size()), scratch(row.samples()) {}
+  explicit RowWorkspace(const Row& row)
+      : keys(row.samples() * kKeyNumbers), scratch(row.samples()) {}
 
-  std::vector<Key> keys;  // those of the leaf's samples
-  Scratch scratch;        // the weights
+  Scratch keys;     // those of the leaf's samples
+  Scratch scratch;  // the weights
 };
 
 // Parts [begin, end) of one leaf, sampled as Z, added up as X.
-template <typename Z, typename X>
-JPK_INLINE void row_parts(const Row& row, const Leaf& leaf, int64_t begin, int64_t end,
-                          RowWorkspace& workspace) {
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void row_parts(const typename Stream::Key& key, const Row& row, const Leaf& leaf,
+                          int64_t begin, int64_t end, RowWorkspace& workspace) {
   const int64_t samples = row.samples();
-  const Key of_leaf = split(row.key, leaf.index);
+  const typename Stream::Key of_leaf = Stream::split(key, leaf.index);
+  auto* keys = workspace.keys.as<typename Stream::Key>();
   X* weights = workspace.scratch.as<X>();
   for (int64_t j = 0; j < samples; ++j) {
     weights[j] = static_cast<X>(row.weights[j]);
-    workspace.keys[j] = split(of_leaf, static_cast<uint32_t>(j));
+    keys[j] = Stream::fold_in(of_leaf, static_cast<uint32_t>(j));
   }
-  Indices indices;
+  Stream stream(keys, samples);
   X x[kBlock];
   Visits visits(leaf.shard, leaf.first_tile, 0, 0, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
   while (const Visit* visit = visits.next()) {
-    indices.set(*visit);
-    weighted_samples<Z, X>(indices, workspace.keys.data(), row.accurate, weights, samples, x);
+    stream.begin(*visit);
+    weighted_samples<Z, X>(stream, row.accurate, weights, samples, x);
     const X* from = x;
     for (int64_t s = 0; s < visit->spans; ++s) {
       emit<X>(leaf, visit->span[s], X(1), from);
       from += visit->span[s].count;
     }
   }
+}
+
+template <typename Z, typename X>
+JPK_INLINE void row_parts(const Row& row, const Leaf& leaf, int64_t begin, int64_t end,
+                          RowWorkspace& workspace) {
+  if (const auto* key = std::get_if<chacha20::Key>(&row.key)) {
+    return row_parts<Z, X, ChaCha20Stream<Z>>(*key, row, leaf, begin, end, workspace);
+  }
+  const Key& key = std::get<Key>(row.key);
+  row_parts<Z, X, ThreefryStream<Z>>(key, row, leaf, begin, end, workspace);
 }
 
 JPK_TARGET_CLONES static void row_parts_f32_f32(const Row& row, const Leaf& leaf, int64_t begin,

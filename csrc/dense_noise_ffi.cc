@@ -22,8 +22,13 @@ ffi::Error run_dense_noise(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> key, ffi:
     Row row;
     row.accurate = attributes.get<bool>("accurate");
     if (!attributes.wrong().empty()) return attributes.wrong();
-    if (key.element_count() != 2) return "key must have two words";
-    row.key = *reinterpret_cast<const Key*>(key.typed_data());
+    if (key.element_count() == 8) {
+      row.key = *reinterpret_cast<const chacha20::Key*>(key.typed_data());
+    } else if (key.element_count() == 2) {
+      row.key = *reinterpret_cast<const Key*>(key.typed_data());
+    } else {
+      return "key must have two words for threefry2x32 or eight for chacha20";
+    }
     if (!read_doubles(weights, row.weights) || weights.dimensions().size() != 1) {
       return "row must be float32 or float64, of one dimension";
     }

@@ -12,7 +12,7 @@
 #include "normal.h"
 #include "parallel_for.h"
 #include "simd.h"
-#include "threefry.h"
+#include "streams.h"
 #include "visits.h"
 
 namespace jpk {
@@ -32,7 +32,11 @@ struct Leaf {
   int64_t parts() const { return shard.parts(size); }
 };
 
-// Memory of one worker, aligned for vectors; it holds numbers of any floating type.
+// What a key takes of Scratch, of any stream.
+inline constexpr int64_t kKeyNumbers = sizeof(chacha20::Key) / sizeof(double);
+static_assert(sizeof(Key) <= sizeof(chacha20::Key));
+
+// Memory of one worker, aligned for vectors; it holds numbers of any floating type, or keys.
 class Scratch {
  public:
   explicit Scratch(int64_t numbers)
@@ -50,43 +54,24 @@ class Scratch {
   std::unique_ptr<void, Free> memory_;
 };
 
-// The indices in their leaf of the elements of a visit, and zeros up to kBlock.
-struct Indices {
-  uint32_t hi[kBlock], lo[kBlock];
-
-  JPK_INLINE void set(const Visit& visit) {
-    uint32_t *h = hi, *l = lo;
-    for (int64_t s = 0; s < visit.spans; ++s) {
-      const Span& span = visit.span[s];
-      const uint32_t high = static_cast<uint32_t>(span.index >> 32);
-      const uint32_t low = static_cast<uint32_t>(span.index);
-      for (int64_t i = 0; i < span.count; ++i) {
-        l[i] = low + static_cast<uint32_t>(i);
-        h[i] = high + (l[i] < low);
-      }
-      h += span.count, l += span.count;
-    }
-    std::fill(h, hi + kBlock, 0u), std::fill(l, lo + kBlock, 0u);
-  }
-};
-
-// x = weight * samples of the elements, for normal_block's accurate.
-template <typename Z, typename X>
-JPK_INLINE void sample(const Indices& at, Key key, bool accurate, X weight, X* __restrict x) {
-  Z z[kBlock];
-  normal_block<Z>(key, at.hi, at.lo, accurate, z);
+// x = weight * samples of the elements under key j of a stream, for normal_of_uniforms' accurate.
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void sample(Stream& stream, int64_t j, bool accurate, X weight, X* __restrict x) {
+  Z u[kBlock], z[kBlock];
+  stream.uniforms(j, u);
+  normal_of_uniforms(u, accurate, z);
   for (int i = 0; i < kBlock; ++i) x[i] = weight * static_cast<X>(z[i]);
 }
 
-// x = sum_j weights[j] * samples of keys[j]. Samples without weight are not made.
-template <typename Z, typename X>
-JPK_INLINE void weighted_samples(const Indices& at, const Key* keys, bool accurate,
-                                 const X* weights, int64_t samples, X* __restrict x) {
+// x = sum_j weights[j] * samples under key j. Samples without weight are not made.
+template <typename Z, typename X, typename Stream>
+JPK_INLINE void weighted_samples(Stream& stream, bool accurate, const X* weights, int64_t samples,
+                                 X* __restrict x) {
   std::fill(x, x + kBlock, X(0));
   for (int64_t j = 0; j < samples; ++j) {
     if (weights[j] == 0) continue;
     X z[kBlock];
-    sample<Z, X>(at, keys[j], accurate, weights[j], z);
+    sample<Z, X>(stream, j, accurate, weights[j], z);
     for (int i = 0; i < kBlock; ++i) x[i] += z[i];
   }
 }

@@ -36,8 +36,8 @@ JPK_INLINE T horner(const T (&coef)[N], T x) {
   return horner_fold(coef, x, std::make_index_sequence<N - 1>());
 }
 
-// Each Gaussian<T> says how one element is made: uniform() from the two threefry words, central() =
-// erf_inv(u) * sqrt(2) for w < kCentral, any() for every u.
+// Each Gaussian<T> says how one element is made: uniform() from its bits, or from the two words
+// that threefry gives it, central() = erf_inv(u) * sqrt(2) for w < kCentral, any() for every u.
 //
 // XLA rounds u^2 before it takes log(1 - u^2), which in the tails costs up to 6e-6 (float) of
 // relative accuracy, unless jax_accurate_erf_inv is set. any() does as it is told, so that the
@@ -49,8 +49,10 @@ template <>
 struct Gaussian<float> {
   static constexpr float kCentral = 5.0f;
 
-  static JPK_INLINE float uniform(uint32_t x0, uint32_t x1) {
-    const float unit = bit_cast<float>(((x0 ^ x1) >> 9) | 0x3F800000u) - 1.0f;
+  static JPK_INLINE float uniform(uint32_t x0, uint32_t x1) { return uniform(x0 ^ x1); }
+
+  static JPK_INLINE float uniform(uint32_t bits) {
+    const float unit = bit_cast<float>((bits >> 9) | 0x3F800000u) - 1.0f;
     const float lowest = -0x1.fffffep-1f;
     const float u = unit * 2.0f + lowest;
     return u < lowest ? lowest : u;
@@ -89,7 +91,10 @@ struct Gaussian<double> {
   static constexpr double kCentral = 6.25;
 
   static JPK_INLINE double uniform(uint32_t x0, uint32_t x1) {
-    const uint64_t bits = static_cast<uint64_t>(x0) << 32 | x1;
+    return uniform(static_cast<uint64_t>(x0) << 32 | x1);
+  }
+
+  static JPK_INLINE double uniform(uint64_t bits) {
     const double unit = bit_cast<double>((bits >> 12) | 0x3FF0000000000000u) - 1.0;
     const double lowest = -0x1.fffffffffffffp-1;
     const double u = unit * 2.0 + lowest;
@@ -145,16 +150,19 @@ struct Gaussian<double> {
   }
 };
 
-// out[i] = normal(key, counter hi[i] * 2^32 + lo[i]), 0 <= i < kBlock.
+// u[i] of the counter hi[i] * 2^32 + lo[i] under a threefry key, 0 <= i < kBlock.
 template <typename T>
-JPK_INLINE void normal_block(Key key, const uint32_t* hi, const uint32_t* lo, bool accurate,
-                             T* __restrict out) {
-  T u[kBlock];
+JPK_INLINE void uniform_block(Key key, const uint32_t* hi, const uint32_t* lo, T* __restrict u) {
   for (int i = 0; i < kBlock; ++i) {
     uint32_t x0 = hi[i], x1 = lo[i];
     threefry2x32(key, x0, x1);
     u[i] = Gaussian<T>::uniform(x0, x1);
   }
+}
+
+// out[i] = sqrt(2) erf_inv(u[i]), 0 <= i < kBlock.
+template <typename T>
+JPK_INLINE void normal_of_uniforms(const T* u, bool accurate, T* __restrict out) {
   uint8_t in_tail[kBlock];
   for (int i = 0; i < kBlock; ++i) {
     const T w = Gaussian<T>::minus_log(u[i]);
@@ -169,6 +177,15 @@ JPK_INLINE void normal_block(Key key, const uint32_t* hi, const uint32_t* lo, bo
       if (in_tail[i]) out[i] = Gaussian<T>::any(u[i], accurate);
     }
   }
+}
+
+// out[i] = normal(key, counter hi[i] * 2^32 + lo[i]), 0 <= i < kBlock.
+template <typename T>
+JPK_INLINE void normal_block(Key key, const uint32_t* hi, const uint32_t* lo, bool accurate,
+                             T* __restrict out) {
+  T u[kBlock];
+  uniform_block(key, hi, lo, u);
+  normal_of_uniforms(u, accurate, out);
 }
 
 }  // namespace jpk

@@ -439,10 +439,18 @@ class TestEightDevices:
     @pytest.mark.parametrize("matrix", ["banded", "dense"])
     def test_the_key_is_the_saved_one(self, tmp_path, matrix):
         saved = Saved(tmp_path, setting(matrix, "no mesh"))
-        saved.check(setting(matrix, "no mesh", prng_key=None))
+        saved.check(setting(matrix, "no mesh", prng_key=4))
         rbg = Setting(matrix, "no mesh", DEFAULT, SHAPES, jax.random.key(3, impl="rbg"))
         with pytest.raises(ValueError, match=ORBAX):
             saved.restored(3, rbg)
+
+    @pytest.mark.parametrize("matrix", ["banded", "dense"])
+    def test_a_secure_key_is_the_saved_one(self, tmp_path, matrix):
+        """On another mesh, and in a process that draws its own."""
+        saved = Saved(tmp_path, setting(matrix, "8, sharded", prng_key=None))
+        saved.check(setting(matrix, "4x2", prng_key=None))
+        with pytest.raises(ValueError, match=ORBAX):
+            saved.restored(3, setting(matrix, "8, sharded"))
 
     def test_what_is_being_saved_may_be_donated(self, tmp_path):
         save, restore = page()

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_privacy_kernels import noise_addition
+from jax_privacy_kernels import noise_addition, random
 from jax_privacy_kernels.matrix_factorization import banded as banded_strategies
 from jax_privacy_kernels.matrix_factorization import (
     buffered_toeplitz,
@@ -454,10 +454,34 @@ def test_fresh_keys_are_all_entropy(monkeypatch):
 
     monkeypatch.setattr(secrets, "token_bytes", token_bytes)
     state = gaussian_privatizer(stddev=1.0).init(jnp.zeros(2))
-    assert requests == [8]
-    expected = np.frombuffer(bytes(range(251, 243, -1)), np.uint32)
-    split = jax.random.split(jax.random.wrap_key_data(expected))
+    assert requests == [32]
+    split = jax.random.split(random.secure_key(bytes(range(251, 219, -1))))
     np.testing.assert_array_equal(state.clock.keys, jax.random.key_data(split)[::-1])
+
+
+def test_the_stream_is_told():
+    """ChaCha20 without a key, jax_privacy's for seeds, and otherwise that of the key."""
+    for prng_key, stream in (
+        (None, "chacha20"),
+        (3, "threefry2x32"),
+        (jax.random.PRNGKey(3), "threefry2x32"),
+        (jax.random.key(3, impl="rbg"), "rbg"),
+        (random.secure_key(), "chacha20"),
+    ):
+        privatizer = gaussian_privatizer(stddev=1.0, prng_key=prng_key)
+        assert repr(privatizer) == f"<privatizer, noise stream {stream}>"
+        ((kind, _),) = privatizer.init(jnp.zeros(3)).clock.kind.items()
+        assert f"_{stream}_" in kind
+
+
+def test_a_secure_key_reproduces_a_run():
+    def noise(prng_key):
+        privatizer = gaussian_privatizer(stddev=1.0, prng_key=prng_key)
+        return privatizer.update(jnp.zeros(50), privatizer.init(jnp.zeros(50)))[0]
+
+    one, same = noise(random.secure_key(bytes(32))), noise(random.secure_key(bytes(32)))
+    np.testing.assert_array_equal(one, same)
+    assert (noise(random.secure_key(bytes(31) + b"1")) != one).all()
 
 
 def test_fresh_keys_leave_numpy_alone():

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_privacy_kernels import noise_addition, sharding_utils
+from jax_privacy_kernels import noise_addition, random, sharding_utils
 from jax_privacy_kernels.matrix_factorization import (
     banded,
     buffered_toeplitz,
@@ -231,6 +231,24 @@ class TestEightDevices:
         with within(mesh):
             outs, _ = run(mechanism, on_mesh(model(SMALL), mesh, "xy"), 6)
         assert_same("jax", outs, expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        ("implementation", "matrix"),
+        [
+            pytest.param("cpp", "banded", marks=needs_cpp),
+            pytest.param("cpp", "dense", marks=needs_cpp),
+            ("jax", "two bands"),
+        ],
+    )
+    def test_chacha20(self, implementation, matrix, kind):
+        mechanism = privatizer(matrix, implementation, prng_key=random.secure_key(bytes(range(32))))
+        names = tuple(SHAPES) if implementation == "cpp" else SMALL
+        expected, _ = run(mechanism, model(names), 6)
+        mesh = mesh_of("xyz", kind)
+        with within(mesh):
+            outs, _ = run(mechanism, on_mesh(model(names), mesh, "xyz"), 6)
+        assert_same(implementation, outs, expected)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_scan(self, kind):

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_privacy_kernels import random
 from jax_privacy_kernels.matrix_factorization import (
     banded,
     buffered_toeplitz,
@@ -136,14 +137,25 @@ def by_orbax(state, like, folder):
 savers = pytest.mark.parametrize("through", [by_pickle, by_savez, by_flax, by_orbax])
 
 
+SECURE = "banded", "buffers", "dense"
+
+
 @savers
-@mechanisms
-def test_noise_goes_on(name, through, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "secure"),
+    [*((name, False) for name in ALL), *((name, True) for name in SECURE)],
+    ids=[*ALL, *(f"{name}, chacha20" for name in SECURE)],
+)
+def test_noise_goes_on(name, secure, through, tmp_path):
     """In the middle of the first round of look-ahead, and in a process with another key."""
-    update = step(name)
-    expected, _ = go_on(update, privatizer(name).init(grads()), 0, 6)
-    outs, state = go_on(update, privatizer(name).init(grads()), 0, 2)
-    like = privatizer(name, prng_key=None).init(grads())
+    mechanism = privatizer(name)
+    if secure:
+        matrix, prng_key = ALL[name].matrix(), random.secure_key(bytes(range(32)))
+        mechanism = matrix_factorization_privatizer(matrix, stddev=1.5, prng_key=prng_key)
+    update = jax.jit(mechanism.update) if secure else step(name)
+    expected, _ = go_on(update, mechanism.init(grads()), 0, 6)
+    outs, state = go_on(update, mechanism.init(grads()), 0, 2)
+    like = privatizer(name, prng_key=None if secure else 4).init(grads())
     restored = through(state, like, tmp_path)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     rest, _ = go_on(update, restored, 2, 6)

@@ -4,7 +4,13 @@ The modules mirror those of jax_privacy, in names, arguments, semantics and nois
 makes programs that use jax_privacy run on them as they are.
 """
 
-from jax_privacy_kernels import matrix_factorization, noise_addition, optimizers, sharding_utils
+from jax_privacy_kernels import (
+    matrix_factorization,
+    noise_addition,
+    optimizers,
+    random,
+    sharding_utils,
+)
 from jax_privacy_kernels._swap import install, installed, uninstall
 from jax_privacy_kernels._version import __version__
 from jax_privacy_kernels.ops import implementation
@@ -17,6 +23,7 @@ __all__ = [
     "matrix_factorization",
     "noise_addition",
     "optimizers",
+    "random",
     "sharding_utils",
     "uninstall",
 ]

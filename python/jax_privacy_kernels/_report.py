@@ -39,6 +39,10 @@ def report() -> str:
     lines += ["compiled kernels", f"  {missing or 'SIMD target: ' + _ffi.simd_target()}"]
     asked = os.environ.get(_dispatch.ENVIRONMENT)
     lines += ["asked for", f"  {_dispatch.ENVIRONMENT}={asked}" if asked else "  nothing"]
+    lines += ["noise streams of privatizers"]
+    lines += [f"  {'without a key':<20} chacha20, from the operating system's entropy"]
+    lines += [f"  {'of a seed':<20} {jax.config.read('jax_default_prng_impl')}"]
+    lines += [f"  {'of a key':<20} that of its type"]
     for op in _registry.OPS:
         table = _registry.table(op)
         lines += [f"{op} takes"]

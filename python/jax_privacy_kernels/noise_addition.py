@@ -26,7 +26,6 @@ clipping norm times the sensitivity of the strategy C.
 from __future__ import annotations
 
 import enum
-import math
 import operator
 import secrets
 import zlib
@@ -39,7 +38,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_privacy_kernels import sharding_utils
+from jax_privacy_kernels import random, sharding_utils
 from jax_privacy_kernels._checks import check_like, is_concrete, is_tracing, leaf_name
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
@@ -56,7 +55,6 @@ from jax_privacy_kernels.ops import (
     init_correlated_noise,
     init_dense_noise,
     is_usable_stddev,
-    key_words,
     mark_tree,
     sharding_of,
     zeros_on_mesh,
@@ -132,10 +130,12 @@ def matrix_factorization_privatizer(
         ``C^-1 Z``.
       prng_key: a typed or a raw key, a seed, or None. A key that is given begins every ``init`` of
         the privatizer and of its copies, cloudpickled ones for instance: the same noise each time.
-        For None every ``init`` draws a key of its own from the operating system's entropy. Inside
-        of jit, the key that is drawn is a constant of the compiled ``init``, and every call of that
-        begins the same noise. Who knows the key, or a state, knows the noise: keep states secret,
-        and give a key only to reproduce a run.
+        For None every ``init`` draws a `random.secure_key` of its own. Seeds and threefry keys
+        reproduce jax_privacy's noise; for None, and for keys of type `random.chacha20`, it comes
+        from ChaCha20, and nobody who sees some of it can tell the rest (``docs/security.md``).
+        Inside of jit, the key that is drawn is a constant of the compiled ``init``, and every call
+        of that begins the same noise. Who knows the key, or a state, knows the noise: keep states
+        secret, and give a key only to reproduce a run.
       dtype: what noise is sampled in, one of float16, bfloat16, float32, float64; None for each
         gradient's own dtype. It is correlated and scaled in 32 bits at least. Gradients of 16 bits
         deserve ``dtype=jnp.float32``: a bfloat16 sample takes one of 128 values.
@@ -190,7 +190,7 @@ def matrix_factorization_privatizer(
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
-    return _for_any_caller(_on_mesh(privatizer.init), privatizer.update)
+    return _for_any_caller(_on_mesh(privatizer.init), privatizer.update, str(key.impl))
 
 
 def gaussian_privatizer(
@@ -334,7 +334,17 @@ def _dense(
     return optax.GradientTransformation(init, update)
 
 
-def _for_any_caller(init: Any, update: Any) -> optax.GradientTransformation:
+class _Privatizer(optax.GradientTransformation):
+    """A transformation whose repr says where its noise comes from."""
+
+    stream: str
+
+    def __repr__(self) -> str:
+        # A copy that a pytree was made of has lost it.
+        return f"<privatizer, noise stream {getattr(self, 'stream', 'unknown')}>"
+
+
+def _for_any_caller(init: Any, update: Any, stream: str) -> optax.GradientTransformation:
     """The privatizer, where JAX is strict about dtypes and where leaves are Python numbers, too."""
 
     def arrays(tree: Any) -> Any:
@@ -351,7 +361,9 @@ def _for_any_caller(init: Any, update: Any) -> optax.GradientTransformation:
         with jax.numpy_dtype_promotion("standard"):
             return update(arrays(sum_of_clipped_grads), noise_state, params)
 
-    return optax.GradientTransformation(init_for_any_caller, update_for_any_caller)
+    privatizer = _Privatizer(init_for_any_caller, update_for_any_caller)
+    privatizer.stream = stream
+    return privatizer
 
 
 def _on_mesh(init: Any) -> Any:
@@ -463,7 +475,10 @@ def _add(value: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 class _Keys:
-    """Where the states of a privatizer begin: at the key that was given, or each at a new one."""
+    """Where the states of a privatizer begin: at the key that was given, or each at a new one.
+
+    A seed or a raw key is of jax_privacy's stream; without a key the stream is ``random.chacha20``.
+    """
 
     def __init__(self, prng_key: Any) -> None:
         if prng_key is None and is_tracing():
@@ -472,11 +487,12 @@ class _Keys:
                 "constant of the compiled program, and every call would add the same noise"
             )
         self._given = None if prng_key is None else _as_key(prng_key)
-        like = jax.random.key(0) if self._given is None else self._given
-        self.impl = jax.random.key_impl(like)
+        self.impl = random.chacha20
+        if self._given is not None:
+            self.impl = jax.random.key_impl(self._given)
 
     def draw(self) -> jax.Array:
-        """The key that was given, or one from the entropy of the operating system."""
+        """The key that was given, or a secret one."""
         if self._given is not None:
             return self._given
         if jax.process_count() > 1:
@@ -486,9 +502,7 @@ class _Keys:
                 "in one process and share it, by jax.experimental.multihost_utils."
                 "broadcast_one_to_all for instance"
             )
-        shape = key_words(self.impl)
-        entropy = np.frombuffer(secrets.token_bytes(4 * math.prod(shape)), np.uint32)
-        return jax.random.wrap_key_data(jnp.asarray(entropy.reshape(shape)), impl=self.impl)
+        return random.secure_key(secrets.token_bytes(32))  # in a trace, too
 
 
 def _as_key(prng_key: Any) -> jax.Array:

@@ -182,6 +182,16 @@ PYBIND11_MODULE(JPK_WHITE_BOX_NAME, m) {
           const Key key = split({k0, k1}, i);
           return static_cast<uint64_t>(key.k0) << 32 | key.k1;
         }));
+  // Words of the blocks first, first + 1, .. in a domain, [kWords, kLanes].
+  m.def("chacha20", [](const std::vector<uint32_t>& key, uint32_t domain, uint64_t first) {
+    chacha20::Key words;
+    std::copy_n(key.begin(), 8, words.words);
+    chacha20::Input in;
+    in.set_key(words), in.set_domain(static_cast<chacha20::Domain>(domain)), in.set_blocks(first);
+    py::array_t<uint32_t> out({chacha20::kWords, chacha20::kLanes});
+    chacha20::all_blocks(in, reinterpret_cast<uint32_t (*)[chacha20::kLanes]>(out.mutable_data()));
+    return out;
+  });
   m.def("uniform_f32", py::vectorize(uniform<float>));
   m.def("uniform_f64", py::vectorize(uniform<double>));
   m.def("erf_inv_f32", py::vectorize(erf_inv<float>));

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import scipy.special
 from jax.extend.random import threefry2x32_p
+from support import chacha20
 
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
@@ -131,6 +132,14 @@ def test_threefry_is_jax(kernels):
     k0, k1, x0, x1 = rng.integers(2**32, size=(4, 10_000), dtype=np.uint32)
     want = pack(*map(np.asarray, threefry2x32_p.bind(k0, k1, x0, x1)))
     np.testing.assert_array_equal(kernels.threefry(k0, k1, x0, x1), want)
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 16, 2**40 + 32])
+def test_chacha20_is_the_rfcs(kernels, first):
+    key = chacha20.words_of(bytes(range(32)))
+    for lane, words in enumerate(kernels.chacha20(key, 0x09000000, first).T):
+        nonce = (first + lane) % 2**32, 0x09000000, first >> 32, 0
+        assert words.tolist() == chacha20.block(key, nonce)
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])

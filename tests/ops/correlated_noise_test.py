@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.export
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from support import golden_schedule, implementations, naive, sweeps
 from support.parts import PARTS, Part, base_of, leaves_of
 
+from jax_privacy_kernels import random
 from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
@@ -62,7 +64,7 @@ class Case:
     stddev: float = 2.0
     steps: int = 3
     seed: int = 0
-    key_impl: str = "threefry2x32"
+    key_impl: Any = "threefry2x32"
 
     @property
     def ahead(self):
@@ -83,6 +85,8 @@ class Case:
 
     @property
     def key(self):
+        if self.key_impl == random.chacha20:  # which warns of seeds
+            return random.secure_key(self.seed.to_bytes(32, "little"))
         return jax.random.key(self.seed, impl=self.key_impl)
 
     @functools.cached_property
@@ -252,7 +256,7 @@ def not_for(case, implementation):
     with jax.enable_x64(case.x64):
         filter = case.ahead
         for leaf in _leaves.plan(case.structs, case.matrix.dtype, case.noise_dtype):
-            if reason := IMPLEMENTATIONS[implementation].refuse(leaf, filter):
+            if reason := IMPLEMENTATIONS[implementation].refuse(leaf, filter, str(case.key_impl)):
                 return reason
     return None
 
@@ -538,7 +542,7 @@ def takes(implementation):
     filter = RecurrenceFilter(ahead=True, slots=0)
     with jax.enable_x64(True):
         leaves = {d: _leaves.plan(jnp.zeros(1, d), d, None)[0] for d in SAMPLE_RTOL}
-    return [d for d, leaf in leaves.items() if refuse(leaf, filter) is None]
+    return [d for d, leaf in leaves.items() if refuse(leaf, filter, "threefry2x32") is None]
 
 
 implementation = implementations.fixture(IMPLEMENTATIONS)
@@ -583,6 +587,19 @@ FILTERS = {
 
 INTERPRETED_FILTERS = ("recurrence", "buffers")
 
+# One leaf each: plain JAX takes a second for every array of ChaCha20 that it compiles.
+CHACHA20 = {
+    name: dataclasses.replace(
+        case, shapes=((5 * 1024 + 3,),), grad_dtypes=case.grad_dtypes[:1], key_impl=random.chacha20
+    )
+    for name, case in {
+        **FILTERS,
+        "no history": CORNERS["no history"],
+        "float64": CORNERS["float64"],
+        "float32 noise, float64 rings": CORNERS["moving average in float64"],
+    }.items()
+}
+
 
 SHARDED = {
     **{
@@ -619,13 +636,14 @@ def step_on_parts(implementation, filter, coef):
     return step, rings
 
 
-def run_on_parts(implementation, filter, coef):
+def run_on_parts(implementation, filter, coef, key=None):
     """Outputs and rings of all steps of a cycle, and of one more."""
+    key = SMALL.key if key is None else key
     step, rings = step_on_parts(implementation, filter, coef)
     step, results = jax.jit(step), []
     for t in range(filter.steps + 1):
         window = t + np.arange(filter.behind + filter.steps)
-        keys = jax.vmap(functools.partial(jax.random.fold_in, SMALL.key))(window)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(window)
         results.append(step(jnp.int32(t), keys, rings))
         rings = results[-1][1]
     return results
@@ -642,6 +660,10 @@ def small(request, implementation):
 
 class TestImplementation:
     """What holds for every implementation."""
+
+    @pytest.mark.parametrize("case", CHACHA20.values(), ids=CHACHA20)
+    def test_chacha20(self, implementation, case):
+        check(case, implementation)
 
     @pytest.mark.parametrize("case", CORNERS.values(), ids=CORNERS)
     def test_corner(self, implementation, case):
@@ -862,7 +884,8 @@ class TestImplementation:
     def test_shards(self, implementation, filter, coef):
         if implementation not in implementations.INTERPRETERS:
             pytest.skip("kernels for GPUs are compared with it")
-        if any(IMPLEMENTATIONS[implementation].refuse(leaf, filter) for leaf in leaves_of(PARTS)):
+        refuse = IMPLEMENTATIONS[implementation].refuse
+        if any(refuse(leaf, filter, "threefry2x32") for leaf in leaves_of(PARTS)):
             pytest.skip("it leaves them to others")
         on_cpu = jax.config.jax_default_device.platform == "cpu"
         oracle = "cpp" if on_cpu and not IMPLEMENTATIONS["cpp"].unavailable() else "jax"
@@ -1045,9 +1068,28 @@ def test_shards_in_short_runs_are_left_to_jax(name):
     refuse = IMPLEMENTATIONS[name].refuse
     for axes, run, refused in (((), 1, False), (((2, 900),), 256, False), (((2, 900),), 255, True)):
         (leaf,) = leaves_of([Part(5000, Shard(run, axes), 0)])
-        assert bool(refuse(leaf, filter)) == refused
+        reason = refuse(leaf, filter, "threefry2x32")
+        assert bool(reason) == refused
         if refused:
-            assert "runs of 255 elements" in refuse(leaf, filter)
+            assert "runs of 255 elements" in reason
+
+
+@pytest.mark.parametrize("name", ["triton", "pallas"])
+def test_chacha20_is_left_to_jax_on_gpus(name):
+    (leaf,) = leaves_of([Part(5000, Shard(5000), 0)])
+    refuse = IMPLEMENTATIONS[name].refuse
+    assert "threefry2x32 keys, not chacha20" in refuse(leaf, SHARDED["4 slots"][0], "chacha20")
+
+
+@pytest.mark.parametrize("name", ["0 slots", "4 slots"])
+def test_chacha20_on_shards(name):
+    """In C++ as in plain JAX, wherever the elements of a shard stand."""
+    filter, coef = SHARDED[name]
+    if reason := IMPLEMENTATIONS["cpp"].unavailable():
+        pytest.skip(reason)
+    key = random.secure_key(bytes(range(32)))
+    actual, expected = (run_on_parts(name, filter, coef, key) for name in ("cpp", "jax"))
+    trees_allclose(actual, expected, atol=5e-5)
 
 
 def test_pallas_lowers_in_a_shard_map():

@@ -11,6 +11,7 @@ import pytest
 from support import implementations
 from support.parts import PARTS, base_of, leaves_of
 
+from jax_privacy_kernels import random
 from jax_privacy_kernels.ops import _leaves, init_dense_noise
 from jax_privacy_kernels.ops import dense_noise as dense_noise_step
 from jax_privacy_kernels.ops.dense_noise import IMPLEMENTATIONS
@@ -21,6 +22,7 @@ from jax_privacy_kernels.ops.dense_noise._contract import Inputs
 SAMPLE_RTOL = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6, "float64": 1e-13}
 PALLAS_CALL = implementations.CUDA_CALLS["pallas"]
 KEY = jax.random.key(3)
+CHACHA20_KEY = random.secure_key(bytes(range(32)))
 ROWS = {
     "zeros among others": (0.0, 0.5, 0.0, -2.0, 0.0),
     "zeros alone": (0.0, 0.0),
@@ -66,20 +68,23 @@ def gradients(dtypes, shapes=((2100,), (3, 5), (), (0,))):
     ]
 
 
-def check(implementation, dtypes, row, row_dtype="float32", noise_dtype=None):
+def check(implementation, dtypes, row, row_dtype="float32", noise_dtype=None, key=KEY):
     x64 = "float64" in (*dtypes, row_dtype, noise_dtype)
     with jax.enable_x64(x64):
         grads = gradients(dtypes)
         if implementation is not None:
+            stream = str(jax.random.key_impl(key))
             leaves = _leaves.plan(grads, row_dtype, noise_dtype)
-            reasons = [IMPLEMENTATIONS[implementation].refuse(leaf, True) for leaf in leaves]
+            reasons = [
+                IMPLEMENTATIONS[implementation].refuse(leaf, True, stream) for leaf in leaves
+            ]
             if reason := next(filter(None, reasons), None):
                 pytest.skip(reason)
         weights = jnp.asarray(row, row_dtype)
         outs = dense_noise(
-            grads, weights, key=KEY, dtype=noise_dtype, implementation=implementation
+            grads, weights, key=key, dtype=noise_dtype, implementation=implementation
         )
-        expected, tolerance = definition(grads, np.asarray(weights), KEY, noise_dtype)
+        expected, tolerance = definition(grads, np.asarray(weights), key, noise_dtype)
         for i, out in enumerate(outs):
             assert out.dtype == grads[i].dtype
             np.testing.assert_allclose(
@@ -97,6 +102,12 @@ class TestImplementation:
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_definition(self, implementation, row, dtype):
         check(implementation, (dtype, "float32", dtype, "float32"), row, dtype)
+
+    @pytest.mark.parametrize("row", [(0.0, 0.5, 0.0, -2.0, 1.0), (3.0,)], ids=str)
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_chacha20(self, implementation, row, dtype):
+        dtypes = dtype, "float32", dtype, "float32"
+        check(implementation, dtypes, row, dtype, key=CHACHA20_KEY)
 
     def test_gradients_of_16_bits(self, implementation):
         check(implementation, ("bfloat16", "float16") * 2, (0.5, 1.0), noise_dtype="float32")
@@ -121,7 +132,8 @@ class TestImplementation:
         if implementation not in implementations.INTERPRETERS:
             pytest.skip("kernels for GPUs are compared with it")
         leaves = leaves_of(PARTS)
-        if any(IMPLEMENTATIONS[implementation].refuse(leaf, True) for leaf in leaves):
+        refuse = IMPLEMENTATIONS[implementation].refuse
+        if any(refuse(leaf, True, "threefry2x32") for leaf in leaves):
             pytest.skip("it leaves them to others")
         on_cpu = jax.config.jax_default_device.platform == "cpu"
         oracle = "cpp" if on_cpu and not IMPLEMENTATIONS["cpp"].unavailable() else "jax"
@@ -149,7 +161,8 @@ def on_parts(implementation):
     return run
 
 
-def test_implementations_agree_on_shards():
+@pytest.mark.parametrize("key", [KEY, CHACHA20_KEY], ids=["threefry2x32", "chacha20"])
+def test_implementations_agree_on_shards(key):
     if reason := IMPLEMENTATIONS["cpp"].unavailable():
         pytest.skip(reason)
     small = [PARTS[1]]
@@ -158,7 +171,7 @@ def test_implementations_agree_on_shards():
 
     def run(name):
         row = jnp.array([0.5, -2.0])
-        inputs = Inputs(leaves, base_of(small), grads, [], True, KEY, row)
+        inputs = Inputs(leaves, base_of(small), grads, [], True, key, row)
         return jax.jit(IMPLEMENTATIONS[name].run)(inputs).outs[0]
 
     np.testing.assert_allclose(run("cpp"), run("jax"), atol=1e-5)

@@ -1,12 +1,13 @@
 """The hot paths: one public op each, and its implementations."""
 
+from jax_privacy_kernels.ops._chacha20 import CHACHA20
 from jax_privacy_kernels.ops._dispatch import asked, implementation
 from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
 from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
 from jax_privacy_kernels.ops._once import mark_tree
 from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
-from jax_privacy_kernels.ops._state import NoiseState, key_words
+from jax_privacy_kernels.ops._state import NoiseState
 from jax_privacy_kernels.ops._stddev import LEAST as LEAST_STDDEV
 from jax_privacy_kernels.ops._stddev import MOST as MOST_STDDEV
 from jax_privacy_kernels.ops._stddev import is_usable as is_usable_stddev
@@ -29,6 +30,7 @@ from jax_privacy_kernels.ops.toeplitz_multiply import toeplitz_multiply
 from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
 __all__ = [
+    "CHACHA20",
     "LEAST_STDDEV",
     "MOST_STDDEV",
     "BandedRecurrence",
@@ -49,7 +51,6 @@ __all__ = [
     "init_correlated_noise",
     "init_dense_noise",
     "is_usable_stddev",
-    "key_words",
     "mark_tree",
     "min_sep_norm",
     "participation_max",

@@ -32,10 +32,11 @@ import jax.numpy as jnp
 from jax_privacy_kernels.kernels._chacha20 import chacha20
 from jax_privacy_kernels.ops._shards import Words
 
-__all__ = ["CHACHA20", "CHACHA20_AT", "GROUP", "KEY_WORDS", "Domain", "bits", "blocks"]
+__all__ = ["CHACHA20", "CHACHA20_AT", "CHUNK", "GROUP", "KEY_WORDS", "Domain", "bits", "blocks"]
 
 KEY_WORDS = 8
 GROUP = 128
+CHUNK = 128  # groups that CPUs make at once: rounds are loops over words in memory, here in caches
 
 
 class Domain(enum.IntEnum):
@@ -65,7 +66,7 @@ def blocks(key: jax.Array, domain: int, number: Words, count: int = 0) -> list[j
     Args:
       key: ``[8]`` uint32.
       domain: word 13.
-      number: of the blocks, their high and their low words, uint32 arrays of one shape.
+      number: of the blocks, their high and their low words, uint32 arrays that broadcast.
       count: word 15.
     """
     high, low = number
@@ -85,25 +86,45 @@ def bits(
       size: static.
       first: the high and the low word of the index of the first element; None for 0.
     """
-    lanes, shift = (8, 3) if width == 32 else (16, 4)
     if size == 1 and first is not None:
         return _one(key, domain, width, first)
     groups = -(-size // GROUP) if first is None else (size + GROUP - 2) // GROUP + 1
     high, low = (jnp.uint32(0), jnp.uint32(0)) if first is None else first
-    group = (low >> 7 | high << 25) + jax.lax.iota(jnp.uint32, groups)
-    group_high = (high >> 7) + (group < (low >> 7 | high << 25)).astype(jnp.uint32)
+    group = high >> 7, low >> 7 | high << 25
+
+    def at_once(key: jax.Array, group: Words) -> jax.Array:
+        return _of_groups(key, domain, width, group, groups)
+
+    def in_chunks(key: jax.Array, group: Words) -> jax.Array:
+        begins = jnp.arange(0, groups, CHUNK, dtype=jnp.uint32)
+        some = lambda i: _of_groups(key, domain, width, _plus(group, i), CHUNK)  # noqa: E731
+        return jax.lax.map(some, begins).reshape(-1)[: groups * GROUP]
+
+    if groups <= CHUNK:
+        found = at_once(key, group)
+    else:
+        found = jax.lax.platform_dependent(key, group, cpu=in_chunks, default=at_once)
+    if first is None:
+        return found[:size]
+    return jax.lax.dynamic_slice_in_dim(found, (low % GROUP).astype(jnp.int32), size)
+
+
+def _of_groups(key: jax.Array, domain: int, width: int, first: Words, groups: int) -> jax.Array:
+    """``[GROUP groups]``, the bits of groups that follow each other."""
+    lanes, shift = (8, 3) if width == 32 else (16, 4)
+    high, low = _plus(first, jax.lax.iota(jnp.uint32, groups)[:, None])
     lane = jax.lax.iota(jnp.uint32, lanes)
-    number = (
-        jnp.broadcast_to((group_high << shift | group >> (32 - shift))[:, None], (groups, lanes)),
-        (group << shift)[:, None] + lane,
-    )
+    number = high << shift | low >> (32 - shift), low << shift | lane
     words = jnp.stack(blocks(key, domain, number), axis=1)  # [groups, 16, lanes]
     if width == 64:
         words = _join(words[:, 8:], words[:, :8])
-    words = words.reshape(-1)
-    if first is None:
-        return words[:size]
-    return jax.lax.dynamic_slice_in_dim(words, (low % GROUP).astype(jnp.int32), size)
+    return words.reshape(-1)
+
+
+def _plus(number: Words, less: jax.Array) -> Words:
+    """The sum of a number of two words and one of a word."""
+    low = number[1] + less
+    return number[0] + (low < less).astype(jnp.uint32), low
 
 
 def _one(key: jax.Array, domain: int, width: int, index: Words) -> jax.Array:
@@ -124,41 +145,39 @@ def _join(high: jax.Array, low: jax.Array) -> jax.Array:
     return high.astype(jnp.uint64) << 32 | low.astype(jnp.uint64)
 
 
-# JAX calls what follows outside of traces, too: each is jitted, so as to be compiled whole.
+# JAX calls the functions of a key type outside of traces, too: jitted, so as to be compiled whole.
+# Those of the type itself are plain functions, which can be pickled.
 
 _UINT = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
-    """For key data of 8 words, or of 10, whose last two are the index of the first element."""
+def _jitted_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
     first = (key[8], key[9]) if key.shape[0] > KEY_WORDS else None
     width, size = max(bit_width, 32), math.prod(shape)
     found = bits(key[:KEY_WORDS], Domain(bit_width), width, size, first)
     return found.astype(_UINT[bit_width]).reshape(shape)
 
 
-def _children(key: jax.Array, domain: Domain, number: Words) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _jitted_children(key: jax.Array, domain: Domain, number: Words) -> jax.Array:
     return jnp.stack(blocks(key, domain, number)[:KEY_WORDS], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+    """For key data of 8 words, or of 10, whose last two are the index of the first element."""
+    return _jitted_bits(key, bit_width, tuple(shape))
+
+
 def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     child = jax.lax.iota(jnp.uint32, math.prod(shape))
-    return _children(key, Domain.SPLIT, (jnp.zeros_like(child), child)).reshape(*shape, KEY_WORDS)
+    children = _jitted_children(key, Domain.SPLIT, (jnp.zeros_like(child), child))
+    return children.reshape(*shape, KEY_WORDS)
 
 
-@jax.jit
 def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
-    return _children(key, Domain.FOLD_IN, (jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32)))
-
-
-@jax.jit
-def _key_of_seed(seed: jax.Array) -> jax.Array:
-    wide = seed.dtype.itemsize > 4
-    high = (seed >> 32).astype(jnp.uint32) if wide else jnp.uint32(0)
-    low = seed.astype(jnp.uint32)
-    return _children(jnp.zeros(KEY_WORDS, jnp.uint32), Domain.SEED, (high, low))
+    number = jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32)
+    return _jitted_children(key, Domain.FOLD_IN, number)
 
 
 def _seed(seed: Any) -> jax.Array:
@@ -167,7 +186,10 @@ def _seed(seed: Any) -> jax.Array:
         "noise. Use jax_privacy_kernels.random.secure_key() unless a run is to be reproduced",
         stacklevel=2,
     )
-    return _key_of_seed(jnp.asarray(seed))
+    seed = jnp.asarray(seed)
+    high = (seed >> 32).astype(jnp.uint32) if seed.dtype.itemsize > 4 else jnp.uint32(0)
+    zeros = jnp.zeros(KEY_WORDS, jnp.uint32)
+    return _jitted_children(zeros, Domain.SEED, (high, seed.astype(jnp.uint32)))
 
 
 CHACHA20 = jax.extend.random.define_prng_impl(

@@ -1,12 +1,12 @@
 """A JAX key type for samples from the middle of an array.
 
 ``jax.random.normal(at(key, i), (m,))`` gives elements i .. i + m - 1 of ``jax.random.normal(key,
-(n,))`` for a threefry2x32 key under ``jax_threefry_partitionable``, whatever the dtype: element i
-of an array is a function of the key and of i alone, and the key type below only starts counting at
-i.
+(n,))`` for a chacha20 key, or a threefry2x32 key under ``jax_threefry_partitionable``, whatever the
+dtype: element i of an array is a function of the key and of i alone, and the key types below only
+start counting at i.
 
-On CPUs it also samples three times faster than JAX's own key type, whose rounds are a loop over
-arrays in memory there: these are one fused expression.
+On CPUs the one for threefry also samples three times faster than JAX's own key type, whose rounds
+are a loop over arrays in memory there: these are one fused expression.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax.extend.random
 import jax.numpy as jnp
 
 from jax_privacy_kernels.kernels._threefry import threefry2x32
+from jax_privacy_kernels.ops._chacha20 import CHACHA20, CHACHA20_AT
 from jax_privacy_kernels.ops._shards import Words
 
 __all__ = ["at", "looks_ahead", "normal"]
@@ -27,6 +28,8 @@ __all__ = ["at", "looks_ahead", "normal"]
 def looks_ahead(key_impl: Any) -> bool:
     """Whether keys of this type take the look-ahead schedule, in the current JAX config."""
     config: Any = jax.config
+    if key_impl == CHACHA20:
+        return True
     return str(key_impl) == "threefry2x32" and bool(config.jax_threefry_partitionable)
 
 
@@ -64,23 +67,23 @@ def at(key: jax.Array, index: Words) -> jax.Array:
     """Keys that sample from the element of a row-major index on.
 
     Args:
-      key: typed threefry2x32 keys.
+      key: typed keys that look ahead.
       index: its high and low word, uint32, broadcastable against key.
 
     Returns:
       Keys of the broadcast shape, for jax.random.normal and the like (of less than 2^32 elements).
     """
     data = jax.random.key_data(key)
-    words = (data[..., 0], data[..., 1], *index)
-    return jax.random.wrap_key_data(
-        jnp.stack(jnp.broadcast_arrays(*words), axis=-1), impl=_THREEFRY_AT
-    )
+    words = (*(data[..., i] for i in range(data.shape[-1])), *index)
+    impl = CHACHA20_AT if jax.random.key_impl(key) == CHACHA20 else _THREEFRY_AT
+    return jax.random.wrap_key_data(jnp.stack(jnp.broadcast_arrays(*words), axis=-1), impl=impl)
 
 
 def normal(
     key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = float
 ) -> jax.Array:
     """``jax.random.normal(key, shape, dtype)``, bit for bit, sooner where the key allows it."""
-    if looks_ahead(jax.random.key_impl(key)) and math.prod(shape) < 2**32:
+    impl = jax.random.key_impl(key)
+    if impl != CHACHA20 and looks_ahead(impl) and math.prod(shape) < 2**32:
         key = at(key, (jnp.uint32(0), jnp.uint32(0)))
     return jax.random.normal(key, shape, dtype)

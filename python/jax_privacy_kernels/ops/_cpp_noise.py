@@ -17,12 +17,13 @@ __all__ = ["call", "refuse"]
 MOST = 128
 
 
-def refuse(leaf: Leaf, ahead: bool) -> str | None:
+def refuse(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why C++ cannot take the leaf, or None."""
+    del stream  # of those that look ahead it has all
     if not ahead:
         return (
-            "it looks ahead, which takes threefry2x32 keys with jax_threefry_partitionable and a "
-            "stddev that is not traced"
+            "it looks ahead, which takes chacha20 keys, or threefry2x32 keys with "
+            "jax_threefry_partitionable, and a stddev that is not traced"
         )
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
         return f"it samples float32 and float64, not {leaf.noise_dtype}"

@@ -17,13 +17,15 @@ __all__ = ["refuse_pallas", "refuse_triton", "runs", "tiles_of_run"]
 SHORTEST = 256  # elements of a run, if there are several: a program works on one at a time
 
 
-def _refuse(leaf: Leaf, ahead: bool) -> str | None:
+def _refuse(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel takes what is here of the leaf, or None."""
     if not ahead:
         return (
             "it looks ahead, which takes threefry2x32 keys with jax_threefry_partitionable and a "
             "stddev that is not traced"
         )
+    if stream != "threefry2x32":
+        return f"it samples by threefry2x32 keys, not {stream}"
     if leaf.shard.axes and leaf.shard.run < SHORTEST:
         return (
             f"a shard in runs of {leaf.shard.run} elements, but it takes no shorter ones than "
@@ -32,18 +34,18 @@ def _refuse(leaf: Leaf, ahead: bool) -> str | None:
     return None
 
 
-def refuse_triton(leaf: Leaf, ahead: bool) -> str | None:
+def refuse_triton(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel in Triton takes what is here of the leaf, or None."""
-    if reason := _refuse(leaf, ahead):
+    if reason := _refuse(leaf, ahead, stream):
         return reason
     if leaf.noise_dtype != jnp.float32:
         return f"it samples float32, not {leaf.noise_dtype}"
     return None
 
 
-def refuse_pallas(leaf: Leaf, ahead: bool) -> str | None:
+def refuse_pallas(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel in Pallas takes what is here of the leaf, or None."""
-    if reason := _refuse(leaf, ahead):
+    if reason := _refuse(leaf, ahead, stream):
         return reason
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
         return f"it samples float32 and float64, not {leaf.noise_dtype}"

@@ -12,19 +12,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels.ops import _counter_prng, _shards
+from jax_privacy_kernels.ops import _chacha20, _counter_prng, _shards
 from jax_privacy_kernels.ops._leaves import TILE, Leaf, tile_of
 from jax_privacy_kernels.ops._shards import Shard, Words
 
 __all__ = ["Here", "refuse", "weighted_samples"]
 
 
-def refuse(leaf: Leaf, ahead: bool) -> str | None:
+def refuse(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why plain JAX cannot take what is here of a leaf, or None.
 
     ``ahead`` says whether bits are a function of the key and the index of an element. Where they
     are not, the whole leaf is sampled for each of its shards.
     """
+    del stream  # JAX samples by keys of all types
     size = leaf.shard.size if ahead else leaf.size
     if size >= 2**31 and (ahead or not leaf.whole):
         return f"{size} elements, but its indices are 32 bits wide"
@@ -78,6 +79,23 @@ class Here(NamedTuple):
         """``[size]``, the samples of elements that follow each other in the leaf."""
         key = _counter_prng.at(key, index)
         return jax.random.normal(key, (size,), self.noise_dtype).astype(self.dtype)
+
+    def sample_windows(self, keys: jax.Array, index: Words, size: int) -> jax.Array:
+        """``[keys, windows, size]``, the samples of elements that follow those of each index."""
+
+        def under_keys(index: Words) -> jax.Array:
+            return jax.vmap(lambda key: self.sample_from(key, index, size))(keys)
+
+        def at_once(index: Words) -> jax.Array:
+            return jax.vmap(under_keys, out_axes=1)(index)
+
+        def in_chunks(index: Words) -> jax.Array:
+            windows = max(_chacha20.CHUNK * _chacha20.GROUP // (size * keys.shape[0]), 1)
+            return jnp.swapaxes(jax.lax.map(under_keys, index, batch_size=windows), 0, 1)
+
+        if jax.random.key_impl(keys) != _chacha20.CHACHA20:
+            return at_once(index)
+        return jax.lax.platform_dependent(index, cpu=in_chunks, default=at_once)
 
     def sample_at(self, key: jax.Array, index: Words) -> jax.Array:
         """The samples of elements anywhere in the leaf."""

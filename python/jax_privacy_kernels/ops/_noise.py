@@ -58,7 +58,12 @@ class NoiseInputs:
 
     @property
     def choice(self) -> Any:
-        """The static value that `Implementation.refuse` gets beside each leaf."""
+        """A static value that `Implementation.refuse` gets beside each leaf."""
+        raise NotImplementedError
+
+    @property
+    def stream(self) -> str:
+        """The name of the type of the keys, which `Implementation.refuse` gets after that."""
         raise NotImplementedError
 
     def some(self, which: Sequence[int]) -> Any:
@@ -196,7 +201,7 @@ def _choose(op: str, table: _dispatch.Table, name: str | None, inputs: NoiseInpu
     choices: dict[str, list[str]] = {platform: [] for platform in _dispatch.PLATFORMS}
     refusals: dict[str, None] = {}
     for leaf in inputs.leaves:
-        chosen, refused = _dispatch.candidates(table, name, leaf, inputs.choice)
+        chosen, refused = _dispatch.candidates(table, name, leaf, inputs.choice, inputs.stream)
         where = f"leaf {leaf.path}"
         if not chosen:
             raise ValueError(f"no implementation of {op} takes {where}: {refused}")

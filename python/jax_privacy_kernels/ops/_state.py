@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels._checks import check_like, is_concrete
+from jax_privacy_kernels.ops._chacha20 import CHACHA20, KEY_WORDS
 from jax_privacy_kernels.ops._fingerprint import WORDS
 from jax_privacy_kernels.ops._leaves import Leaf
 
@@ -75,6 +76,8 @@ for _type in (Clock, NoiseState):
 
 def key_words(key_impl: Any) -> tuple[int, ...]:
     """The shape of the data of a key of a type."""
+    if key_impl == CHACHA20:  # which warns of seeds
+        return (KEY_WORDS,)
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=key_impl))).shape
 
 

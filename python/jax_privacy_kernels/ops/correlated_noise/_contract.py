@@ -42,6 +42,10 @@ class Inputs(NoiseInputs):
     def choice(self) -> Filter:
         return self.filter
 
+    @property
+    def stream(self) -> str:
+        return str(jax.random.key_impl(self.keys))
+
 
 class Run(Protocol):
     """An implementation: one step, in the schedule of _schedule.py.

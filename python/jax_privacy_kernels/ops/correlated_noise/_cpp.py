@@ -14,9 +14,9 @@ from jax_privacy_kernels.ops.correlated_noise._filters import Filter
 __all__ = ["refuse", "run"]
 
 
-def refuse(leaf: Leaf, filter: Filter) -> str | None:
+def refuse(leaf: Leaf, filter: Filter, stream: str) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
-    return _cpp_noise.refuse(leaf, filter.ahead)
+    return _cpp_noise.refuse(leaf, filter.ahead, stream)
 
 
 def run(inputs: Inputs) -> NoiseOutputs:

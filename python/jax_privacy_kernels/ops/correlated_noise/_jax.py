@@ -26,9 +26,9 @@ from jax_privacy_kernels.ops.correlated_noise._jax_filters import VISITS, Matric
 __all__ = ["refuse", "run"]
 
 
-def refuse(leaf: Leaf, filter: Filter) -> str | None:
+def refuse(leaf: Leaf, filter: Filter, stream: str) -> str | None:
     """Why this implementation cannot take what is here of the leaf, or None."""
-    return _jax_noise.refuse(leaf, filter.counted)
+    return _jax_noise.refuse(leaf, filter.counted, stream)
 
 
 def run(inputs: Inputs) -> NoiseOutputs:
@@ -197,8 +197,7 @@ def _refresh_tiles(
     start = jnp.clip(begin, 0, size - width)
     old = _read(ring, start, width)  # [rows, tiles, width]
     index = _shards.plus(here.first, (jnp.zeros_like(start, jnp.uint32), start.astype(jnp.uint32)))
-    sample = functools.partial(here.sample_from, size=width)
-    z = jax.vmap(lambda key: jax.vmap(lambda hi, lo: sample(key, (hi, lo)))(*index))(keys)
+    z = here.sample_windows(keys, index, width)
     new = _visited(matrices, z, old)
     if size % TILE or here.shard is not None:
         place = start[:, None] + jnp.arange(width)[None, :] - begin[:, None]

@@ -22,9 +22,9 @@ __all__ = ["refuse", "run"]
 MOST = 32  # terms or buffers that a thread can hold in registers
 
 
-def refuse(leaf: Leaf, filter: Filter) -> str | None:
+def refuse(leaf: Leaf, filter: Filter, stream: str) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
-    if reason := _gpu_noise.refuse_pallas(leaf, filter.ahead):
+    if reason := _gpu_noise.refuse_pallas(leaf, filter.ahead, stream):
         return reason
     if filter.buffers > MOST:
         return f"{filter.buffers} buffers, but it holds at most {MOST}"

@@ -20,9 +20,9 @@ makes its terms from samples alone, and makes samples of past steps again from t
 buffers of a BLT stand in rows of the ring before the slots, as they are before the first step that
 the tile has not made yet. Without slots, all tiles make x_t at step t and keep no term of it.
 
-A key whose bits are not a function of the element's index alone (any but threefry2x32 with
-``jax_threefry_partitionable``) cannot be sampled tile by tile. Its schedule is the plain one: at
-every step all tiles compute x_t, recurrences into slot ``t mod S``, the others without slots.
+A key whose bits are not a function of the element's index alone (any but chacha20, and threefry2x32
+with ``jax_threefry_partitionable``) cannot be sampled tile by tile. Its schedule is the plain one:
+at every step all tiles compute x_t, recurrences into slot ``t mod S``, the others without slots.
 
 The schedule is stated here and computed in every implementation. These are all of the places; a
 test checks each against the golden table in tests/support/golden_schedule.csv:

@@ -22,9 +22,9 @@ GROUP = 8
 PART = 256
 
 
-def refuse(leaf: Leaf, filter: Filter) -> str | None:
+def refuse(leaf: Leaf, filter: Filter, stream: str) -> str | None:
     """Why this implementation cannot take the leaf, or None."""
-    if reason := _gpu_noise.refuse_triton(leaf, filter.ahead):
+    if reason := _gpu_noise.refuse_triton(leaf, filter.ahead, stream):
         return reason
     if filter.rows and not isinstance(filter, RecurrenceFilter):
         return f"it keeps no state of a {filter.name}"

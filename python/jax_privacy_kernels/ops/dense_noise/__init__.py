@@ -46,7 +46,7 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
         unavailable=_ffi.unavailable,
         refuse=_cpp.refuse,
         run=_cpp.run,
-        limits="to jax: noise of 16 bits; keys other than partitionable threefry2x32",
+        limits="to jax: noise of 16 bits; keys other than chacha20 and partitionable threefry2x32",
     ),
     # Nobody has measured GPU kernels yet: that they come before jax, and in this order, is a guess.
     "triton": _dispatch.Implementation(
@@ -54,15 +54,16 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
         unavailable=_jax_triton.unavailable,
         refuse=_triton.refuse,
         run=_triton.run,
-        limits="to the next: as cpp, noise of 64 bits, shards in runs of less than 256 elements",
+        limits="to the next: as cpp, chacha20 keys, noise of 64 bits, shards in runs of less than "
+        "256 elements",
     ),
     "pallas": _dispatch.Implementation(
         platforms=("cuda",),
         unavailable=_jax_pallas.unavailable,
         refuse=_pallas.refuse,
         run=_pallas.run,
-        limits="to jax: as cpp, and more than 2^31 - 1024 elements on a device, shards in runs of "
-        "less than 256",
+        limits="to jax: as cpp, chacha20 keys, and more than 2^31 - 1024 elements on a device, "
+        "shards in runs of less than 256",
     ),
     "jax": _dispatch.Implementation(
         platforms=_dispatch.PLATFORMS, refuse=_jax.refuse, run=_jax.run

@@ -33,6 +33,10 @@ class Inputs(NoiseInputs):
     def choice(self) -> bool:
         return self.ahead
 
+    @property
+    def stream(self) -> str:
+        return str(jax.random.key_impl(self.key))
+
 
 class Run(Protocol):
     """An implementation: it gives ``grads + sum_j row[j] z_j``, and no rings."""

@@ -101,7 +101,7 @@ JPK_INLINE void emit(const Leaf& leaf, const Span& span, X scale, const X* x) {
 // Shares the parts of all leaves out over `workers` threads of the pool. Calls
 // body(leaf, first part, end, scratch) with scratch made by make() for each worker, before any
 // thread starts.
-template <typename Pool, typename Make, typename Body>
+template <typename Pool, typename Leaf, typename Make, typename Body>
 void for_each_part(Pool& pool, int64_t workers, const std::vector<Leaf>& leaves, const Make& make,
                    const Body& body) {
   std::vector<int64_t> first(1, 0);  // first[l] is the number of parts of leaves before l

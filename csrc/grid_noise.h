@@ -1,0 +1,342 @@
+// One step of exact correlated noise for many leaves of integers.
+//
+// Samples n are rounded normals (exact_normal.h), and terms x the integers
+//     x_t = R((n_t - sum_l c_l x_{t-l}) / c_0),   R(y) = floor(y + 1/2),
+// for integers c, the strategy's coefficients in units of 2^-k. Sums are made in double, which is
+// exact below 2^51, or in int64. Which elements make terms at a step is the schedule of
+// correlated_noise.h, which this file resembles.
+#ifndef JPK_GRID_NOISE_H_
+#define JPK_GRID_NOISE_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "chacha20.h"
+#include "correlated_noise.h"
+#include "exact_normal.h"
+#include "noise.h"
+
+namespace jpk {
+
+// A leaf of integers.
+struct GridLeaf {
+  const void* grad;    // [size]
+  void* out;           // [size]
+  void* ring;          // [slots, size], null without slots
+  int64_t size;        // of the elements that are here
+  int64_t first_tile;  // tiles of the leaves before this one
+  uint32_t index;      // position among the leaves of the tree
+  bool wide_grad;      // int64, not int32
+  bool wide_ring;      // the same of the ring
+  Shard shard{};       // which elements are here
+
+  int64_t parts() const { return shard.parts(size); }
+};
+
+// What every leaf shares at step t.
+struct GridStep {
+  int64_t t;
+  int64_t slots;  // S: how many terms a visit makes, if it is not 0
+  int64_t now;    // t mod S: the slot of x_t
+  // Of steps t .. t + max(S, 1) - 1: a leaf's key is child(key of the step, kSplit, leaf).
+  const chacha20::Key* keys;
+  Rounding rounding;
+  bool in_doubles;  // all sums are below 2^51
+  bool by_row;      // the coefficients differ from row to row
+  // As Step::weights, but integers; a row has the sign that makes its divisor positive.
+  std::vector<int64_t> weights;
+  std::vector<int64_t> divisor, sign;  // one, or one for each step
+
+  int64_t most_steps() const { return std::max<int64_t>(slots, 1); }
+  int64_t slot(int64_t ahead) const {
+    return now + ahead < slots ? now + ahead : now + ahead - slots;
+  }
+  size_t row(int64_t ahead) const { return static_cast<size_t>(by_row ? ahead : 0); }
+};
+
+// coef is [rows, S + 1], c_0 not 0: one row for all steps, or one for each of t .. t + S - 1.
+inline void set_grid_recurrence(GridStep& step, const int32_t* coef, int64_t rows) {
+  const int64_t slots = step.slots, bands = slots + 1, stride = padded(slots);
+  step.by_row = rows > 1;
+  step.divisor.resize(static_cast<size_t>(rows)), step.sign.resize(static_cast<size_t>(rows));
+  step.weights.assign(static_cast<size_t>(step.by_row ? slots * stride : 2 * slots + kGroup), 0);
+  for (int64_t ahead = 0; ahead < rows; ++ahead) {
+    const int32_t* row = coef + ahead * bands;
+    const int64_t sign = row[0] < 0 ? -1 : 1;
+    step.sign[static_cast<size_t>(ahead)] = sign;
+    step.divisor[static_cast<size_t>(ahead)] = sign * row[0];
+    for (int64_t lag = 1; lag <= slots; ++lag) {
+      const int64_t weight = -sign * row[lag];
+      if (step.by_row) {
+        const int64_t from = step.slot((ahead - lag + slots) % slots);
+        step.weights[static_cast<size_t>(ahead * stride + from)] = weight;
+        continue;
+      }
+      // weights[S + m - s] is the weight of slot m in the new x of slot s.
+      step.weights[static_cast<size_t>(slots - lag)] = weight;
+      if (lag < slots) step.weights[static_cast<size_t>(2 * slots - lag)] = weight;
+      if (lag == slots) step.weights[static_cast<size_t>(slots)] = weight;
+    }
+  }
+}
+
+// What one worker needs, made before any thread starts.
+struct GridWorkspace {
+  explicit GridWorkspace(const GridStep& step)
+      : keys(static_cast<size_t>(step.most_steps())),
+        inputs(keys.size()),
+        rows(padded(step.slots)),
+        scratch(rows * kBlock + static_cast<int64_t>(step.weights.size())) {}
+  template <typename X>
+  X* block() {  // [rows, kBlock]
+    return scratch.as<X>();
+  }
+  template <typename X>
+  X* weights() {
+    return scratch.as<X>() + rows * kBlock;
+  }
+
+  std::vector<chacha20::Key> keys;      // those of the leaf, like GridStep::keys
+  std::vector<chacha20::Input> inputs;  // and what their blocks have in common
+  int64_t rows;
+  Scratch scratch;
+};
+
+// The 64 bits of the elements of a visit. Those that are not there get bits that settle at once.
+inline void grid_bits(const Visit& visit, chacha20::Input& input, uint32_t* hi, uint32_t* lo) {
+  using Layout = chacha20::Layout<64>;
+  uint32_t words[chacha20::kWords][chacha20::kLanes];
+  static_assert(Layout::kBlocks == chacha20::kLanes && Layout::kGroup == kBlock);
+  int64_t done = 0;
+  for (int64_t s = 0; s < visit.spans; ++s) {
+    uint64_t index = visit.span[s].index;
+    for (int64_t left = visit.span[s].count; left > 0;) {
+      const int64_t from = static_cast<int64_t>(index % Layout::kGroup);
+      const int64_t count = std::min<int64_t>(left, Layout::kGroup - from);
+      input.set_blocks(Layout::first_block(index / Layout::kGroup));
+      chacha20::all_blocks(input, words);
+      std::copy_n(&words[0][0] + from, count, lo + done);
+      std::copy_n(&words[chacha20::kWords / 2][0] + from, count, hi + done);
+      done += count, left -= count, index += static_cast<uint64_t>(count);
+    }
+  }
+  std::fill(lo + done, lo + kBlock, 0u), std::fill(hi + done, hi + kBlock, 0x80000000u);
+}
+
+// The index in the leaf of an element of a visit.
+inline uint64_t index_of(const Visit& visit, int64_t place) {
+  const Span* span = visit.span;
+  while (place >= span->count) place -= span++->count;
+  return span->index + static_cast<uint64_t>(place);
+}
+
+// The further bits of an element: the first words of a block of its own.
+inline void more_bits(const chacha20::Key& key, uint64_t index, uint32_t* words) {
+  chacha20::Input input;
+  input.set_key(key, 0, 1);
+  input.set_domain(chacha20::Domain::kGridExtension), input.set_blocks(index, 0, 1);
+  uint32_t block[chacha20::kWords][chacha20::kLanes];
+  chacha20::blocks<1>(input, block);
+  for (int w = 0; w < 4; ++w) words[w] = block[w][0];
+}
+
+// Some elements of a leaf that make terms.
+template <typename X, typename R>
+struct GridBlock {
+  const GridStep& step;
+  const GridLeaf& leaf;
+  GridWorkspace& workspace;
+  const X* weights;
+  X* rows;  // [padded(S), kBlock]
+  const Visit* visit;
+
+  // The rounded samples of step t + ahead, with the sign of the step's row.
+  JPK_INLINE void sample(int64_t ahead, X* __restrict x) const {
+    const size_t key = static_cast<size_t>(ahead);
+    uint32_t hi[kBlock], lo[kBlock];
+    grid_bits(*visit, workspace.inputs[key], hi, lo);
+    double n[kBlock];
+    const auto more = [&](int i, uint32_t* words) {
+      more_bits(workspace.keys[key], index_of(*visit, i), words);
+    };
+    rounded_normal_block(step.rounding, hi, lo, more, n);
+    const X sign = static_cast<X>(step.sign[step.row(ahead)]);
+    for (int i = 0; i < kBlock; ++i) x[i] = sign * static_cast<X>(n[i]);
+  }
+
+  JPK_INLINE void load(int64_t row, X* __restrict to) const {
+    const R* from = static_cast<const R*>(leaf.ring) + row * leaf.size;
+    if (visit->span[0].count == kBlock) {
+      const R* const begin = from + visit->span[0].here;
+      for (int i = 0; i < kBlock; ++i) to[i] = static_cast<X>(begin[i]);
+      return;
+    }
+    X* const end = to + kBlock;
+    for (int64_t s = 0; s < visit->spans; ++s) {
+      to = std::copy_n(from + visit->span[s].here, visit->span[s].count, to);
+    }
+    std::fill(to, end, X(0));
+  }
+
+  JPK_INLINE void store(int64_t row, const X* __restrict from) const {
+    R* to = static_cast<R*>(leaf.ring) + row * leaf.size;
+    if (visit->span[0].count == kBlock) {
+      R* const begin = to + visit->span[0].here;
+      for (int i = 0; i < kBlock; ++i) begin[i] = static_cast<R>(from[i]);
+      return;
+    }
+    for (int64_t s = 0; s < visit->spans; ++s) {
+      const Span& span = visit->span[s];
+      for (int64_t i = 0; i < span.count; ++i) to[span.here + i] = static_cast<R>(from[i]);
+      from += span.count;
+    }
+  }
+};
+
+// x = R(x / divisor), for a positive divisor.
+JPK_INLINE void divide_rounding(int64_t divisor, double* __restrict x) {
+  if (divisor == 1) return;
+  const double d = static_cast<double>(divisor), half = 0.5 * d, inverse = 1.0 / d;
+  for (int i = 0; i < kBlock; ++i) {
+    const double a = x[i] + half;  // exact, as is the rest
+    const double q = std::floor(a * inverse), rest = a - q * d;
+    // The quotient as computed is off by one at most.
+    x[i] = q + (rest >= d ? 1.0 : 0.0) - (rest < 0.0 ? 1.0 : 0.0);
+  }
+}
+
+JPK_INLINE void divide_rounding(int64_t divisor, int64_t* __restrict x) {
+  if (divisor == 1) return;
+  for (int i = 0; i < kBlock; ++i) {
+    // floor((x + floor(d / 2)) / d), which is R(x / d) also for an odd d
+    const int64_t a = x[i] + divisor / 2, q = a / divisor;
+    x[i] = q - (q * divisor > a);
+  }
+}
+
+// Makes x_t .. x_{t+steps-1}, steps being S or 1, in the ring's slots; without slots, x_t in x.
+template <typename X, typename R>
+JPK_INLINE void grid_advance(const GridBlock<X, R>& at, int64_t steps, X* __restrict x) {
+  const GridStep& step = at.step;
+  const int64_t slots = step.slots;
+  if (slots == 0) {
+    at.sample(0, x);
+    return divide_rounding(step.divisor[0], x);
+  }
+  // A single step of a run's first S reads the slots that have been written.
+  const int64_t rows = steps == slots ? slots : std::min(step.t, slots);
+  for (int64_t m = 0; m < rows; ++m) at.load(m, at.rows + m * kBlock);
+  std::fill(at.rows + rows * kBlock, at.rows + padded(rows) * kBlock, X(0));
+  for (int64_t ahead = 0; ahead < steps; ++ahead) {
+    const int64_t slot = step.slot(ahead);
+    const X* weights = step.by_row ? at.weights + ahead * padded(slots) : at.weights + slots - slot;
+    at.sample(ahead, x);
+    accumulate<X>(padded(rows), weights, at.rows, x);
+    divide_rounding(step.divisor[step.row(ahead)], x);
+    if (steps == slots) std::copy_n(x, kBlock, at.rows + slot * kBlock);
+  }
+  if (steps != slots) return at.store(step.now, x);
+  for (int64_t m = 0; m < slots; ++m) at.store(m, at.rows + m * kBlock);
+}
+
+// out = grad + x. Sums that are too large for their type wrap around.
+template <typename G, typename X>
+JPK_INLINE void grid_add(const GridLeaf& leaf, const Span& span, const X* __restrict x) {
+  using U = std::make_unsigned_t<G>;
+  const G* __restrict grad = static_cast<const G*>(leaf.grad) + span.here;
+  G* out = static_cast<G*>(leaf.out) + span.here;
+  for (int64_t i = 0; i < span.count; ++i) {
+    const U noise = static_cast<U>(static_cast<G>(x[i]));
+    out[i] = static_cast<G>(static_cast<U>(grad[i]) + noise);
+  }
+}
+
+template <typename X>
+JPK_INLINE void grid_emit(const GridLeaf& leaf, const Span& span, const X* x) {
+  leaf.wide_grad ? grid_add<int64_t>(leaf, span, x) : grid_add<int32_t>(leaf, span, x);
+}
+
+// One step of parts [begin, end) of one leaf, summed up as X, kept as R.
+template <typename X, typename R>
+JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t begin, int64_t end,
+                           GridWorkspace& workspace) {
+  X* weights = workspace.weights<X>();
+  for (size_t i = 0; i < step.weights.size(); ++i) weights[i] = static_cast<X>(step.weights[i]);
+  for (size_t j = 0; j < workspace.keys.size(); ++j) {
+    workspace.keys[j] = chacha20::child(step.keys[j], chacha20::Domain::kSplit, leaf.index);
+    workspace.inputs[j].set_key(workspace.keys[j]);
+    workspace.inputs[j].set_domain(chacha20::Domain::kGrid);
+  }
+  GridBlock<X, R> at{step, leaf, workspace, weights, workspace.block<X>(), nullptr};
+  X x[kBlock];
+
+  const R* ring_now = static_cast<const R*>(leaf.ring) + step.now * leaf.size;
+  Span later{0, 0, 0};  // what of the ring is still to be emitted: a tile at once
+  Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
+                leaf.shard.part(end, leaf.size));
+  while (const Visit* visit = visits.next()) {
+    if (visit->terms) {
+      at.visit = visit;
+      grid_advance(at, visit->terms, x);
+    }
+    const X* from = x;
+    for (int64_t s = 0; s < visit->spans; ++s) {
+      const Span& span = visit->span[s];
+      if (step.slots == 0) {
+        grid_emit(leaf, span, from);
+        from += span.count;
+      } else if (span.here == later.here + later.count && later.count < kTile) {
+        later.count += span.count;
+      } else {
+        grid_emit(leaf, later, ring_now + later.here);
+        later = span;
+      }
+    }
+  }
+  if (later.count) grid_emit(leaf, later, ring_now + later.here);
+}
+
+JPK_TARGET_CLONES static void grid_parts_f64_s32(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
+  grid_parts<double, int32_t>(step, leaf, begin, end, workspace);
+}
+
+JPK_TARGET_CLONES static void grid_parts_f64_s64(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
+  grid_parts<double, int64_t>(step, leaf, begin, end, workspace);
+}
+
+JPK_TARGET_CLONES static void grid_parts_s64_s32(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
+  grid_parts<int64_t, int32_t>(step, leaf, begin, end, workspace);
+}
+
+JPK_TARGET_CLONES static void grid_parts_s64_s64(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
+  grid_parts<int64_t, int64_t>(step, leaf, begin, end, workspace);
+}
+
+// The step on all leaves, shared out over `workers` threads of the pool.
+template <typename Pool>
+void grid_noise(Pool& pool, int64_t workers, const GridStep& step,
+                const std::vector<GridLeaf>& leaves) {
+  for_each_part(
+      pool, workers, leaves, [&] { return GridWorkspace(step); },
+      [&](const GridLeaf& leaf, int64_t begin, int64_t end, GridWorkspace& workspace) {
+        const auto parts = step.in_doubles
+                               ? (leaf.wide_ring ? grid_parts_f64_s64 : grid_parts_f64_s32)
+                               : (leaf.wide_ring ? grid_parts_s64_s64 : grid_parts_s64_s32);
+        parts(step, leaf, begin, end, workspace);
+      });
+}
+
+}  // namespace jpk
+
+#endif  // JPK_GRID_NOISE_H_

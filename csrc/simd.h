@@ -15,8 +15,12 @@
 // sanitizer builds define JPK_TARGET_CLONES themselves, to pin one variant or none (the loader
 // resolves clones before a sanitizer's runtime is up).
 #ifndef JPK_TARGET_CLONES
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12
+#if defined(__clang__)
+#define JPK_KNOWS_LEVELS (__clang_major__ >= 18)
+#else
+#define JPK_KNOWS_LEVELS (__GNUC__ >= 12)
+#endif
+#if defined(__x86_64__) && defined(__gnu_linux__) && JPK_KNOWS_LEVELS
 #define JPK_HAS_LEVELS
 #define JPK_TARGET_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -1,5 +1,8 @@
 """Do an sdist and the wheel that was built from it hold every file of the package, once?
 
+The sdist also holds what its own documents link to, and the description that PyPI shows has no
+links that work in the repository only.
+
 Usage: python tests/distributions.py DIST, a folder with both. CI runs it and installs the wheel.
 """
 
@@ -7,6 +10,8 @@ from __future__ import annotations
 
 import collections
 import pathlib
+import posixpath
+import re
 import subprocess
 import sys
 import tarfile
@@ -39,13 +44,33 @@ def check_sdist(file):
     found = once(names, "the sdist")
     needed = tracked("python", "kernels", "csrc") | {"CMakeLists.txt", "pyproject.toml", "LICENSE"}
     assert not needed - found, f"the sdist lacks {sorted(needed - found)}"
+    broken = [link for link in links_of(file) if link not in found]
+    assert not broken, f"documents of the sdist link to files that it has not got: {broken}"
     twice = [name for name in found if name.startswith("python/jax_privacy_kernels/kernels/")]
     assert not twice, f"the sdist holds kernels/ by its symbolic link, too: {twice}"
+
+
+def links_of(file):
+    """The files that documents of an sdist link to, by their names in it."""
+    found = set()
+    with tarfile.open(file) as archive:
+        folders = {posixpath.dirname(m.name.partition("/")[2]) for m in archive.getmembers()}
+        for member in archive.getmembers():
+            if member.isfile() and member.name.endswith(".md"):
+                text = archive.extractfile(member).read().decode()
+                here = posixpath.dirname(member.name.partition("/")[2])
+                for path in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+                    found.add(posixpath.normpath(posixpath.join(here, path)))
+    return found - folders
 
 
 def check_wheel(file):
     with zipfile.ZipFile(file) as archive:
         found = once(archive.namelist(), "the wheel")
+        (description,) = (n for n in found if n.endswith(".dist-info/METADATA"))
+        metadata_text = archive.read(description).decode()
+    relative = re.findall(r"\]\((?!https?:|#)[^)]*\)", metadata_text)
+    assert not relative, f"PyPI would show links that lead nowhere: {relative}"
     package = {name.removeprefix("python/") for name in tracked("python")}
     package |= {f"jax_privacy_kernels/{name}" for name in tracked("kernels")}
     extension = {name for name in found if name.startswith("jax_privacy_kernels/_jpk.")}

@@ -398,7 +398,6 @@ def test_a_step_in_plain_jax_can_be_exported(name):
     assert_equal(outs, expected)
 
 
-<<<<<<< HEAD
 @mechanisms
 def test_a_step_with_compiled_kernels_can_be_exported(name):
     if (reason := _ffi.unavailable()) or not _ffi.targets():
@@ -412,19 +411,13 @@ def test_a_step_with_compiled_kernels_can_be_exported(name):
         jax.export.export(update)(grads(), state)
 
 
-@mechanisms
-def test_a_step_can_be_exported_for_any_size(name):
-    """What is exported knows the state of other sizes as well."""
-    mechanism = privatizer(name, implementation="jax")
-=======
-@pytest.mark.parametrize("prng_key", [3, SECURE_KEY], ids=["threefry2x32", "chacha20"])
-@pytest.mark.parametrize("name", ["identity", "dense"])
+@pytest.mark.parametrize(
+    ("name", "prng_key"),
+    [*((name, 3) for name in ALL), ("identity", SECURE_KEY), ("dense", SECURE_KEY)],
+)
 def test_a_step_can_be_exported_for_any_size(name, prng_key):
-    """That keeps no rings. What is exported knows the state of other sizes as well."""
-    mechanism = matrix_factorization_privatizer(
-        ALL[name].matrix(), stddev=1.5, prng_key=prng_key, implementation="jax"
-    )
->>>>>>> chacha
+    """What is exported knows the state of other sizes as well."""
+    mechanism = privatizer(name, implementation="jax", prng_key=prng_key)
     (size,) = jax.export.symbolic_shape("d", constraints=["d <= 700000000"])
     structs = {
         "v": jax.ShapeDtypeStruct((3, size), jnp.float32),

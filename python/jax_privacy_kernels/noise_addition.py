@@ -79,9 +79,9 @@ class SupportedStrategies(enum.Enum):
     """How noise is laid out over devices while it is made."""
 
     DEFAULT = "default"
-    """As the gradients are: every device makes the noise of what it has of them, and nothing is
-    communicated. It is the same noise on every mesh. Gradients that are replicated are so with
-    their noise."""
+    """Laid out as the gradients are. Every device makes the noise of what it has of them, and
+    nothing is communicated. It is the same noise on every mesh. Gradients that are replicated are
+    so with their noise."""
 
     ZERO = "zero"
     """Split evenly over all devices of a mesh, whose axes have to be explicit; then brought to

@@ -462,11 +462,10 @@ def test_implementation_of_a_block_is_honoured(callback):
         assert calls > 0
         assert run()[1] == 0
     np.testing.assert_allclose(inside, default, rtol=1e-12)
-    with (
-        jax_privacy_kernels.implementation("fortran"),
-        pytest.raises(ValueError, match="'fortran' of toeplitz_solve"),
-    ):
-        run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PRIVACY_KERNELS_IMPLEMENTATION", "fortran")
+        with pytest.raises(ValueError, match="'fortran' of toeplitz_solve"):
+            run()
     assert run()[1] == 0
 
 

@@ -360,7 +360,8 @@ def check_selection(name, op, table, monkeypatch, *arguments):
     message = f"'fortran' {message}{re.escape(str(usable))}"
     with pytest.raises(ValueError, match=message):
         op(*arguments, implementation="fortran")
-    with jax_privacy_kernels.implementation("fortran"), pytest.raises(ValueError, match=message):
+    monkeypatch.setenv(_dispatch.ENVIRONMENT, "fortran")
+    with pytest.raises(ValueError, match=message):
         op(*arguments)
 
 

@@ -62,6 +62,13 @@ struct Input {
 
 JPK_INLINE uint32_t rotate_left(uint32_t x, int d) { return (x << d) | (x >> (32 - d)); }
 
+JPK_INLINE void quarter_round(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+  a += b, d = rotate_left(d ^ a, 16);
+  c += d, b = rotate_left(b ^ c, 12);
+  a += b, d = rotate_left(d ^ a, 8);
+  c += d, b = rotate_left(b ^ c, 7);
+}
+
 // Words of each block, [kWords][kLanes]. Only the first Lanes of the blocks are computed.
 template <int Lanes = kLanes>
 JPK_INLINE void blocks(const Input& in, uint32_t (*words)[kLanes]) {
@@ -72,13 +79,8 @@ JPK_INLINE void blocks(const Input& in, uint32_t (*words)[kLanes]) {
     uint32_t x4 = in.key[0][l], x5 = in.key[1][l], x6 = in.key[2][l], x7 = in.key[3][l];
     uint32_t x8 = in.key[4][l], x9 = in.key[5][l], x10 = in.key[6][l], x11 = in.key[7][l];
     uint32_t x12 = in.nonce[0][l], x13 = in.nonce[1][l], x14 = in.nonce[2][l], x15 = in.nonce[3][l];
-    auto quarter_round = [](uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
-      a += b, d = rotate_left(d ^ a, 16);
-      c += d, b = rotate_left(b ^ c, 12);
-      a += b, d = rotate_left(d ^ a, 8);
-      c += d, b = rotate_left(b ^ c, 7);
-    };
-    auto two_rounds = [&] {
+    // Inlined whatever else is in the file: a call would keep the loop from vectorizing.
+    auto two_rounds = [&]() __attribute__((always_inline)) {
       quarter_round(x0, x4, x8, x12), quarter_round(x1, x5, x9, x13);
       quarter_round(x2, x6, x10, x14), quarter_round(x3, x7, x11, x15);
       quarter_round(x0, x5, x10, x15), quarter_round(x1, x6, x11, x12);

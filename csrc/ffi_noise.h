@@ -76,6 +76,7 @@ struct Shards {
   // Sets the shards of the leaves, whose sizes are known. base is [leaves, 2], the words of the
   // index of the first element; axes are [count, stride, ..], axis_count of them for each leaf.
   // Gives what is wrong, or nothing.
+  template <typename Leaf>
   std::string set(const xla::ffi::Buffer<xla::ffi::U32>& base, std::vector<Leaf>& leaves) const {
     if (base.element_count() != 2 * leaves.size() || run.size() != leaves.size() ||
         axis_count.size() != leaves.size()) {

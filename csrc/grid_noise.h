@@ -143,6 +143,23 @@ inline void more_bits(const chacha20::Key& key, uint64_t index, uint32_t* words)
   for (int w = 0; w < 4; ++w) words[w] = block[w][0];
 }
 
+// Writes a row of a ring.
+template <typename R, typename X>
+JPK_INLINE void store_row(const GridLeaf& leaf, const Visit& visit, int64_t row,
+                          const X* __restrict from) {
+  R* to = static_cast<R*>(leaf.ring) + row * leaf.size;
+  if (visit.span[0].count == kBlock) {
+    R* const begin = to + visit.span[0].here;
+    for (int i = 0; i < kBlock; ++i) begin[i] = static_cast<R>(from[i]);
+    return;
+  }
+  for (int64_t s = 0; s < visit.spans; ++s) {
+    const Span& span = visit.span[s];
+    for (int64_t i = 0; i < span.count; ++i) to[span.here + i] = static_cast<R>(from[i]);
+    from += span.count;
+  }
+}
+
 // Some elements of a leaf that make terms.
 template <typename X, typename R>
 struct GridBlock {
@@ -181,19 +198,7 @@ struct GridBlock {
     std::fill(to, end, X(0));
   }
 
-  JPK_INLINE void store(int64_t row, const X* __restrict from) const {
-    R* to = static_cast<R*>(leaf.ring) + row * leaf.size;
-    if (visit->span[0].count == kBlock) {
-      R* const begin = to + visit->span[0].here;
-      for (int i = 0; i < kBlock; ++i) begin[i] = static_cast<R>(from[i]);
-      return;
-    }
-    for (int64_t s = 0; s < visit->spans; ++s) {
-      const Span& span = visit->span[s];
-      for (int64_t i = 0; i < span.count; ++i) to[span.here + i] = static_cast<R>(from[i]);
-      from += span.count;
-    }
-  }
+  JPK_INLINE void store(int64_t row, const X* from) const { store_row<R>(leaf, *visit, row, from); }
 };
 
 // x = R(x / divisor), for a positive divisor.
@@ -259,29 +264,15 @@ JPK_INLINE void grid_emit(const GridLeaf& leaf, const Span& span, const X* x) {
   leaf.wide_grad ? grid_add<int64_t>(leaf, span, x) : grid_add<int32_t>(leaf, span, x);
 }
 
-// One step of parts [begin, end) of one leaf, summed up as X, kept as R.
-template <typename X, typename R>
-JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t begin, int64_t end,
-                           GridWorkspace& workspace) {
-  X* weights = workspace.weights<X>();
-  for (size_t i = 0; i < step.weights.size(); ++i) weights[i] = static_cast<X>(step.weights[i]);
-  for (size_t j = 0; j < workspace.keys.size(); ++j) {
-    workspace.keys[j] = chacha20::child(step.keys[j], chacha20::Domain::kSplit, leaf.index);
-    workspace.inputs[j].set_key(workspace.keys[j]);
-    workspace.inputs[j].set_domain(chacha20::Domain::kGrid);
-  }
-  GridBlock<X, R> at{step, leaf, workspace, weights, workspace.block<X>(), nullptr};
-  X x[kBlock];
-
+// Calls advance(visit) for the visits that make terms, and adds x_t of all elements, which stand in
+// the slot of the step, or in x without slots.
+template <typename R, typename Step, typename X, typename Advance>
+JPK_INLINE void emit_visits(const Step& step, const GridLeaf& leaf, Visits& visits, const X* x,
+                            const Advance& advance) {
   const R* ring_now = static_cast<const R*>(leaf.ring) + step.now * leaf.size;
   Span later{0, 0, 0};  // what of the ring is still to be emitted: a tile at once
-  Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
-                leaf.shard.part(end, leaf.size));
   while (const Visit* visit = visits.next()) {
-    if (visit->terms) {
-      at.visit = visit;
-      grid_advance(at, visit->terms, x);
-    }
+    if (visit->terms) advance(*visit);
     const X* from = x;
     for (int64_t s = 0; s < visit->spans; ++s) {
       const Span& span = visit->span[s];
@@ -299,27 +290,53 @@ JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t b
   if (later.count) grid_emit(leaf, later, ring_now + later.here);
 }
 
-JPK_TARGET_CLONES static void grid_parts_f64_s32(const GridStep& step, const GridLeaf& leaf,
-                                                 int64_t begin, int64_t end,
-                                                 GridWorkspace& workspace) {
+// One step of parts [begin, end) of one leaf, summed up as X, kept as R.
+template <typename X, typename R>
+JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t begin, int64_t end,
+                           GridWorkspace& workspace) {
+  X* weights = workspace.weights<X>();
+  for (size_t i = 0; i < step.weights.size(); ++i) weights[i] = static_cast<X>(step.weights[i]);
+  for (size_t j = 0; j < workspace.keys.size(); ++j) {
+    workspace.keys[j] = chacha20::child(step.keys[j], chacha20::Domain::kSplit, leaf.index);
+    workspace.inputs[j].set_key(workspace.keys[j]);
+    workspace.inputs[j].set_domain(chacha20::Domain::kGrid);
+  }
+  GridBlock<X, R> at{step, leaf, workspace, weights, workspace.block<X>(), nullptr};
+  X x[kBlock];
+
+  Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
+                leaf.shard.part(end, leaf.size));
+  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) {
+    at.visit = &visit;
+    grid_advance(at, visit.terms, x);
+  });
+}
+
+[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_f64_s32(const GridStep& step,
+                                                                  const GridLeaf& leaf,
+                                                                  int64_t begin, int64_t end,
+                                                                  GridWorkspace& workspace) {
   grid_parts<double, int32_t>(step, leaf, begin, end, workspace);
 }
 
-JPK_TARGET_CLONES static void grid_parts_f64_s64(const GridStep& step, const GridLeaf& leaf,
-                                                 int64_t begin, int64_t end,
-                                                 GridWorkspace& workspace) {
+[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_f64_s64(const GridStep& step,
+                                                                  const GridLeaf& leaf,
+                                                                  int64_t begin, int64_t end,
+                                                                  GridWorkspace& workspace) {
   grid_parts<double, int64_t>(step, leaf, begin, end, workspace);
 }
 
-JPK_TARGET_CLONES static void grid_parts_s64_s32(const GridStep& step, const GridLeaf& leaf,
-                                                 int64_t begin, int64_t end,
-                                                 GridWorkspace& workspace) {
+[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_s64_s32(const GridStep& step,
+                                                                  const GridLeaf& leaf,
+                                                                  int64_t begin, int64_t end,
+                                                                  GridWorkspace& workspace) {
   grid_parts<int64_t, int32_t>(step, leaf, begin, end, workspace);
 }
 
-JPK_TARGET_CLONES static void grid_parts_s64_s64(const GridStep& step, const GridLeaf& leaf,
-                                                 int64_t begin, int64_t end,
-                                                 GridWorkspace& workspace) {
+[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_s64_s64(const GridStep& step,
+                                                                  const GridLeaf& leaf,
+                                                                  int64_t begin, int64_t end,
+                                                                  GridWorkspace& workspace) {
   grid_parts<int64_t, int64_t>(step, leaf, begin, end, workspace);
 }
 

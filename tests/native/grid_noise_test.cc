@@ -4,16 +4,18 @@
 #include <cinttypes>
 #include <cstdio>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
+#include "grid_sums.h"
 #include "thread_pool.h"
 
 namespace jpk {
 namespace {
 
-JPK_TARGET_CLONES void block(const Rounding& rounding, const uint32_t* hi, const uint32_t* lo,
-                             const uint32_t (*words)[4], double* out) {
+void block(const Rounding& rounding, const uint32_t* hi, const uint32_t* lo,
+           const uint32_t (*words)[4], double* out) {
   rounded_normal_block(
       rounding, hi, lo, [&](int i, uint32_t* more) { std::copy_n(words[i], 4, more); }, out);
 }
@@ -221,6 +223,68 @@ void test_quotients() {
   }
 }
 
+// A sum of one sample is that sample, rounded; its opposite is its opposite. Shards and slots, sums
+// of several, where bits of all samples are needed or not.
+void test_sums() {
+  std::vector<chacha20::Key> keys(12);
+  for (size_t t = 0; t < keys.size(); ++t) {
+    for (uint32_t w = 0; w < 8; ++w) keys[t].words[w] = static_cast<uint32_t>(t) * 31 + w;
+  }
+  const int64_t size = 5000;
+  std::vector<int64_t> zeros(size, 0), one(size), other(size);
+  GridLeaf leaf{};
+  leaf.grad = zeros.data(), leaf.size = size, leaf.index = 3, leaf.shard.run = size;
+  leaf.wide_grad = leaf.wide_ring = true;
+  ThreadPool pool(2);
+  const auto run = [&](const auto& step, std::vector<int64_t>& out, std::vector<int64_t>* ring) {
+    GridLeaf here = leaf;
+    here.out = out.data(), here.ring = ring ? ring->data() : nullptr;
+    const std::vector<GridLeaf> leaves{here};
+    if constexpr (std::is_same_v<std::decay_t<decltype(step)>, GridStep>) {
+      grid_noise(pool, 3, step, leaves);
+    } else {
+      grid_sums(pool, 3, step, leaves);
+    }
+  };
+  for (double scale : {64.0, 0x1p30, 0x1p42}) {
+    GridStep step{};
+    step.keys = keys.data(), step.rounding = rounding_of(scale);
+    const int32_t unit = 1;
+    set_grid_recurrence(step, &unit, 1);
+    run(step, one, nullptr);
+    GridSums sums{};
+    sums.keys = keys.data(), sums.weights = {1.0}, sums.stddev = scale;
+    run(sums, other, nullptr);
+    CHECK(one == other, "one sample at scale %g", scale);
+    sums.weights = {-0.5}, sums.stddev = 2 * scale;
+    run(sums, other, nullptr);
+    for (int64_t& x : other) x = -x;
+    CHECK(one == other, "its opposite at scale %g", scale);
+  }
+  // With slots the same terms as without, and those that all bits give.
+  for (double stddev : {100.0, 0x1p40}) {
+    const int64_t behind = 2;
+    std::vector<int64_t> ring(3 * size, 0);
+    for (int64_t t = 0; t < 7; ++t) {
+      GridSums sums{};
+      sums.t = t, sums.behind = behind, sums.weights = {0.3, 0.0, -1.7}, sums.stddev = stddev;
+      sums.keys = keys.data() + t;
+      run(sums, one, nullptr);
+      sums.slots = 3, sums.now = t % 3;
+      run(sums, other, &ring);
+      CHECK(one == other, "slots at step %" PRId64, t);
+      std::vector<chacha20::Key> of_leaf;
+      for (int64_t j = 0; j <= behind; ++j) {
+        of_leaf.push_back(chacha20::child(sums.keys[j], chacha20::Domain::kSplit, leaf.index));
+      }
+      for (int64_t i = 0; i < size; i += 97) {
+        const int64_t expected = settle_sum(sums, of_leaf.data(), 0, static_cast<uint64_t>(i));
+        CHECK(one[static_cast<size_t>(i)] == expected, "%" PRId64, expected);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace jpk
 
@@ -228,6 +292,7 @@ int main() {
   jpk::test_golden_samples();
   jpk::test_estimates_settle_rightly();
   jpk::test_quotients();
+  jpk::test_sums();
   for (const jpk::Case& of :
        {jpk::Case{1, false, true, false, false, 0x1p10},
         jpk::Case{2, false, true, false, false, 0x1p10},

@@ -24,6 +24,9 @@ from jax_privacy_kernels.ops.correlated_noise._matrices import (
     NoisingMatrix,
 )
 from jax_privacy_kernels.ops.dense_noise import dense_noise, init_dense_noise
+from jax_privacy_kernels.ops.grid_noise import grid_noise, init_grid_noise
+from jax_privacy_kernels.ops.grid_noise._matrices import GridMatrix, GridRecurrence, GridSums
+from jax_privacy_kernels.ops.grid_noise._rounding import Rounding
 from jax_privacy_kernels.ops.min_sep_norm import min_sep_norm
 from jax_privacy_kernels.ops.participation_max import participation_max
 from jax_privacy_kernels.ops.privacy_loss_sums import privacy_loss_sums
@@ -36,10 +39,14 @@ __all__ = [
     "MOST_STDDEV",
     "BandedRecurrence",
     "BufferedToeplitz",
+    "GridMatrix",
+    "GridRecurrence",
+    "GridSums",
     "Momentum",
     "MovingAverage",
     "NoiseState",
     "NoisingMatrix",
+    "Rounding",
     "asked",
     "banded_error",
     "check_devices",
@@ -50,9 +57,11 @@ __all__ = [
     "dense_noise",
     "disabled_safety_checks",
     "fingerprint_of_function",
+    "grid_noise",
     "implementation",
     "init_correlated_noise",
     "init_dense_noise",
+    "init_grid_noise",
     "is_usable_stddev",
     "mark_tree",
     "min_sep_norm",

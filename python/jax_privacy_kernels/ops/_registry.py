@@ -12,6 +12,7 @@ __all__ = ["OPS", "table"]
 OPS = (
     "correlated_noise",
     "dense_noise",
+    "grid_noise",
     "toeplitz_multiply",
     "toeplitz_solve",
     "min_sep_norm",

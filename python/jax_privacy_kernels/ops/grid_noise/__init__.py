@@ -69,7 +69,8 @@ def init_grid_noise(model: Any, matrix: GridMatrix, *, key: jax.Array) -> NoiseS
     fingerprint = _fingerprint_of(matrix, leaves)
     if not _is_dense(matrix):
         return _state.init_state(model, leaves, matrix.filter, key, fingerprint)
-    words = jnp.copy(_once.mark_tree(jax.random.key_data(key), model))[None]  # to be donated
+    words, _ = _once.mark_tree(jax.random.key_data(key), model)
+    words = jnp.copy(words)[None]  # to be donated
     kind = {_dense_kind(leaves): jnp.asarray(fingerprint)}
     return NoiseState(Clock(jnp.zeros((), jnp.int32), words, (), kind), ())
 
@@ -109,12 +110,12 @@ def grid_noise(
         raise ValueError(
             f"expected at most {matrix.steps} steps, the rows of noising_matrix, found step {step}"
         )
-    _leaves.check_shared(grads, state.clock.keys)
+    once = _once.check_devices(grads, state.clock.keys)
     _partition.check_summed_up(grads)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
     _partition.check_mesh(grads, state.clock.keys)
-    valid = has_fingerprint(state, _fingerprint_of(matrix, leaves))
+    valid = has_fingerprint(state, _fingerprint_of(matrix, leaves)) & once
     outs, clock, rings = _step(
         leaves,
         name,
@@ -144,7 +145,9 @@ def _step(
     valid &= before >= 0
     if matrix.steps is not None:
         valid &= before < matrix.steps
-    clock = clock._replace(keys=_once.mark(clock.keys, grads))
+    keys, once = _once.mark(clock.keys, grads)
+    valid &= once
+    clock = clock._replace(keys=keys)
     coef = matrix.coef_at(step)
     if _is_dense(matrix):
         # Samples are numbered by columns: all of them are there at every step.

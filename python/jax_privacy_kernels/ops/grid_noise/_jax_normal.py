@@ -7,7 +7,7 @@ Everything here is traced in x64 mode. Fixed-point numbers are uint64 arrays ``[
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def _series(y: jax.Array) -> tuple[jax.Array, jax.Array]:
     def more(carry: tuple[jax.Array, ...]) -> jax.Array:
         return (carry[1] != 0).any()
 
-    def term(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def term(carry: Any) -> Any:
         j, p, q, exponential, total = carry
         p = _divide(_multiply(w, p), j)
         q = _divide(_multiply(squared, q), 2 * j + 1)

@@ -15,7 +15,6 @@ from jax_privacy_kernels.ops import (
     _dispatch,
     _ffi,
     _fingerprint,
-    _leaves,
     _noise,
     _once,
     _partition,

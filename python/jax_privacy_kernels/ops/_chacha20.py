@@ -175,7 +175,7 @@ def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return children.reshape(*shape, KEY_WORDS)
 
 
-def _fold_in(key: jax.Array, data: Any) -> jax.Array:
+def _fold_in(key: jax.Array, data: jax.typing.ArrayLike) -> jax.Array:
     number = jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32)
     return _jitted_children(key, Domain.FOLD_IN, number)
 

@@ -38,7 +38,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 180
 nb_merge_streams = True
-nb_render_markdown_format = "gfm"  # tables that cells make
+nb_render_markdown_format = "myst"  # tables that cells make
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 

@@ -42,7 +42,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_privacy_kernels import random, sharding_utils
-from jax_privacy_kernels._checks import check_like, is_concrete, is_tracing, leaf_name, owned
+from jax_privacy_kernels._checks import (
+    check_like,
+    is_concrete,
+    is_tracing,
+    leaf_name,
+    owned,
+    promote_types,
+)
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
     LEAST_STDDEV,
@@ -364,7 +371,7 @@ def _dense(
     if jnp.issubdtype(rows.dtype, jnp.complexfloating):
         raise TypeError(f"expected noising_matrix to be real, found dtype {rows.dtype}")
     # A copy: memory of NumPy may be shared, and is the caller's.
-    rows = jnp.array(rows, jnp.promote_types(rows.dtype, jnp.float32))
+    rows = jnp.array(rows, promote_types(rows.dtype, jnp.float32))
     if is_concrete(matrix) and not np.isfinite(np.asarray(matrix, float)).all():
         raise ValueError("expected noising_matrix to be finite, found NaN or infinite entries")
 

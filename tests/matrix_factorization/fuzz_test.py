@@ -45,7 +45,7 @@ MODULES = {
         toeplitz,
     )
 }
-CALLED = sweeps.examples(3000)
+CALLED = sweeps.examples(2000)
 ALLOWED = (TypeError, ValueError, NotImplementedError)
 
 

@@ -5,6 +5,7 @@ makes programs that use jax_privacy run on them as they are.
 """
 
 from jax_privacy_kernels import (
+    grid,
     matrix_factorization,
     noise_addition,
     optimizers,
@@ -17,6 +18,7 @@ from jax_privacy_kernels.ops import implementation
 
 __all__ = [
     "__version__",
+    "grid",
     "implementation",
     "install",
     "installed",

@@ -190,7 +190,7 @@ def matrix_factorization_privatizer(
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
-    return _for_any_caller(_on_mesh(privatizer.init), privatizer.update, str(key.impl))
+    return _for_any_caller(on_mesh(privatizer.init), privatizer.update, str(key.impl))
 
 
 def gaussian_privatizer(
@@ -366,7 +366,7 @@ def _for_any_caller(init: Any, update: Any, stream: str) -> optax.GradientTransf
     return privatizer
 
 
-def _on_mesh(init: Any) -> Any:
+def on_mesh(init: Any) -> Any:
     """The same, with all of the state on the mesh of the model, if it is known to be on one."""
 
     def init_on_mesh(model: Any) -> Any:

@@ -531,7 +531,7 @@ BLT = buffered_toeplitz.BufferedToeplitz.build([0.9], [0.3], dtype=jnp.float32)
         ({"stddev": np.nan}, ValueError, "stddev"),
         ({"stddev": np.inf}, ValueError, "stddev"),
         ({"stddev": "1"}, TypeError, "stddev"),
-        ({"stddev": 1e-4}, ValueError, r"between 1/8 and 2\^42, found 0.0256"),
+        ({"stddev": 1e-4}, ValueError, r"between 1/8 and 2\^42, found 0.0128"),
         ({"stddev": 2.0**40}, ValueError, r"between 1/8 and 2\^42"),
         ({"prng_key": 3}, TypeError, "key of type random.chacha20.*found a int"),
         ({"prng_key": jax.random.key(3)}, TypeError, "chacha20.*found threefry2x32|fry"),

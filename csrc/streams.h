@@ -54,7 +54,8 @@ class ThreefryStream {
 };
 
 // chacha20: see chacha20::Layout. Blocks are computed kLanes at a time. A group of 64 bits fills
-// them; of 32 bits, two groups of one key do if there is one key, else one group of two keys.
+// them; of 32 bits, one group of two keys does, and two groups of the last of an odd number of
+// keys.
 template <typename Z>
 class ChaCha20Stream {
  public:
@@ -76,25 +77,26 @@ class ChaCha20Stream {
     whole_ = visit.spans == 1 && span.index % Layout::kGroup == 0;
     if (!whole_) return list(visit);
     group_ = span.index / Layout::kGroup;
-    if (count_ > 1) made_ = kNone;
+    of_two_keys_.made = kNone;
   }
 
   JPK_INLINE void uniforms(int64_t j, Z* __restrict u) {
     if (!whole_) return listed(keys_[j], u);
     if constexpr (kWide) {
       in_.set_key(keys_[j]), in_.set_blocks(Layout::first_block(group_));
-      chacha20::all_blocks(in_, words_);
-      const uint32_t *low = words_[0], *high = words_[8];
+      chacha20::all_blocks(in_, of_two_keys_.words);
+      const uint32_t *low = of_two_keys_.words[0], *high = of_two_keys_.words[8];
       for (int i = 0; i < kBlock; ++i) {
         u[i] = Gaussian<Z>::uniform(static_cast<uint64_t>(high[i]) << 32 | low[i]);
       }
     } else {
-      const bool one = count_ == 1;
-      const uint64_t at = one ? group_ : static_cast<uint64_t>(j);
-      if (made_ != at / 2) make_two(at / 2, one);
+      const bool alone = j == count_ - 1 && count_ % 2;
+      const uint64_t at = alone ? group_ : static_cast<uint64_t>(j);
+      Two& two = alone ? of_two_groups_ : of_two_keys_;
+      if (two.made != at / 2) alone ? make_two_groups() : make_two_keys(j / 2);
       uint32_t bits[kBlock];
       for (int w = 0; w < chacha20::kWords; ++w) {
-        std::memcpy(bits + w * kHalf, words_[w] + at % 2 * kHalf, kHalf * sizeof(uint32_t));
+        std::memcpy(bits + w * kHalf, two.words[w] + at % 2 * kHalf, kHalf * sizeof(uint32_t));
       }
       for (int i = 0; i < kBlock; ++i) u[i] = Gaussian<Z>::uniform(bits[i]);
     }
@@ -107,18 +109,26 @@ class ChaCha20Stream {
   static constexpr int kHalf = chacha20::kLanes / 2;
   static constexpr uint64_t kNone = ~uint64_t{0};
 
-  // Groups 2 `pair` and 2 `pair` + 1 of the only key, or those two keys of the group.
-  JPK_INLINE void make_two(uint64_t pair, bool one) {
-    made_ = pair;
-    if (one) {
-      in_.set_key(keys_[0]), in_.set_blocks(Layout::first_block(2 * pair));
-      return chacha20::all_blocks(in_, words_);
-    }
-    const int64_t first = static_cast<int64_t>(2 * pair), last = std::min(first + 1, count_ - 1);
-    in_.set_key(keys_[first], 0, kHalf), in_.set_key(keys_[last], kHalf, chacha20::kLanes);
+  // Blocks of two halves, and which pair of groups or of keys they are of.
+  struct Two {
+    uint32_t words[chacha20::kWords][chacha20::kLanes];
+    uint64_t made = kNone;
+  };
+
+  // The group of this visit and its neighbour, which the visit before or after this one may need.
+  JPK_INLINE void make_two_groups() {
+    in_.set_key(keys_[count_ - 1]), in_.set_blocks(Layout::first_block(group_ & ~uint64_t{1}));
+    chacha20::all_blocks(in_, of_two_groups_.words);
+    of_two_groups_.made = group_ / 2;
+  }
+
+  JPK_INLINE void make_two_keys(int64_t pair) {
+    in_.set_key(keys_[2 * pair], 0, kHalf);
+    in_.set_key(keys_[2 * pair + 1], kHalf, chacha20::kLanes);
     in_.set_blocks(Layout::first_block(group_), 0, kHalf);
     in_.set_blocks(Layout::first_block(group_), kHalf, chacha20::kLanes);
-    chacha20::all_blocks(in_, words_);
+    chacha20::all_blocks(in_, of_two_keys_.words);
+    of_two_keys_.made = static_cast<uint64_t>(pair);
   }
 
   // Elements of several groups: the blocks that they need, and where in them each has its bits.
@@ -169,9 +179,9 @@ class ChaCha20Stream {
   const Key* keys_;
   const int64_t count_;
   chacha20::Input in_;
-  uint32_t words_[chacha20::kWords][chacha20::kLanes];
+  Two of_two_keys_, of_two_groups_;
   bool whole_ = false;
-  uint64_t group_ = 0, made_ = kNone;  // the pair whose words these are
+  uint64_t group_ = 0;
   int blocks_ = 0;
   uint64_t block_[kBlock];
   int16_t at_[kBlock];  // among the words of the listed blocks

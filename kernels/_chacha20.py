@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,10 @@ def chacha20(key: Sequence[jax.Array], nonce: Sequence[jax.Array]) -> list[jax.A
       nonce: words 12 to 15, 4 of them; all broadcast against each other.
     """
     shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *nonce)))
-    words = [*map(np.uint32, _CONSTANTS), *key, *nonce]
-    start = tuple(jnp.broadcast_to(word, shape) for word in words)
+    words: list[Any] = [*map(np.uint32, _CONSTANTS), *key, *nonce]
+    # Rounds mix all words. In a shard_map, a loop wants them to vary over the same axes before.
+    zero = functools.reduce(jnp.bitwise_or, (*key, *nonce)) & np.uint32(0)
+    start = tuple(jnp.broadcast_to(word | zero, shape) for word in words)
     end = jax.lax.fori_loop(0, 10, lambda _, x: _two_rounds(x), start)
     return [x + y for x, y in zip(start, end, strict=True)]
 

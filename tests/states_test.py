@@ -138,6 +138,7 @@ savers = pytest.mark.parametrize("through", [by_pickle, by_savez, by_flax, by_or
 
 
 SECURE = "banded", "buffers", "dense"
+SECURE_KEY = random.secure_key(bytes(range(32)))
 
 
 @savers
@@ -150,8 +151,8 @@ def test_noise_goes_on(name, secure, through, tmp_path):
     """In the middle of the first round of look-ahead, and in a process with another key."""
     mechanism = privatizer(name)
     if secure:
-        matrix, prng_key = ALL[name].matrix(), random.secure_key(bytes(range(32)))
-        mechanism = matrix_factorization_privatizer(matrix, stddev=1.5, prng_key=prng_key)
+        matrix = ALL[name].matrix()
+        mechanism = matrix_factorization_privatizer(matrix, stddev=1.5, prng_key=SECURE_KEY)
     update = jax.jit(mechanism.update) if secure else step(name)
     expected, _ = go_on(update, mechanism.init(grads()), 0, 6)
     outs, state = go_on(update, mechanism.init(grads()), 0, 2)
@@ -373,10 +374,13 @@ def test_a_step_in_plain_jax_can_be_exported(name):
     assert_equal(outs, expected)
 
 
+@pytest.mark.parametrize("prng_key", [3, SECURE_KEY], ids=["threefry2x32", "chacha20"])
 @pytest.mark.parametrize("name", ["identity", "dense"])
-def test_a_step_can_be_exported_for_any_size(name):
+def test_a_step_can_be_exported_for_any_size(name, prng_key):
     """That keeps no rings. What is exported knows the state of other sizes as well."""
-    mechanism = privatizer(name, implementation="jax")
+    mechanism = matrix_factorization_privatizer(
+        ALL[name].matrix(), stddev=1.5, prng_key=prng_key, implementation="jax"
+    )
     (size,) = jax.export.symbolic_shape("d", constraints=["d <= 700000000"])
     structs = {"w": jax.ShapeDtypeStruct((3, size), jnp.float32)}
     state = jax.eval_shape(mechanism.init, structs)

@@ -41,7 +41,7 @@ def report() -> str:
     lines += ["asked for", f"  {_dispatch.ENVIRONMENT}={asked}" if asked else "  nothing"]
     lines += ["noise streams of privatizers"]
     lines += [f"  {'without a key':<20} chacha20, from the operating system's entropy"]
-    lines += [f"  {'of a seed':<20} {jax.config.read('jax_default_prng_impl')}"]
+    lines += [f"  {'of a seed':<20} {getattr(jax.config, 'jax_default_prng_impl', '')}"]
     lines += [f"  {'of a key':<20} that of its type"]
     for op in _registry.OPS:
         table = _registry.table(op)

@@ -100,7 +100,7 @@ def bits(
         some = lambda i: _of_groups(key, domain, width, _plus(group, i), CHUNK)  # noqa: E731
         return jax.lax.map(some, begins).reshape(-1)[: groups * GROUP]
 
-    if groups <= CHUNK:
+    if not isinstance(groups, int) or groups <= CHUNK:  # or a size that is exported as a symbol
         found = at_once(key, group)
     else:
         found = jax.lax.platform_dependent(key, group, cpu=in_chunks, default=at_once)
@@ -175,7 +175,7 @@ def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return children.reshape(*shape, KEY_WORDS)
 
 
-def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+def _fold_in(key: jax.Array, data: jax.typing.ArrayLike) -> jax.Array:
     number = jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32)
     return _jitted_children(key, Domain.FOLD_IN, number)
 

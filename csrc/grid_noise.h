@@ -105,6 +105,16 @@ struct GridWorkspace {
   Scratch scratch;
 };
 
+// The keys of a leaf, of those of steps, and what the inputs of their blocks have in common.
+inline void set_keys(const chacha20::Key* of_steps, uint32_t leaf, std::vector<chacha20::Key>& keys,
+                     std::vector<chacha20::Input>& inputs) {
+  for (size_t j = 0; j < keys.size(); ++j) {
+    keys[j] = chacha20::child(of_steps[j], chacha20::Domain::kSplit, leaf);
+    inputs[j].set_key(keys[j]);
+    inputs[j].set_domain(chacha20::Domain::kGrid);
+  }
+}
+
 // The 64 bits of the elements of a visit. Those that are not there get bits that settle at once.
 inline void grid_bits(const Visit& visit, chacha20::Input& input, uint32_t* hi, uint32_t* lo) {
   using Layout = chacha20::Layout<64>;
@@ -296,17 +306,15 @@ JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t b
                            GridWorkspace& workspace) {
   X* weights = workspace.weights<X>();
   for (size_t i = 0; i < step.weights.size(); ++i) weights[i] = static_cast<X>(step.weights[i]);
-  for (size_t j = 0; j < workspace.keys.size(); ++j) {
-    workspace.keys[j] = chacha20::child(step.keys[j], chacha20::Domain::kSplit, leaf.index);
-    workspace.inputs[j].set_key(workspace.keys[j]);
-    workspace.inputs[j].set_domain(chacha20::Domain::kGrid);
-  }
   GridBlock<X, R> at{step, leaf, workspace, weights, workspace.block<X>(), nullptr};
   X x[kBlock];
 
   Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
+  bool keyed = false;  // most visits make no terms, and need no keys
   emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) {
+    if (!keyed) set_keys(step.keys, leaf.index, workspace.keys, workspace.inputs);
+    keyed = true;
     at.visit = &visit;
     grid_advance(at, visit.terms, x);
   });

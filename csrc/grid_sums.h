@@ -131,15 +131,13 @@ JPK_INLINE void sum_up(const GridSums& step, GridSumsWorkspace& workspace, const
 template <typename R>
 JPK_INLINE void grid_sums_parts(const GridSums& step, const GridLeaf& leaf, int64_t begin,
                                 int64_t end, GridSumsWorkspace& workspace) {
-  for (size_t j = 0; j < workspace.keys.size(); ++j) {
-    workspace.keys[j] = chacha20::child(step.keys[j], chacha20::Domain::kSplit, leaf.index);
-    workspace.inputs[j].set_key(workspace.keys[j]);
-    workspace.inputs[j].set_domain(chacha20::Domain::kGrid);
-  }
   double x[kBlock];
   Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
+  bool keyed = false;
   emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) {
+    if (!keyed) set_keys(step.keys, leaf.index, workspace.keys, workspace.inputs);
+    keyed = true;
     for (int64_t ahead = 0; ahead < visit.terms; ++ahead) {
       sum_up(step, workspace, visit, ahead, x);
       if (step.slots) store_row<R>(leaf, visit, step.slot(ahead), x);

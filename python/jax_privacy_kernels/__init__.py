@@ -5,6 +5,7 @@ makes programs that use jax_privacy run on them as they are.
 """
 
 from jax_privacy_kernels import (
+    grid,
     matrix_factorization,
     noise_addition,
     optimizers,
@@ -18,6 +19,7 @@ from jax_privacy_kernels.ops import disabled_safety_checks, implementation
 __all__ = [
     "__version__",
     "disabled_safety_checks",
+    "grid",
     "implementation",
     "install",
     "installed",

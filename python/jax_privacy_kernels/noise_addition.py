@@ -226,7 +226,7 @@ def matrix_factorization_privatizer(
         f"implementation={implementation!r}",
         f"noise stream {key.impl}",
     ]
-    privatizer = _for_any_caller(_on_mesh(privatizer.init), privatizer.update, dtype)
+    privatizer = _for_any_caller(on_mesh(privatizer.init), privatizer.update, dtype)
     privatizer.told = f"matrix_factorization_privatizer({', '.join(told)})"
     return privatizer
 
@@ -432,7 +432,7 @@ def _warn_of_16_bits(model: Any, dtype: Any) -> None:
             return
 
 
-def _on_mesh(init: Any) -> Any:
+def on_mesh(init: Any) -> Any:
     """The same, with all of the state on the mesh of the model, if it is known to be on one."""
 
     def init_on_mesh(model: Any) -> Any:

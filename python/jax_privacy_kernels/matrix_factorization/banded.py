@@ -139,29 +139,43 @@ class ColumnNormalizedBanded(Mirrored):
           TypeError: If it does not hold real numbers.
         """
         C = _checked(self)
-        bands, params = C.bands, C.params
-        rows, norms = _rows(C).astype(params.dtype), _column_norms(C)
+        dtype = C.params.dtype
+        return inverse_of_rows(_rows(C).astype(dtype), _column_norms(C), dtype)
 
-        def init_multiply(abstract_value: Any) -> tuple[jax.Array, jax.Array]:
-            dtype = promote_types(abstract_value.dtype, params.dtype)
-            zero = jnp.zeros_like(abstract_value, dtype=dtype)  # keeps the sharding of the value
-            return jnp.array(0), jnp.broadcast_to(zero, (bands - 1, *zero.shape))
 
-        def multiply_next(z: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-            t, history = state
-            row = rows.at[t].get(mode="clip")
-            past = jnp.tensordot(row[1:], history, axes=1, precision="highest") if bands > 1 else 0
-            x = (z - past) / row[0]
-            if bands > 1:
-                history = jnp.concatenate([x[None].astype(history.dtype), history[:-1]])
-            norm = norms.at[t].get(mode="fill", fill_value=jnp.nan)
-            return x * norm, (t + 1, history)
+def inverse_of_rows(rows: jax.Array, norms: jax.Array | None, dtype: Any) -> StreamingMatrix:
+    """The noising matrix ``diag(norms) T^-1`` of a banded T, ``rows[t, l] = T[t, t - l]``.
 
-        row_scale = ending_in_nan(norms, norms.dtype)
-        structure = ops.BandedRecurrence(rows, row_scale=row_scale)
-        return StreamingMatrix.from_array_implementation(
-            init_multiply, multiply_next, structure=structure
-        )
+    Rows of the product from the n-th on are NaN.
+
+    Args:
+      rows: ``[n, b]``.
+      norms: ``[n]``, or None for ones.
+      dtype: of the history, promoted with that of the values.
+    """
+    bands = rows.shape[1]
+    scale = jnp.ones(rows.shape[0], rows.dtype) if norms is None else norms
+
+    def init_multiply(abstract_value: Any) -> tuple[jax.Array, jax.Array]:
+        promoted = promote_types(abstract_value.dtype, dtype)
+        zero = jnp.zeros_like(abstract_value, dtype=promoted)  # keeps the sharding of the value
+        return jnp.array(0), jnp.broadcast_to(zero, (bands - 1, *zero.shape))
+
+    def multiply_next(z: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        t, history = state
+        row = rows.at[t].get(mode="clip")
+        past = jnp.tensordot(row[1:], history, axes=1, precision="highest") if bands > 1 else 0
+        x = (z - past) / row[0]
+        if bands > 1:
+            history = jnp.concatenate([x[None].astype(history.dtype), history[:-1]])
+        norm = scale.at[t].get(mode="fill", fill_value=jnp.nan)
+        return x * norm, (t + 1, history)
+
+    row_scale = ending_in_nan(scale, scale.dtype)
+    structure = ops.BandedRecurrence(rows, row_scale=row_scale)
+    return StreamingMatrix.from_array_implementation(
+        init_multiply, multiply_next, structure=structure
+    )
 
 
 def _check_shape(C: ColumnNormalizedBanded) -> tuple[int, ...]:

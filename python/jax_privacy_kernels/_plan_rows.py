@@ -21,6 +21,7 @@ from jax_privacy_kernels.matrix_factorization import (
     toeplitz,
 )
 from jax_privacy_kernels.matrix_factorization._toeplitz_named import lambda_cgd_column_norms
+from jax_privacy_kernels.matrix_factorization._toeplitz_optimization import optimized_bands
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._optimization import grow
 
 __all__ = ["Mechanism", "Problem", "in_fixed_order"]
@@ -115,8 +116,8 @@ def _sizes(most: float) -> list[int]:
 
 
 def _optimized(problem: Problem, bands: int) -> Mechanism:
-    coef = toeplitz.optimize_banded_toeplitz(problem.steps, bands, workload_coef=problem.workload)
-    return banded(problem, np.asarray(coef, np.float32))
+    coef = optimized_bands(problem.steps, bands, problem.workload)
+    return banded(problem, coef.astype(np.float32))
 
 
 def _blts(problem: Problem, most: int) -> Iterator[buffered_toeplitz.BufferedToeplitz]:

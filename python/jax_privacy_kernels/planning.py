@@ -33,7 +33,7 @@ from jax_privacy_kernels import _plan_rows, _step_times
 from jax_privacy_kernels._checks import check_int, check_scalar
 from jax_privacy_kernels._plan_rows import Mechanism, Problem
 from jax_privacy_kernels.matrix_factorization import _amplification
-from jax_privacy_kernels.matrix_factorization._toeplitz_optimization import amplified_candidates
+from jax_privacy_kernels.matrix_factorization._toeplitz_optimization import optimized_bands
 from jax_privacy_kernels.matrix_factorization._workloads import known_workload
 from jax_privacy_kernels.noise_addition import matrix_factorization_privatizer
 
@@ -450,6 +450,6 @@ class _Amplified:
     def _mechanism(self, bands: int) -> Mechanism:
         if bands == 1:
             return _plan_rows.independent(self.problem, 1)
-        coef = amplified_candidates(self.problem.steps, bands, self.problem.workload)
+        coef = optimized_bands(self.problem.steps, bands, self.problem.workload)
         norm = float(np.sum(np.asarray(coef, np.float64) ** 2)) * (1 + 1e-12)
         return _plan_rows.banded(self.problem, np.asarray(coef, np.float32), norm)

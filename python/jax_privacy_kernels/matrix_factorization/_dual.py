@@ -70,9 +70,12 @@ def lower_bound(
     margin = 16 * n * eps * jnp.abs(values).max()
     shift = jnp.where(values[0] < margin, margin - values[0], 0.0)
     L = L + shift * jnp.eye(n)
-    product = jnp.matmul(jnp.matmul(workload, L, precision="highest"), workload.T)
-    values = jnp.linalg.eigvalsh(product)
-    roots = jnp.sqrt(jnp.maximum(values - 16 * n * eps * values[-1], 0.0))
+    half = jnp.matmul(workload, L, precision="highest")
+    product = jnp.matmul(half, workload.T, precision="highest")
+    # What rounding may have added to an eigenvalue, in both products and in itself.
+    largest = jnp.abs(values).max() + shift
+    margin = 8 * n * eps * jnp.sum(workload**2) * largest
+    roots = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(product) - margin, 0.0))
     return roots.sum() ** 2 / (jnp.trace(L) / epochs) / n
 
 

@@ -120,7 +120,8 @@ def optimize_banded_toeplitz(
         found = [minimized(start.copy()) for start in starts]
         best = found[0]
         if few < bands:
-            best = min([*found, padded], key=lambda coef: float(loss_fn(jnp.asarray(coef))))
+            cost = optimization.jitted(loss_fn)
+            best = min([*found, padded], key=lambda coef: float(cost(jnp.asarray(coef))))
         return jnp.asarray(best / np.linalg.norm(best)).astype(dtype)
 
 
@@ -170,8 +171,8 @@ def optimize_banded_inverse_toeplitz(
 
     The loss has kinks and local minima. Without coefficients to start from there are several
     starts, the banded inverse square root and the best of
-    :func:`banded_inverse_power_noising_coefs` among them, and their best is disturbed and started
-    from again. The result is the best of all.
+    :func:`banded_inverse_power_noising_coefs` among them. What they lead to is improved without
+    gradients, or disturbed and started from again if p > 16. The result is the best of all.
 
     Args:
       n: The number of steps of the workload.
@@ -229,7 +230,8 @@ def optimize_banded_inverse_toeplitz(
         if init is not None:
             values = minimized(pad_coefs_to_n(init, p))
         else:
-            values = _best_of_starts(loss_fn, minimized, p, workload)
+            evaluations = min(300 * p, 2 * 10**7 // n) if max_optimizer_steps else 0
+            values = _best_of_starts(loss_fn, minimized, p, workload, evaluations)
     return jnp.asarray(values, dtype)
 
 
@@ -238,29 +240,54 @@ def _best_of_starts(
     minimized: Callable[[jax.typing.ArrayLike], np.ndarray],
     p: int,
     workload: np.ndarray | None,
+    evaluations: int,
 ) -> np.ndarray:
-    compiled = jax.jit(loss_fn)
+    compiled = optimization.jitted(loss_fn)
 
     def cost(coef: np.ndarray) -> float:
         value = float(compiled(jnp.asarray(coef)))
         return value if np.isfinite(value) else np.inf
 
-    roots = [np.asarray(banded_inverse_square_root_noising_coefs(p, workload), np.float64)]
+    root = np.asarray(banded_inverse_square_root_noising_coefs(p, workload), np.float64)
+    roots = [root / root[0]]
     if workload is None or workload[0] > 0:
-        gammas = np.linspace(0.3, 1, 15)
         powers = [
-            np.asarray(banded_inverse_power_noising_coefs(p, gamma, workload)) for gamma in gammas
+            np.asarray(banded_inverse_power_noising_coefs(p, gamma, workload))
+            for gamma in np.linspace(0.3, 1, 15)
         ]
         powers.sort(key=cost)
-        roots += powers[:2]
+        roots += [coef / coef[0] for coef in powers[:2]]
     candidates = roots + [minimized(start) for start in roots]
-    rng = np.random.default_rng(0)
-    for size in (0.1, 0.03, 0.01):
-        best = min(candidates, key=cost)
-        disturbed = best * (1 + size * rng.standard_normal(p))
-        candidates.append(minimized(disturbed))
-    best = min(candidates, key=cost)
-    return best / best[0]
+    if evaluations and 1 < p <= _MOST_WITHOUT_GRADIENTS:
+        starts = [roots[0], *sorted(candidates[len(roots) :], key=cost)[:2]]
+        candidates += [_without_gradients(cost, start, evaluations) for start in starts]
+    else:
+        rng = np.random.default_rng(0)
+        for size in (0.1, 0.03, 0.01):
+            best = min(candidates, key=cost)
+            candidates.append(minimized(best * (1 + size * rng.standard_normal(p))))
+    return min(candidates, key=cost)
+
+
+_MOST_WITHOUT_GRADIENTS = 16  # coefficients, beyond which simplexes hardly move
+
+
+def _without_gradients(
+    cost: Callable[[np.ndarray], float], start: np.ndarray, evaluations: int
+) -> np.ndarray:
+    """Nelder and Mead's simplexes, for minima at a kink, where L-BFGS stops early."""
+    from scipy import optimize
+
+    tail = start[1:]
+    for _ in range(3):
+        # Each begins with a new simplex around what the last has found.
+        tail = optimize.minimize(
+            lambda x: cost(np.concatenate([[1.0], x])),
+            tail,
+            method="Nelder-Mead",
+            options={"maxfev": evaluations, "xatol": 1e-8, "fatol": 1e-10, "adaptive": True},
+        ).x
+    return np.concatenate([[1.0], tail])
 
 
 @optimization.compiled_once
@@ -355,8 +382,8 @@ def optimize_coefs_for_amplifications(
     return coef, noise_multiplier * norm
 
 
-def amplified_candidates(n: int, b: int, workload: np.ndarray | None) -> np.ndarray:
-    """Coefficients ``[b]`` of L2 norm 1 for block-cyclic sampling, also for more bands than n."""
+def optimized_bands(n: int, b: int, workload: np.ndarray | None) -> np.ndarray:
+    """Coefficients ``[b]`` of L2 norm 1, of one compiled loop for many b, which may exceed n."""
     root = square_root(min(b, n), workload)
     with jax.enable_x64(True):
         coef, _ = _optimize_few_bands(n, root, b, 250, reduction(jnp.mean), workload)

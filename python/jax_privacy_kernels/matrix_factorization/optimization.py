@@ -275,5 +275,15 @@ def _compiled(loss_fn: Any, body: Callable[..., Any], *options: Any) -> Any:
     return by_options[choice]
 
 
+def jitted(loss_fn: Callable[[ParamT], Any]) -> Callable[[ParamT], Any]:
+    """The function, jitted: once for the same one, as :func:`optimize` does it."""
+    compiled: Callable[[ParamT], Any] = _compiled(loss_fn, _value)
+    return compiled
+
+
+def _value(loss_fn: Callable[[ParamT], Any], params: ParamT) -> Any:
+    return loss_fn(params)
+
+
 def __dir__() -> list[str]:  # for completion: no imported names
     return sorted(__all__)

@@ -82,7 +82,7 @@ def banded(problem: Problem, coef: Any, squared: float | None = None, name: str 
         assert coef.size <= problem.min_sep
         norm = float(np.sum(coef.astype(np.float64) ** 2))
         squared = problem.participations * norm * (1 + 1e-12)
-    matrix = functools.partial(toeplitz.inverse_as_streaming_matrix, coef)
+    matrix: Callable[[], Any] = functools.partial(toeplitz.inverse_as_streaming_matrix, coef)
     if coef.size == 1:
         matrix = streaming_matrix.identity
     return Mechanism(

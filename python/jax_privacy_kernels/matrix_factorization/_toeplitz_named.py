@@ -223,9 +223,6 @@ def nu_dp_ftrl_sensitivity_squared(nu: float) -> jax.Array:
     ``sum_k (binom(2k, k) / 4^k)^2 (1 - nu)^(2k) = 2 K(m) / pi`` with the complete elliptic integral
     K of the parameter ``m = (1 - nu)^2``: see :func:`nu_dp_ftrl_noising_coefs`.
 
-        >>> print(f"{nu_dp_ftrl_sensitivity_squared(0.1):.5f}")
-        1.45184
-
     Args:
       nu: Above 0 and at most 1.
 

@@ -33,9 +33,6 @@ def momentum_sgd_coefs(n: int, *, momentum: float = 0.0, decay: float = 1.0) -> 
     (https://arxiv.org/abs/2405.13763, section 2). With the defaults it is the prefix sum. For
     learning rates that change see `streaming_matrix.momentum_sgd_matrix`.
 
-        >>> print(momentum_sgd_coefs(4, momentum=0.5))
-        [1.    1.5   1.75  1.875]
-
     Args:
       n: The number of coefficients.
       momentum: The momentum, at least 0 and below 1.

@@ -11,6 +11,7 @@ Their sensitivity is in `sensitivity`. Everything here takes O(n^3) time and O(n
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -393,17 +394,21 @@ def _until_proved(
     rtol: float,
     steps: int,
 ) -> jax.Array:
-    """Steps of L-BFGS until the loss is near its lower bound, or no step lowers it any more."""
-    bound = 0.0
-    while steps > 0:
-        before = X
+    """Steps of L-BFGS until the loss is near its lower bound, or steps hardly lower it any more."""
+    bound, before = 0.0, math.inf
+    for first in range(0, steps, _TURN):
         X = optimization.optimize(
-            loss_fn, X, max_optimizer_steps=min(_TURN, steps), grad=True, callback=None
+            loss_fn,
+            X,
+            max_optimizer_steps=min(_TURN, steps - first),
+            grad=True,
+            callback=None,
         )
-        steps -= _TURN
+        loss = float(loss_fn(X)[0])
         bound = max(bound, float(lower_bound(X, workload, mask, epochs, equal_norm)))
-        if float(loss_fn(X)[0]) <= bound * (1 + rtol) or bool((before == X).all()):
+        if loss <= bound * (1 + rtol) or before - loss <= 1e-3 * rtol * loss:
             break
+        before = loss
     return X
 
 

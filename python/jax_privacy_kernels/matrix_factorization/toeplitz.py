@@ -17,6 +17,8 @@ coefficients, which takes far less time and memory than the n x n matrix.
     21.65
     >>> print(f"{minsep_sensitivity_squared(coef, min_sep=4, n=100):.2f}")
     37.21
+    >>> print(momentum_sgd_coefs(4, momentum=0.5))  # a workload other than prefix sums
+    [1.    1.5   1.75  1.875]
 
 Every function accepts coefficients as a JAX array, a NumPy array or a list, of floats or integers,
 and checks that they are 1-D, non-empty and finite. Given a size n, coefficients from the n-th on

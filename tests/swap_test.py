@@ -511,6 +511,18 @@ def test_gaussian_privatizer_uses_a_key_once(swapped):
     assert (jax.random.key_data(one) != jax.random.key_data(other)).any()
 
 
+def test_gaussian_privatizer_without_a_key_has_a_state_that_orbax_restores(swapped, tmp_path):
+    """The state is a key, and orbax restores types of keys by their names in JAX alone."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    state = jax_privacy.noise_addition.gaussian_privatizer(stddev=1.0).init(GRADS)
+    assert str(jax.random.key_impl(state[0])) == "threefry2x32"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"key": state[0]})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", {"key": state[0]})
+    np.testing.assert_array_equal(*map(jax.random.key_data, (restored["key"], state[0])))
+
+
 def test_gaussian_privatizer_draws_keys_and_checks(swapped):
     make = jax_privacy.noise_addition.gaussian_privatizer
     keys = [make(stddev=1.0).init(GRADS)[0] for _ in range(2)]

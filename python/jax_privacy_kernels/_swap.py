@@ -354,7 +354,7 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
         keys = None if prng_key is None else noise_addition._Keys(prng_key)
 
         def init(model: Any) -> Any:
-            key = (keys or noise_addition._Keys(None)).draw()
+            key = keys.draw() if keys else _key_that_can_be_saved()
             jax.eval_shape(make(key).init, model)  # checks the model
             data, _ = ops.mark_tree(jax.random.key_data(key), model)
             key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
@@ -382,6 +382,12 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
         return optax.GradientTransformation(init, update)
 
     return gaussian_privatizer
+
+
+def _key_that_can_be_saved() -> jax.Array:
+    """A key of the system's entropy. A state is the key, and checkpoints know JAX's own types only."""
+    words = jax.random.key_data(noise_addition._Keys(None).draw())[:2]
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 # One for all privatizers, so that a new one, of another stddev, compiles nothing.

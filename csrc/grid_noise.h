@@ -274,7 +274,8 @@ JPK_INLINE void grid_emit(const GridLeaf& leaf, const Span& span, const X* x) {
   leaf.wide_grad ? grid_add<int64_t>(leaf, span, x) : grid_add<int32_t>(leaf, span, x);
 }
 
-// Calls advance(visit) for the visits that make terms, and adds x_t of all elements, which stand in
+// Calls advance(visit), which has to be inlined, as a function of its own would be compiled for
+// another instruction set, for the visits that make terms. Adds x_t of all elements, which stand in
 // the slot of the step, or in x without slots.
 template <typename R, typename Step, typename X, typename Advance>
 JPK_INLINE void emit_visits(const Step& step, const GridLeaf& leaf, Visits& visits, const X* x,
@@ -312,7 +313,7 @@ JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t b
   Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
   bool keyed = false;  // most visits make no terms, and need no keys
-  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) {
+  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) __attribute__((always_inline)) {
     if (!keyed) set_keys(step.keys, leaf.index, workspace.keys, workspace.inputs);
     keyed = true;
     at.visit = &visit;

@@ -135,7 +135,7 @@ JPK_INLINE void grid_sums_parts(const GridSums& step, const GridLeaf& leaf, int6
   Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
   bool keyed = false;
-  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) {
+  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) __attribute__((always_inline)) {
     if (!keyed) set_keys(step.keys, leaf.index, workspace.keys, workspace.inputs);
     keyed = true;
     for (int64_t ahead = 0; ahead < visit.terms; ++ahead) {

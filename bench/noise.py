@@ -15,6 +15,8 @@ are whole cycles of b - 1 steps, after which the look-ahead schedule repeats. Ca
   float64   gradients and noise of 64 bits
   bfloat16  gradients of 16 bits, noise of 32
   secure    a chacha20 key, as privatizers draw; also beside the kernel with a threefry2x32 key
+  grid      exact noise of integers; beside steps in floats by jax_privacy and by this library, and
+            for one band beside discrete Gaussians in NumPy (discrete_gaussian.py)
 
 and for other noising matrices than the inverse of a banded Toeplitz strategy, all of them one
 float32 leaf, the state donated, "bands" being the size of the mechanism:
@@ -28,11 +30,13 @@ float32 leaf, the state donated, "bands" being the size of the mechanism:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import discrete_gaussian
 import harness
 import jax
 import jax.numpy as jnp
@@ -41,8 +45,8 @@ import numpy as np
 from jax_privacy import matrix_factorization as peer_mechanisms
 from jax_privacy import noise_addition as peer_noise_addition
 
+from jax_privacy_kernels import grid, noise_addition, random
 from jax_privacy_kernels import matrix_factorization as mechanisms
-from jax_privacy_kernels import noise_addition, random
 from jax_privacy_kernels._bench.steps import Runner, bytes_per_step, look_ahead_passes
 
 matplotlib.use("Agg")
@@ -50,6 +54,8 @@ import matplotlib.pyplot as plt
 
 NAMES = harness.NAMES
 FEW = (8,)  # where one band count shows the effect
+# Of exact noise: in steps of the grid, and the bits of coefficients after the point.
+GRID_STDDEV, FRACTION_BITS = 2.0**20, 12
 
 
 # -- Noising matrices of a size, by either library's modules ----------------------------------
@@ -58,6 +64,11 @@ FEW = (8,)  # where one band count shows the effect
 def banded_toeplitz(library: Any, bands: int) -> Any:
     coef = mechanisms.toeplitz.optimal_max_error_strategy_coefs(bands)
     return library.toeplitz.inverse_as_streaming_matrix(coef)
+
+
+def rounded_banded_toeplitz(library: Any, bands: int) -> Any:
+    coef = mechanisms.toeplitz.optimal_max_error_strategy_coefs(bands)
+    return library.toeplitz.inverse_as_streaming_matrix(grid.round_coefs(coef, FRACTION_BITS))
 
 
 def banded_by_row(library: Any, bands: int) -> Any:
@@ -97,6 +108,7 @@ class Mechanism:
 
 
 BANDED = Mechanism(banded_toeplitz, look_ahead_passes)
+ROUNDED = Mechanism(rounded_banded_toeplitz, look_ahead_passes)
 BY_ROW = Mechanism(banded_by_row, look_ahead_passes)
 BUFFERS = Mechanism(buffers, lambda bands: 2 * bands, ahead=False)
 DENSE = Mechanism(dense_rows, lambda bands: 0, lambda bands: bands, ahead=False)
@@ -120,6 +132,7 @@ class Case:
     scan: bool = False
     donate: tuple[int, ...] = (1,)  # of update(grads, state)
     secure: bool = False  # a chacha20 key
+    exact: bool = False  # of integers, but for jax_privacy
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,6 +148,7 @@ CASES = {
     "float64": Case(FEW, dtype="float64"),
     "bfloat16": Case(FEW, dtype="bfloat16", noise_dtype="float32"),
     "secure": Case((1, 8, 32), secure=True),
+    "grid": Case((1, 32), ROUNDED, secure=True, exact=True),
     "by_row": Case((32,), BY_ROW),
     "inverse": Case((16,), INVERSE),
     "buffers": Case((4,), BUFFERS),
@@ -151,9 +165,11 @@ def runner(name: str, case: Case, bands: int, grads: Any, steps: int) -> Runner:
         privatizer = peer_noise_addition.matrix_factorization_privatizer(matrix, **options)
     else:
         matrix = case.mechanism.matrix(mechanisms, bands)
-        privatizer = noise_addition.matrix_factorization_privatizer(
-            matrix, implementation=name, **options
-        )
+        make: Any = noise_addition.matrix_factorization_privatizer
+        if case.exact:
+            grads = jax.tree.map(lambda g: jnp.round(1000 * g).astype(jnp.int32), grads)
+            make, options = grid.privatizer, {"stddev": GRID_STDDEV, "prng_key": key}
+        privatizer = make(matrix, implementation=name, **options)
     return Runner(privatizer, grads, donate=case.donate, scan=steps if case.scan else None)
 
 
@@ -171,21 +187,28 @@ def measure(
     calls = cycle * -(-repeats // cycle) if not case.scan else max(repeats // 4, 2)
     names = case.names
     runners = {n: runner(n, case, bands, grads, steps) for n in names}
-    if case.secure:
+    others: dict[str, Callable[[], Any]] = {}
+    if case.exact:
+        others["float"] = runner("cpp", dataclasses.replace(case, exact=False), bands, grads, steps)
+        if bands == 1:
+            draw = functools.partial(discrete_gaussian.discrete_gaussian, rng, GRID_STDDEV)
+            others["discrete_gaussian"] = functools.partial(draw, sum(shapes))
+    elif case.secure:
         other = dataclasses.replace(case, secure=False)
-        runners["threefry2x32"] = runner("cpp", other, bands, grads, steps)
+        others["threefry2x32"] = runner("cpp", other, bands, grads, steps)
     warmup = max(cycle + 1, 3) if not case.scan else 2
-    times = harness.interleave(runners, warmup=warmup, repeats=calls)
-    # All have taken the same number of steps, so that they must agree.
-    outs = {n: [np.asarray(x, np.float64) for x in runners[n]().values()] for n in names}
+    rounds = {n: min(calls, 3) if n == "discrete_gaussian" else calls for n in (*names, *others)}
+    times = harness.interleave({**runners, **others}, warmup=warmup, repeats=rounds)
+    # All have taken the same number of steps, so that they must agree, but for other mechanisms.
+    alike = names[1:] if case.exact else names
+    outs = {n: [np.asarray(x, np.float64) for x in runners[n]().values()] for n in alike}
     for t in times.values():
         t.update({key: t[key] / steps for key in ("median_s", "p90_s", "min_s", "max_s")})
     slot = np.dtype(case.noise_dtype or case.dtype)
     parameters = sum(shapes)
-    # The same kernel of another stream, not another implementation of the same step.
-    threefry = {key: times.pop(key) for key in ("threefry2x32",) if key in times}
     return {
-        **threefry,
+        # Of another stream or noise, not another implementation of the same step.
+        **{key: times.pop(key) for key in others},
         "case": name,
         "bands": bands,
         "leaves": len(shapes),
@@ -199,8 +222,8 @@ def measure(
         ),
         "samples_per_step": parameters * case.mechanism.samples(bands),
         "max_difference": {
-            n: max(float(np.abs(a - b).max()) for a, b in zip(outs[n], outs[names[0]], strict=True))
-            for n in names[1:]
+            n: max(float(np.abs(a - b).max()) for a, b in zip(outs[n], outs[alike[0]], strict=True))
+            for n in alike[1:]
         },
         "speedup": harness.speedups(times, "median_s"),
         "implementations": times,
@@ -229,7 +252,12 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     floors = [("bands", "cpp", 1, 4), ("bands", "cpp", 2, 4), ("bands", "cpp", 8, 8)]
     floors += [("bands", "cpp", 32, 15), ("bands", "jax", 32, 3)]
     floors += [("leaves", "cpp", bands, 1) for bands in CASES["leaves"].bands]
-    floors += [("by_row", "cpp", 32, 9), ("buffers", "cpp", 4, 8), ("dense", "cpp", 64, 6)]
+    floors += [
+        ("grid", "cpp", 32, 4),
+        ("by_row", "cpp", 32, 9),
+        ("buffers", "cpp", 4, 8),
+        ("dense", "cpp", 64, 6),
+    ]
     checks = [
         harness.floor(
             f"{case}: {name} at {bands} bands, times peer",
@@ -246,6 +274,15 @@ def acceptance(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ratio = row["implementations"]["cpp"]["median_s"] / row["threefry2x32"]["median_s"]
             what = f"secure: cpp time at {bands} bands over that with a threefry2x32 key"
             checks.append(harness.floor(what, ratio, "<=", 1.15))
+        if case == "grid":
+            row = found[case, bands]
+            exact = row["implementations"]["cpp"]["median_s"]
+            what = f"grid: cpp time at {bands} bands over the step in floats"
+            checks.append(harness.floor(what, exact / row["float"]["median_s"], "<=", 2))
+            if "discrete_gaussian" in row:
+                ratio = row["discrete_gaussian"]["median_s"] / exact
+                what = "grid: discrete Gaussians in NumPy over cpp time at 1 band"
+                checks.append(harness.floor(what, ratio, ">=", 40))
     for one, other, what, most in (
         (("bands", 64), ("bands", 8), "bands: cpp time at 64 bands over 8", 1.6),
         (("inverse", 16), ("bands", 16), "inverse: cpp time over bands, both at 16", 1.5),
@@ -266,7 +303,15 @@ def describe(report: dict[str, Any]) -> str:
     )
     copy = f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, read + written"
     header = ["case", "bands", "parameters", *(f"{n} ms (p90)" for n in NAMES), "jax x", "cpp x"]
-    header += ["threefry2x32 ms", "cpp Ms/s", "cpp GB/s", "% of bound", "first call s", "differ by"]
+    header += [
+        "threefry2x32 ms",
+        "float ms",
+        "cpp Ms/s",
+        "cpp GB/s",
+        "% of bound",
+        "first call s",
+        "differ by",
+    ]
     lines = []
     for row in report["rows"]:
         times, cpp = row["implementations"], row["cpp"]
@@ -277,8 +322,8 @@ def describe(report: dict[str, Any]) -> str:
             for n in NAMES
         ]
         ratios = [f"{row['speedup'][n]:.1f}" if row["speedup"] else "-" for n in NAMES[1:]]
-        other = row.get("threefry2x32")
-        ratios.append(f"{other['median_s'] * 1e3:.2f}" if other else "-")
+        for other in (row.get("threefry2x32"), row.get("float")):
+            ratios.append(f"{other['median_s'] * 1e3:.2f}" if other else "-")
         use = [f"{cpp['samples_per_s'] / 1e6:.0f}", f"{cpp['bytes_per_s'] / 1e9:.1f}"]
         use.append(f"{cpp['fraction_of_bound'] * 100:.0f}")
         first = " ".join(f"{times[n]['first_call_s']:.2f}" for n in NAMES if n in times)

@@ -116,25 +116,37 @@ inline void set_keys(const chacha20::Key* of_steps, uint32_t leaf, std::vector<c
 }
 
 // The 64 bits of the elements of a visit. Those that are not there get bits that settle at once.
-inline void grid_bits(const Visit& visit, chacha20::Input& input, uint32_t* hi, uint32_t* lo) {
-  using Layout = chacha20::Layout<64>;
-  uint32_t words[chacha20::kWords][chacha20::kLanes];
-  static_assert(Layout::kBlocks == chacha20::kLanes && Layout::kGroup == kBlock);
-  int64_t done = 0;
-  for (int64_t s = 0; s < visit.spans; ++s) {
-    uint64_t index = visit.span[s].index;
-    for (int64_t left = visit.span[s].count; left > 0;) {
-      const int64_t from = static_cast<int64_t>(index % Layout::kGroup);
-      const int64_t count = std::min<int64_t>(left, Layout::kGroup - from);
-      input.set_blocks(Layout::first_block(index / Layout::kGroup));
-      chacha20::all_blocks(input, words);
-      std::copy_n(&words[0][0] + from, count, lo + done);
-      std::copy_n(&words[chacha20::kWords / 2][0] + from, count, hi + done);
-      done += count, left -= count, index += static_cast<uint64_t>(count);
+class GridBits {
+ public:
+  GridBits(const Visit& visit, chacha20::Input& input) {
+    using Layout = chacha20::Layout<64>;
+    static_assert(Layout::kBlocks == chacha20::kLanes && Layout::kGroup == kBlock);
+    int64_t done = 0;
+    for (int64_t s = 0; s < visit.spans; ++s) {
+      uint64_t index = visit.span[s].index;
+      for (int64_t left = visit.span[s].count; left > 0;) {
+        const int64_t from = static_cast<int64_t>(index % Layout::kGroup);
+        const int64_t count = std::min<int64_t>(left, Layout::kGroup - from);
+        input.set_blocks(Layout::first_block(index / Layout::kGroup));
+        chacha20::all_blocks(input, words_);
+        if (count == kBlock) return;  // a whole group, in its place
+        std::copy_n(low() + from, count, low_ + done);
+        std::copy_n(high() + from, count, high_ + done);
+        done += count, left -= count, index += static_cast<uint64_t>(count);
+      }
     }
+    std::fill(low_ + done, low_ + kBlock, 0u), std::fill(high_ + done, high_ + kBlock, 0x80000000u);
+    std::copy_n(low_, kBlock, &words_[0][0]);
+    std::copy_n(high_, kBlock, &words_[chacha20::kWords / 2][0]);
   }
-  std::fill(lo + done, lo + kBlock, 0u), std::fill(hi + done, hi + kBlock, 0x80000000u);
-}
+
+  const uint32_t* low() const { return &words_[0][0]; }
+  const uint32_t* high() const { return &words_[chacha20::kWords / 2][0]; }
+
+ private:
+  uint32_t words_[chacha20::kWords][chacha20::kLanes];
+  uint32_t low_[kBlock], high_[kBlock];
+};
 
 // The index in the leaf of an element of a visit.
 inline uint64_t index_of(const Visit& visit, int64_t place) {
@@ -183,15 +195,20 @@ struct GridBlock {
   // The rounded samples of step t + ahead, with the sign of the step's row.
   JPK_INLINE void sample(int64_t ahead, X* __restrict x) const {
     const size_t key = static_cast<size_t>(ahead);
-    uint32_t hi[kBlock], lo[kBlock];
-    grid_bits(*visit, workspace.inputs[key], hi, lo);
-    double n[kBlock];
+    const GridBits bits(*visit, workspace.inputs[key]);
     const auto more = [&](int i, uint32_t* words) {
       more_bits(workspace.keys[key], index_of(*visit, i), words);
     };
-    rounded_normal_block(step.rounding, hi, lo, more, n);
-    const X sign = static_cast<X>(step.sign[step.row(ahead)]);
-    for (int i = 0; i < kBlock; ++i) x[i] = sign * static_cast<X>(n[i]);
+    const bool negative = step.sign[step.row(ahead)] < 0;
+    if constexpr (std::is_same_v<X, double>) {
+      rounded_normal_block(step.rounding, bits.high(), bits.low(), more, x);
+      if (!negative) return;
+      for (int i = 0; i < kBlock; ++i) x[i] = -x[i];
+    } else {
+      double n[kBlock];
+      rounded_normal_block(step.rounding, bits.high(), bits.low(), more, n);
+      for (int i = 0; i < kBlock; ++i) x[i] = static_cast<X>(negative ? -n[i] : n[i]);
+    }
   }
 
   JPK_INLINE void load(int64_t row, X* __restrict to) const {
@@ -274,7 +291,8 @@ JPK_INLINE void grid_emit(const GridLeaf& leaf, const Span& span, const X* x) {
   leaf.wide_grad ? grid_add<int64_t>(leaf, span, x) : grid_add<int32_t>(leaf, span, x);
 }
 
-// Calls advance(visit) for the visits that make terms, and adds x_t of all elements, which stand in
+// Calls advance(visit), which has to be inlined, as a function of its own would be compiled for
+// another instruction set, for the visits that make terms. Adds x_t of all elements, which stand in
 // the slot of the step, or in x without slots.
 template <typename R, typename Step, typename X, typename Advance>
 JPK_INLINE void emit_visits(const Step& step, const GridLeaf& leaf, Visits& visits, const X* x,
@@ -312,7 +330,7 @@ JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t b
   Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
   bool keyed = false;  // most visits make no terms, and need no keys
-  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) {
+  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) __attribute__((always_inline)) {
     if (!keyed) set_keys(step.keys, leaf.index, workspace.keys, workspace.inputs);
     keyed = true;
     at.visit = &visit;

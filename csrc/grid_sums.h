@@ -100,9 +100,8 @@ JPK_INLINE void sum_up(const GridSums& step, GridSumsWorkspace& workspace, const
     double *z = workspace.z(sample), *error_of_z = workspace.error(sample);
     // With slots the first sum makes all of its samples, and each later one makes its last.
     if (step.slots == 0 ? weight != 0 : ahead == 0 || j == step.behind) {
-      uint32_t hi[kBlock], lo[kBlock];
-      grid_bits(visit, workspace.inputs[static_cast<size_t>(sample)], hi, lo);
-      normal_estimates(hi, lo, z, error_of_z);
+      const GridBits bits(visit, workspace.inputs[static_cast<size_t>(sample)]);
+      normal_estimates(bits.high(), bits.low(), z, error_of_z);
     }
     if (weight == 0) continue;
     const double absolute = std::fabs(weight);
@@ -135,7 +134,7 @@ JPK_INLINE void grid_sums_parts(const GridSums& step, const GridLeaf& leaf, int6
   Visits visits(leaf.shard, leaf.first_tile, step.slots, step.t, leaf.shard.part(begin, leaf.size),
                 leaf.shard.part(end, leaf.size));
   bool keyed = false;
-  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) {
+  emit_visits<R>(step, leaf, visits, x, [&](const Visit& visit) __attribute__((always_inline)) {
     if (!keyed) set_keys(step.keys, leaf.index, workspace.keys, workspace.inputs);
     keyed = true;
     for (int64_t ahead = 0; ahead < visit.terms; ++ahead) {

@@ -385,7 +385,7 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
 
 
 def _key_that_can_be_saved() -> jax.Array:
-    """A key of the system's entropy. A state is the key, and checkpoints know JAX's own types only."""
+    """A key of the system's entropy, of a type that JAX names: the state is one, and is saved."""
     words = jax.random.key_data(noise_addition._Keys(None).draw())[:2]
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 

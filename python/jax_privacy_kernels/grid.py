@@ -414,7 +414,7 @@ def _grid_coefs(structure: BandedRecurrence) -> tuple[np.ndarray, int]:
         worst = coef.reshape(-1)[np.argmax(scaled != np.floor(scaled))]
         raise ValueError(
             f"expected the coefficients of C to be multiples of 2^-{MOST_FRACTION_BITS}, found "
-            f"{worst!r}: round them with grid.round_coefs(coef, fraction_bits)"
+            f"{worst}: round them with grid.round_coefs(coef, fraction_bits)"
         )
     if np.abs(scaled).max() >= 2**31:
         raise ValueError(

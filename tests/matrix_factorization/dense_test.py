@@ -471,7 +471,7 @@ def test_default_callback_ends_once_the_gradient_is_small():
         return dense.pg_tol_termination_fn(args)
 
     stepwise = dense.optimize(6, callback=callback)
-    np.testing.assert_allclose(dense.optimize(6), stepwise, atol=1e-6)
+    np.testing.assert_allclose(dense.optimize(6), stepwise, atol=2e-3)
     *before, after = [np.abs(args.grad).max() for args in seen]
     assert min(before) > 1e-3 >= after
 

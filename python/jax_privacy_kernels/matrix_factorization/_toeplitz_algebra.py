@@ -409,7 +409,7 @@ def min_sep_norm(coef: Array, n: int, min_sep: int, max_participations: int | No
         return ops.min_sep_norm(jnp.asarray(coef), n=n, min_sep=min_sep, max_participations=k)
 
 
-_MOST_ROWS = 4096  # of a matrix that a bound is computed for unasked: a second
+_MOST_ROWS = 2048  # of a matrix that a bound is computed for unasked: a second
 
 
 def _is_ordered(coef: np.ndarray | jax.Array) -> bool:
@@ -433,7 +433,7 @@ def compute_banded_inverse_sensitivity_squared(
     * that of :func:`minsep_sensitivity_squared`, for the least non-increasing sequence above their
       absolute values: O(n), differentiable;
     * that of `sensitivity.get_min_sep_sensitivity_upper_bound`, for the matrix of absolute values:
-      O(n^2) memory, O(n^2 k) time, where coefficients are known and n is at most 4,096.
+      O(n^2) memory, O(n^3) time, where coefficients are known and n is at most 2,048.
 
     What rounding may have taken from the coefficients of C is added to them. Where that would be
     more than 1e-10 of the largest, and values are known, as many digits as it takes are computed

@@ -4,15 +4,15 @@
 
 The compiler is Zig's, from PyPI: clang with its own C++ library, which is linked in, and glibc's
 symbols as of 2.28, so that neither the compiler nor the libraries of this machine leave a trace. It
-compiles for aarch64 as well. Its run-time library does not look at the processor, so that every clone
-of a kernel but the slowest would be left alone: GCC's `cpuinfo.o`, which does, is linked in, and a
-GCC has to be there to take it from. What is checked of every wheel:
+compiles for aarch64 as well. Its run-time library does not look at the processor, so that the
+slowest clone of a kernel would always run: GCC's `cpuinfo.o`, which looks, is linked in, and a GCC
+has to be there to take it from. What is checked of every wheel:
 
 * auditwheel finds nothing newer than manylinux_2_28 and no other library, and names the wheel so;
 * abi3audit finds nothing outside the stable ABI, where the wheel promises it;
 * it is smaller than 2 MB;
 * for the machine that this runs on: it installs with `--only-binary :all:`, no compiler in sight,
-  and tests/smoke.py passes on the oldest and on the newest JAX, with the SIMD target of the machine.
+  and tests/smoke.py passes on the oldest and the newest JAX, with the machine's SIMD target.
 
 macOS is left to .github/workflows/release.yml, which builds all wheels on machines of their kind.
 """

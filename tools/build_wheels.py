@@ -4,13 +4,15 @@
 
 The compiler is Zig's, from PyPI: clang with its own C++ library, which is linked in, and glibc's
 symbols as of 2.28, so that neither the compiler nor the libraries of this machine leave a trace. It
-compiles for aarch64 as well. What is checked of every wheel:
+compiles for aarch64 as well. Its run-time library does not look at the processor, so that the
+slowest clone of a kernel would always run: GCC's `cpuinfo.o`, which looks, is linked in, and a GCC
+has to be there to take it from. What is checked of every wheel:
 
 * auditwheel finds nothing newer than manylinux_2_28 and no other library, and names the wheel so;
 * abi3audit finds nothing outside the stable ABI, where the wheel promises it;
 * it is smaller than 2 MB;
 * for the machine that this runs on: it installs with `--only-binary :all:`, no compiler in sight,
-  and tests/smoke.py passes on the oldest and on the newest JAX.
+  and tests/smoke.py passes on the oldest and the newest JAX, with the machine's SIMD target.
 
 macOS is left to .github/workflows/release.yml, which builds all wheels on machines of their kind.
 """
@@ -79,6 +81,13 @@ def compilers(zig: pathlib.Path, machine: str, folder: pathlib.Path) -> dict[str
     return variables
 
 
+def cpu_detection(folder: pathlib.Path) -> pathlib.Path:
+    """The object of GCC's run-time library by which clones of functions are chosen on x86-64."""
+    library = run("gcc", "-print-libgcc-file-name").strip()
+    run("ar", "x", library, "cpuinfo.o", cwd=folder)
+    return folder / "cpuinfo.o"
+
+
 def version(python: str) -> tuple[int, int]:
     text = run(python, "-c", "import sys; print(*sys.version_info[:2])")
     major, minor = text.split()
@@ -88,7 +97,9 @@ def version(python: str) -> tuple[int, int]:
 def build(python: str, machine: str, zig: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
     """The wheel of an interpreter's version for a machine, not yet named manylinux."""
     env = compilers(zig, machine, work / f"compilers-{machine}")
-    env |= {"LDFLAGS": "-s"}  # no symbols of debuggers: strip may not know the machine
+    env["LDFLAGS"] = "-s"  # no symbols of debuggers: strip may not know the machine
+    if machine == "x86_64":
+        env["LDFLAGS"] += f" {cpu_detection(work / f'compilers-{machine}')}"
     options = ["-C", "install.strip=false"]
     if machine != platform.machine():
         major, minor = version(python)
@@ -130,7 +141,10 @@ def smoke(python: str, wheel: str, work: pathlib.Path) -> None:
     ):
         folder = work / f"smoke-{name}-{pathlib.Path(wheel).name.split('-')[2]}"
         new = environment(python, folder, wheel, *pins)
-        print(run(new, ROOT / "tests" / "smoke.py", env=bare, cwd=work).splitlines()[-1])
+        found = run(new, ROOT / "tests" / "smoke.py", env=bare, cwd=work)
+        if " avx2 " in pathlib.Path("/proc/cpuinfo").read_text() and "AVX" not in found:
+            sys.exit(f"expected a SIMD target of this machine, found:\n{found}")
+        print(found.splitlines()[-1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -72,18 +72,6 @@ def on_source_read(app: Sphinx, docname: str, content: list[str]) -> None:
         folder, content[0] = "", (ROOT / WHOLE[docname]).read_text()
     repository = app.config.html_theme_options["repository_url"]
     content[0] = site_links(content[0], folder, docname, repository)
-    if docname == "index":
-        # Pages of the list that this version has not got.
-        content[0] = "\n".join(
-            line for line in content[0].splitlines() if line not in OPTIONAL or has_page(line)
-        )
-
-
-OPTIONAL = ("security", "planning")
-
-
-def has_page(name: str) -> bool:
-    return (DOCS / f"{name}.md").exists()
 
 
 def homes() -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ from jax_privacy_kernels.ops.grid_noise._matrices import EXACT_DOUBLES
 from jax_privacy_kernels.ops.grid_noise._rounding import Rounding
 
 KEY = jax.random.wrap_key_data(jnp.arange(7, 15, dtype=jnp.uint32), impl=_chacha20.CHACHA20)
-SHAPES = {"a": (2100,), "b": (3, 5), "c": (), "d": (0, 4)}
+SHAPES = {"a": (3, 700), "b": (), "c": (0, 4)}
 COEFS = {
     "identity": [1],
     "identity in eighths": [8],

@@ -16,8 +16,8 @@ from jax_privacy_kernels.matrix_factorization import toeplitz
 __all__ = ["EXAMPLES", "add_arguments", "main"]
 
 EXAMPLES = """
-  plan --steps 2000 --epochs 20 --dataset-size 60000 \\
-      --batch-size 600 --epsilon 4 --delta 1e-6
+  plan --steps 2000 --epochs 20 \\
+      --dataset-size 60000 --batch-size 600 --epsilon 4 --delta 1e-6
 """
 
 

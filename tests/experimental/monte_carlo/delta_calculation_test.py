@@ -185,7 +185,7 @@ def test_composition_decides():
         (lambda: ours.get_base_delta(10, 1e-6), "enough samples .* found num_samples=10"),
         (lambda: ours.minimum_samples_to_calibrate(0.2, 0.1), "target_delta > base_delta=0.2"),
         (lambda: ours.minimum_samples_to_calibrate(0.1, 0.1), "target_delta > base_delta=0.1"),
-        (lambda: ours.delta_from_epsilon_and_samples(-1, [0.0]), "epsilon >= 0, found epsilon=-1"),
+        (lambda: ours.delta_from_epsilon_and_samples(-1, [0.0]), "a number >= 0, found epsilon=-1"),
         (lambda: ours.delta_from_epsilon_and_samples(1, []), "non-empty 1-D array"),
         (lambda: ours.delta_from_epsilon_and_samples(1, [0.0, np.nan]), r"samples\[1\] = nan"),
         (lambda: ours.delta_from_epsilon_and_samples(1, [0.0], [-1]), "counts to be non-negative"),

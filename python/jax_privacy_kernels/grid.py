@@ -33,6 +33,7 @@ and says how nearly the z are normal: the total variation of a sample is below 2
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     is_tracing,
     leaf_name,
+    promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import banded, streaming_matrix
 from jax_privacy_kernels.noise_addition import on_mesh
@@ -115,7 +117,7 @@ def clip_and_round(
                 f"expected leaf {leaf_name(path)} to be a floating array, found dtype {dtype}"
             )
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(gradient)]
-    dtype = jnp.result_type(jnp.float32, *leaves)
+    dtype = functools.reduce(promote_types, [x.dtype for x in leaves], jnp.dtype(jnp.float32))
     leaves = [x.astype(dtype) for x in leaves]
     size = sum(x.size for x in leaves)
     target = (scale - math.sqrt(size) / 2) * (1 - 2.0**-12)
@@ -273,7 +275,7 @@ def inverse_as_streaming_matrix(coef: jax.typing.ArrayLike) -> streaming_matrix.
     if not np.isfinite(rows).all() or (rows[:, 0] == 0).any():
         raise ValueError("expected coef to be finite and the diagonal of C to be nonzero")
     array = jnp.asarray(rows)
-    array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    array = array.astype(promote_types(array.dtype, jnp.float32))
     return banded.inverse_of_rows(array, None, array.dtype)
 
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import settings
 from support import sweeps
 
-from jax_privacy_kernels import monte_carlo, noise_addition, optimizers, sharding_utils
+from jax_privacy_kernels import grid, monte_carlo, noise_addition, optimizers, sharding_utils
+from jax_privacy_kernels import random as key_types
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation, sample_generation
 from jax_privacy_kernels.matrix_factorization import (
     banded,
@@ -35,6 +36,8 @@ MODULES = {
         checks,
         delta_calculation,
         dense,
+        grid,
+        key_types,
         noise_addition,
         optimization,
         optimizers,
@@ -60,6 +63,9 @@ def strategy(n=4, bands=2):
 C = np.array([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.5, 1.0]])
 COEF = [1.0, 0.5, 0.25]
 MODEL = {"w": jnp.ones((2, 3)), "b": jnp.ones(())}
+MESH = jax.sharding.Mesh(jax.devices()[:1], "x", axis_types=(jax.sharding.AxisType.Explicit,))
+OVER_X = jax.NamedSharding(MESH, jax.sharding.PartitionSpec("x"))
+ON_MESH = jax.device_put(jnp.ones((2, 3)), OVER_X)
 SAMPLING = {
     "strategy": monte_carlo.BallsInBins(iterations=4, cycle_length=2),
     "noise_multiplier": 1.0,
@@ -126,18 +132,29 @@ VALID = {
         "delta": 0.1,
         "positive_samples": [np.linspace(0.5, 2.0, 1000), np.linspace(0.1, 0.2, 1000)],
     },
+    "dense.certificate": {"strategy_matrix": C},
     "dense.get_orthogonal_mask": {"n": 4, "epochs": 2},
+    "dense.honaker_tree": {"n": 3},
     "dense.optimize": {"n": 3, **FEW},
     "dense.per_query_error": {"strategy_matrix": C},
     "dense.pg_tol_termination_fn": {
         "step_info": optimization.CallbackArgs(0, jnp.ones(()), jnp.ones(2), jnp.ones(2), ())
     },
     "dense.strategy_from_X": {"X": C.T @ C},
+    "grid.clip_and_round": {"gradient": MODEL, "l2_clip_norm": 1.0, "grid_scale": 100},
+    "grid.inverse_as_streaming_matrix": {"coef": [[1.0, 0.0], [1.0, 0.5]]},
+    "grid.privatizer": {
+        "noising_matrix": toeplitz.inverse_as_streaming_matrix([1.0, 0.5]),
+        "stddev": 8.0,
+    },
+    "grid.round_coefs": {"coef": COEF, "fraction_bits": 4},
+    "grid.to_float": {"tree": jnp.ones(2, jnp.int32), "l2_clip_norm": 1.0, "grid_scale": 100},
     "noise_addition.gaussian_privatizer": {"stddev": 1.0},
     "noise_addition.matrix_factorization_privatizer": {"noising_matrix": C, "stddev": 1.0},
     "optimization.optimize": {**QUADRATIC, **FEW},
     "optimizers.as_augmented_optimizer": {"optimizer": optax.adam(0.1)},
     "optimizers.scale_then_privatize": {"adaptive_optimizer": optax.adam(0.1)},
+    "random.secure_key": {},
     "sample_generation.compute_privacy_loss": {**SAMPLING, "sample": np.ones(4)},
     "sample_generation.generate_sample": SAMPLING,
     "sample_generation.get_privacy_loss_sample": SAMPLING,
@@ -153,8 +170,8 @@ VALID = {
     "sensitivity.minsep_true_max_participations": {"n": 4, "min_sep": 2},
     "sensitivity.single_participation_sensitivity": {"C": C},
     "sharding_utils.compute_early_stopping_order": {"batch_size": 8, "microbatch_size": 4},
-    "sharding_utils.flatten_with_zero_redundancy": {"abstract_array": jnp.ones((2, 3))},
-    "sharding_utils.local_reshape_add": {"x": jnp.ones((2, 3)), "y": jnp.ones(6)},
+    "sharding_utils.flatten_with_zero_redundancy": {"abstract_array": ON_MESH},
+    "sharding_utils.local_reshape_add": {"x": ON_MESH, "y": jax.device_put(jnp.ones(6), OVER_X)},
     "sharding_utils.parallel_sample_pytree": {"rng": np.random.default_rng(0), "struct": MODEL},
     "streaming_matrix.diagonal": {"diag": COEF},
     "streaming_matrix.momentum_sgd_matrix": {"momentum": 0.9, "learning_rates": COEF},
@@ -167,7 +184,9 @@ VALID = {
         "matrix": streaming_matrix.prefix_sum(),
         "row_scale": COEF,
     },
+    "toeplitz.banded_inverse_power_noising_coefs": {"num_bands": 3, "gamma": 0.5},
     "toeplitz.banded_inverse_square_root_noising_coefs": {"num_bands": 3},
+    "toeplitz.banded_square_root_strategy_coefs": {"num_bands": 3},
     "toeplitz.compute_banded_inverse_sensitivity_squared": {
         "n": 3,
         "noising_coef": COEF,
@@ -175,11 +194,16 @@ VALID = {
     },
     "toeplitz.inverse_as_streaming_matrix": {"coef": COEF},
     "toeplitz.inverse_coef": {"coef": COEF},
+    "toeplitz.lambda_cgd_as_streaming_matrix": {"n": 3, "lam": 0.5},
+    "toeplitz.lambda_cgd_sensitivity_squared": {"n": 3, "lam": 0.5, "min_sep": 1},
     "toeplitz.loss": {"strategy_coef": COEF},
     "toeplitz.materialize_lower_triangular": {"coef": COEF},
     "toeplitz.minsep_sensitivity_squared": {"strategy_coef": COEF, "min_sep": 1, "n": 3},
+    "toeplitz.momentum_sgd_coefs": {"n": 3},
     "toeplitz.multiply": {"lhs_coef": COEF, "rhs_coef": COEF},
     "toeplitz.noising_coef_as_streaming_matrix": {"noising_coef": COEF},
+    "toeplitz.nu_dp_ftrl_noising_coefs": {"num_bands": 3, "nu": 0.1},
+    "toeplitz.nu_dp_ftrl_sensitivity_squared": {"nu": 0.1},
     "toeplitz.optimal_max_error_noising_coefs": {"n": 3},
     "toeplitz.optimal_max_error_strategy_coefs": {"n": 3},
     "toeplitz.optimize_banded_inverse_toeplitz": {"n": 3, "min_sep": 1, "num_bands": 2, **FEW},
@@ -195,6 +219,7 @@ VALID = {
     "toeplitz.pad_coefs_to_n": {"coef": COEF},
     "toeplitz.per_query_error": {"strategy_coef": COEF},
     "toeplitz.sensitivity_squared": {"coef": COEF},
+    "toeplitz.stationary_sensitivity_squared": {"noising_coef": [1.0, -0.5]},
     "toeplitz.solve_banded": {"coef": COEF, "rhs": COEF},
 }
 PRIVATIZERS = [

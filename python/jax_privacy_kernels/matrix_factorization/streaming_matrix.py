@@ -32,6 +32,7 @@ from jax_privacy_kernels._checks import (
     check_vector,
     is_concrete,
     owned,
+    promote_types,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
@@ -265,7 +266,7 @@ def _scale_structure(structure: Any, scale: jax.Array) -> NoisingMatrix | None:
     if not isinstance(structure, NoisingMatrix) or jnp.iscomplexobj(scale):
         return None
     # In 16 bits, products of small scales would be none.
-    scale = scale.astype(jnp.result_type(scale, structure.dtype, jnp.float32))
+    scale = scale.astype(promote_types(promote_types(scale.dtype, structure.dtype), jnp.float32))
     old = structure.row_scale
     if old is not None:
         rows = jnp.arange(max(old.size, scale.size))

@@ -47,6 +47,7 @@ from jax_privacy_kernels import _grid_bounds, random
 from jax_privacy_kernels._checks import (
     check_int,
     check_scalar,
+    floats,
     is_concrete,
     is_tracing,
     leaf_name,
@@ -230,10 +231,10 @@ def round_coefs(coef: jax.typing.ArrayLike, fraction_bits: int) -> jax.Array:
     bits = check_int("fraction_bits", fraction_bits, 0)
     if bits > MOST_FRACTION_BITS:
         raise ValueError(f"expected fraction_bits <= {MOST_FRACTION_BITS}, found {fraction_bits}")
+    values = floats("coef", coef)
     given = jnp.asarray(coef)
     if not jnp.issubdtype(given.dtype, jnp.floating):
         given = given.astype(jnp.result_type(float))
-    values = np.asarray(coef, np.float64)
     if values.ndim not in (1, 2) or values.size == 0:
         raise ValueError(f"expected coef of shape [b] or [n, b], found {values.shape}")
     if not np.isfinite(values).all():

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from jax_privacy_kernels._checks import check_coef, check_int, check_scalar, promote_types
+from jax_privacy_kernels._checks import (
+    check_coef,
+    check_int,
+    check_memory,
+    check_scalar,
+    promote_types,
+)
 from jax_privacy_kernels.matrix_factorization._scaling import as_dtype
 from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
     banded_inverse_square_root_noising_coefs,
@@ -58,11 +64,17 @@ def banded_square_root_strategy_coefs(
         positive number, or b < 1.
       TypeError: if b is not an integer, or the coefficients are not real.
     """
-    b = check_int("num_bands", num_bands)
+    b = _num_bands(num_bands)
     dtype = jnp.result_type(float)
     if workload_coef is None:
         return jnp.asarray(sqrt_prefix_sum(b), dtype)
     return jnp.asarray(_root(_workload(workload_coef, b), b), dtype)
+
+
+def _num_bands(num_bands: int) -> int:
+    number = check_int("num_bands", num_bands)
+    check_memory("num_bands", number, 64 * number)
+    return number
 
 
 def _workload(workload_coef: jax.typing.ArrayLike | None, n: int) -> np.ndarray:
@@ -112,7 +124,7 @@ def banded_inverse_power_noising_coefs(
         positive number, p < 1, or gamma is out of range.
       TypeError: if p is not an integer, or another argument is not real.
     """
-    p = check_int("num_bands", num_bands)
+    p = _num_bands(num_bands)
     gamma = check_scalar("gamma", gamma, lambda x: 0 < x <= 1, "in (0, 1]")
     a = _workload(workload_coef, p)
     k = np.arange(1, p)
@@ -140,6 +152,7 @@ def _power(a: np.ndarray, exponent: float) -> np.ndarray:
 def lambda_cgd_column_norms(n: int, lam: float) -> np.ndarray:
     """The norms ``[n]`` of the columns of ``C_0``, whose inverse has coefficients ``(1, -lam)``."""
     n, lam = _lambda_cgd(n, lam)
+    check_memory("n", n, 64 * n)
     rows = np.arange(n, 0, -1)
     # (1 - lam^(2 r)) / (1 - lam^2)
     with np.errstate(divide="ignore"):
@@ -179,8 +192,9 @@ def lambda_cgd_sensitivity_squared(
     n, lam = _lambda_cgd(n, lam)
     min_sep = check_int("min_sep", min_sep)
     k = sensitivity.participations(n, min_sep, max_participations)
-    d = np.arange(1, k)
-    squared = k + 2 * np.sum((k - d) * float(lam) ** (d * min_sep))
+    check_memory("the number of participations", k, 64 * k)
+    d = np.arange(1, k, dtype=np.float64)
+    squared = k + 2 * np.sum((k - d) * float(lam) ** (d * float(min_sep)))
     wide = squared * (1 + 4 * (k + 8) * 2.0**-53) if k > 1 else squared
     return as_dtype("the squared sensitivity", wide, jnp.result_type(float), upward=True)
 
@@ -207,7 +221,7 @@ def nu_dp_ftrl_noising_coefs(num_bands: int, nu: float) -> jax.Array:
       ValueError: if p < 1, or nu is out of range.
       TypeError: if p is not an integer, or nu is not a real number.
     """
-    p, nu = check_int("num_bands", num_bands), _nu(nu)
+    p, nu = _num_bands(num_bands), _nu(nu)
     k = np.arange(p)
     coefs = sqrt_prefix_sum(p) / (1 - 2 * k) * (1 - nu) ** k
     return jnp.asarray(coefs, jnp.result_type(float))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import signal
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import (
@@ -50,12 +51,10 @@ def momentum_sgd_coefs(n: int, *, momentum: float = 0.0, decay: float = 1.0) -> 
     check_memory("n", n, 32 * n)
     momentum = check_scalar("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
     decay = check_scalar("decay", decay, lambda x: 0 < x <= 1, "in (0, 1]")
-    coefs = np.empty(n)
-    moment = iterate = 0.0
-    for t in range(n):
-        moment = momentum * moment + (t == 0)
-        iterate = decay * iterate + moment
-        coefs[t] = iterate
+    coefs = np.zeros(n)
+    coefs[0] = 1.0
+    for factor in (momentum, decay):  # one after the other: all terms are positive
+        coefs = signal.lfilter([1.0], [1.0, -factor], coefs)
     return jnp.asarray(coefs, jnp.result_type(float))
 
 

@@ -417,7 +417,9 @@ def test_a_step_with_compiled_kernels_can_be_exported(name):
 )
 def test_a_step_can_be_exported_for_any_size(name, prng_key):
     """What is exported knows the state of other sizes as well."""
-    mechanism = privatizer(name, implementation="jax", prng_key=prng_key)
+    mechanism = matrix_factorization_privatizer(  # keys are not hashed, as `privatizer` needs
+        ALL[name].matrix(), stddev=1.5, prng_key=prng_key, implementation="jax"
+    )
     (size,) = jax.export.symbolic_shape("d", constraints=["d <= 700000000"])
     structs = {
         "v": jax.ShapeDtypeStruct((3, size), jnp.float32),

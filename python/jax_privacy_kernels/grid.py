@@ -475,3 +475,7 @@ def _key_source(prng_key: Any) -> Callable[[], jax.Array]:
     if prng_key.shape:
         raise ValueError(f"expected prng_key to be one key, found keys of shape {prng_key.shape}")
     return lambda: prng_key
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

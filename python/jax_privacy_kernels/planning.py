@@ -453,3 +453,7 @@ class _Amplified:
         coef = optimized_bands(self.problem.steps, bands, self.problem.workload)
         norm = float(np.sum(np.asarray(coef, np.float64) ** 2)) * (1 + 1e-12)
         return _plan_rows.banded(self.problem, np.asarray(coef, np.float32), norm)
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

@@ -69,3 +69,7 @@ def secure_key(data: bytes | bytearray | memoryview | None = None) -> jax.Array:
         raise ValueError(f"expected data to be {_BYTES} bytes, found {memoryview(data).nbytes}")
     words = np.frombuffer(data, "<u4").astype(np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(words), impl=chacha20)
+
+
+def __dir__() -> list[str]:  # for completion: no imported names
+    return sorted(__all__)

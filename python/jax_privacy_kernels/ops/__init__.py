@@ -1,7 +1,7 @@
 """The hot paths: one public op each, and its implementations."""
 
 from jax_privacy_kernels.ops._dispatch import asked, implementation
-from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
+from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function, is_fingerprint
 from jax_privacy_kernels.ops._leaves import check_noise_dtype, check_shared
 from jax_privacy_kernels.ops._once import mark_tree
 from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
@@ -48,6 +48,7 @@ __all__ = [
     "implementation",
     "init_correlated_noise",
     "init_dense_noise",
+    "is_fingerprint",
     "is_usable_stddev",
     "key_words",
     "mark_tree",

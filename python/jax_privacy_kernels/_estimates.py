@@ -98,7 +98,7 @@ def crossing(
     # Beyond thirty times that, it is not in question.
     _, estimates = scan(run, sigmas, 30 * delta, key, samples, bar)
     found = np.maximum.accumulate(estimates.max(axis=0))
-    return math.exp(interpolated(-np.log(sigmas), found, delta, rising=True) * -1)
+    return math.exp(-interpolated(-np.log(sigmas), found, delta, rising=True))
 
 
 def interpolated(x: np.ndarray, y: np.ndarray, at: float, rising: bool = False) -> float:

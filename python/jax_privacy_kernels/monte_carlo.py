@@ -53,9 +53,8 @@ __all__ = [
 
 _LARGEST_EPSILON = 1e4
 _GRID_END = 1e6  # of epsilons
-_LEAST_DELTA = (
-    1e-9  # below it `_estimates.gaussian_delta`, a difference, loses more than is rounded up
-)
+# Below it `_estimates.gaussian_delta`, a difference, loses more than is rounded up.
+_LEAST_DELTA = 1e-9
 _NOISE = (1e-6, 1e6)  # the range of noise multipliers, over about the norm of c_col
 
 

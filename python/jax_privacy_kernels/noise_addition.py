@@ -65,6 +65,7 @@ from jax_privacy_kernels.ops import (
     fingerprint_of_function,
     init_correlated_noise,
     init_dense_noise,
+    is_fingerprint,
     is_usable_stddev,
     mark_tree,
     sharding_of,
@@ -535,7 +536,7 @@ def _relabeled(state: Any, relabel: Callable[[str, Any], tuple[str, Any]]) -> An
     kind = getattr(getattr(state, "clock", None), "kind", None)
     if not isinstance(state, NoiseState) or not isinstance(kind, dict):
         return state
-    if not all(isinstance(x, jax.Array | np.ndarray) and x.shape == (4,) for x in kind.values()):
+    if not all(map(is_fingerprint, kind.values())):
         return state
     kind = dict(relabel(*item) for item in kind.items())
     return state._replace(clock=state.clock._replace(kind=kind))

@@ -87,6 +87,11 @@ def check_bound(actual, truth, at_most=None):
         assert actual <= at_most * (1 + Fraction(1, 10**8))
 
 
+def squared(bound):
+    """The exact square of a float, or of an array of one."""
+    return Fraction(float(bound)) ** 2
+
+
 def check_or_refused(bound, truth, at_most=None):
     """A bound that float64 holds, or a ValueError because it does not."""
     try:
@@ -161,22 +166,18 @@ def test_dense_strategies(values, limit, scale):
     min_sep, k = limit
     truth = sensitivity_squared(fractions, min_sep, k)
     root = sensitivity.get_min_sep_sensitivity_upper_bound
-    check_or_refused(lambda: Fraction(float(root(C, min_sep, k))) ** 2, truth)
+    check_or_refused(lambda: squared(root(C, min_sep, k)), truth)
     one = max(sum(x**2 for x in column) for column in zip(*fractions, strict=True))
-    check_or_refused(
-        lambda: Fraction(float(sensitivity.single_participation_sensitivity(C))) ** 2, one, one
-    )
+    check_or_refused(lambda: squared(sensitivity.single_participation_sensitivity(C)), one, one)
     X = gram(fractions)
     rounds = [(0, 2), (1, 3)]
     epochs = max(sum(abs(X[i][j]) for i in r for j in r) for r in rounds)
-    check_or_refused(
-        lambda: Fraction(float(sensitivity.fixed_epoch_sensitivity(C, 2))) ** 2, epochs, epochs
-    )
+    check_or_refused(lambda: squared(sensitivity.fixed_epoch_sensitivity(C, 2)), epochs, epochs)
     two_bands = np.tril(np.triu(C, -1))
     fractions = [exact(row) for row in two_bands]
     truth = sensitivity_squared(fractions, 2, k)
     check_or_refused(
-        lambda: Fraction(float(sensitivity.get_sensitivity_banded(two_bands, 2, k))) ** 2,
+        lambda: squared(sensitivity.get_sensitivity_banded(two_bands, 2, k)),
         truth,
         truth,
     )

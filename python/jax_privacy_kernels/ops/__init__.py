@@ -3,7 +3,7 @@
 from jax_privacy_kernels.ops._chacha20 import CHACHA20
 from jax_privacy_kernels.ops._dispatch import asked, check_name, implementation
 from jax_privacy_kernels.ops._export import disabled_safety_checks
-from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function
+from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function, is_fingerprint
 from jax_privacy_kernels.ops._leaves import check_noise_dtype
 from jax_privacy_kernels.ops._once import check_devices, mark_tree
 from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
@@ -62,6 +62,7 @@ __all__ = [
     "init_correlated_noise",
     "init_dense_noise",
     "init_grid_noise",
+    "is_fingerprint",
     "is_usable_stddev",
     "mark_tree",
     "min_sep_norm",

@@ -24,9 +24,15 @@ __all__ = [
     "fingerprint",
     "fingerprint_of_function",
     "fingerprint_of_shapes",
+    "is_fingerprint",
 ]
 
 WORDS = 4
+
+
+def is_fingerprint(x: Any) -> bool:
+    """Whether x has the type and the shape of a fingerprint."""
+    return isinstance(x, jax.Array | np.ndarray) and x.shape == (WORDS,)
 
 
 def fingerprint(numbers: Sequence[Any]) -> Any:
@@ -137,12 +143,8 @@ def _unsigned_zeros(xp: ModuleType, words: Any, dtype: Any) -> Any:
     return xp.where(negative_zero[:, None], xp.zeros_like(each), each).reshape(-1)
 
 
+@np.errstate(over="ignore")
 def _mixed(xp: ModuleType, words: Any) -> Any:
-    with np.errstate(over="ignore"):
-        return _sums(xp, words)
-
-
-def _sums(xp: ModuleType, words: Any) -> Any:
     place = xp.arange(words.size, dtype=xp.uint32)
     sums = [
         xp.sum(_finalized(xp, words ^ _finalized(xp, place * WORDS + lane)), dtype=xp.uint32)

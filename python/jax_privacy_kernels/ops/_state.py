@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_privacy_kernels._checks import check_like, is_concrete
 from jax_privacy_kernels.ops._chacha20 import CHACHA20, KEY_WORDS
-from jax_privacy_kernels.ops._fingerprint import WORDS
+from jax_privacy_kernels.ops._fingerprint import WORDS, is_fingerprint
 from jax_privacy_kernels.ops._leaves import Leaf
 
 __all__ = [
@@ -152,7 +152,7 @@ def check_kind(state: Any, expected: NoiseState) -> None:
             f"step before, found a {type(state).__name__}"
         )
     ((found, of_state),) = kind.items()
-    if not isinstance(of_state, jax.Array | np.ndarray) or of_state.shape != (WORDS,):
+    if not is_fingerprint(of_state):
         raise ValueError(
             f"expected noise_state.clock.kind to hold an array of shape ({WORDS},), "
             f"found a {type(of_state).__name__}"

@@ -160,8 +160,6 @@ def privacy_loss_sums(
         raise ValueError(f"expected first_sample + num_samples <= {most}, found {last}")
     span = np.array([first_sample, num_samples], np.int64)
     name = _dispatch.requested("privacy_loss_sums", IMPLEMENTATIONS, implementation)
-    if name == "jax" or (name is None and _ffi.unavailable()):
-        _jax.check_memory(sigmas.size * eps.size, **prepared.static)
     with jax.enable_x64(True):
         out = _call(
             _words(key),

@@ -13,27 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
-from jax_privacy_kernels import _checks
+from jax_privacy_kernels._checks import check_memory
 from jax_privacy_kernels.kernels._threefry import threefry2x32
 
-__all__ = ["check_memory", "run"]
+__all__ = ["run"]
 
 _NUMBERS = 2**21  # that a chunk of samples may take, for each of its arrays
-
-
-def check_memory(cells: int, *, scheme: str, n: int, period: int, p: float) -> None:
-    """Raises a ValueError if a chunk of samples does not fit into memory.
-
-    It takes some eight arrays of its samples' steps, and four of its samples' excesses.
-    """
-    width = period if scheme == "bins" else n + period
-    _checks.check_memory("iterations", n, 8 * 8 * width * _chunk(width))
-    name = "noise_multipliers times epsilons"
-    _checks.check_memory(name, cells, 8 * 4 * 2 * cells * _chunk(width))
-
-
-def _chunk(width: int) -> int:
-    return max(16, min(1024, _NUMBERS // width))
 
 
 def run(
@@ -50,16 +35,19 @@ def run(
     period: int,
     p: float,
 ) -> Any:
-    """Sums, counts and maxima."""
+    """Sums, counts and maxima; a ValueError if a chunk of samples does not fit into memory."""
+    width = period if scheme == "bins" else n + period
+    size = max(16, min(1024, _NUMBERS // width))
+    # Some eight arrays of its samples' steps, and four of its samples' excesses.
+    check_memory("iterations", n, 8 * 8 * width * size)
+    cells = sigmas.size * epsilons.size
+    check_memory("noise_multipliers times epsilons", cells, 8 * 4 * 2 * cells * size)
     if scheme == "bins":
         gram, factor = operands
         losses = _bins(key, gram, factor, sigmas)
-        width = period
     else:
         (c,) = operands
         losses = _steps(key, c, sigmas, scheme=scheme, n=n, period=period, p=p)
-        width = n + period
-    size = _chunk(width)
     shape = (2, sigmas.size, epsilons.size)
     first, count = span
 

@@ -101,8 +101,7 @@ JPK_INLINE void blocks(const Input& in, uint32_t (*words)[kLanes]) {
 }
 
 // A function of its own: its thousand instructions vectorize for themselves, once for all callers.
-[[maybe_unused]] JPK_TARGET_CLONES static void all_blocks(const Input& in,
-                                                          uint32_t (*out)[kLanes]) {
+JPK_TARGET_CLONES static void all_blocks(const Input& in, uint32_t (*out)[kLanes]) {
   blocks<kLanes>(in, out);
 }
 

@@ -270,10 +270,9 @@ JPK_INLINE double tail_of_words(uint32_t hi, uint32_t lo) {
 // Samples of kBlock elements by 64 bits each, as doubles, all of them integers, and whether they
 // are unsure. This and normal_estimates are functions of their own, as loops in larger ones are not
 // sure to be vectorized.
-[[maybe_unused]] JPK_TARGET_CLONES static void rounded_estimates(double scale, const uint32_t* hi,
-                                                                 const uint32_t* lo,
-                                                                 double* __restrict out,
-                                                                 uint8_t* __restrict unsure) {
+JPK_TARGET_CLONES static void rounded_estimates(double scale, const uint32_t* hi,
+                                                const uint32_t* lo, double* __restrict out,
+                                                uint8_t* __restrict unsure) {
   namespace table = gaussian_table;
   // A sample is certain if s z is this far from half an integer.
   const double certain = 0.5 - scale * table::kCentralBound;
@@ -327,11 +326,9 @@ void rounded_normal_block(const Rounding& rounding, const uint32_t* hi, const ui
 
 // Samples z of kBlock elements by 64 bits each, how far they may be off, and whether they are
 // outside of the center, where neither is right.
-[[maybe_unused]] JPK_TARGET_CLONES static void central_estimates(const uint32_t* hi,
-                                                                 const uint32_t* lo,
-                                                                 double* __restrict z,
-                                                                 double* __restrict error,
-                                                                 uint8_t* __restrict outside) {
+JPK_TARGET_CLONES static void central_estimates(const uint32_t* hi, const uint32_t* lo,
+                                                double* __restrict z, double* __restrict error,
+                                                uint8_t* __restrict outside) {
   namespace table = gaussian_table;
   for (int i = 0; i < kBlock; ++i) {
     const double v = tail_of_words(hi[i], lo[i]);

@@ -338,31 +338,27 @@ JPK_INLINE void grid_parts(const GridStep& step, const GridLeaf& leaf, int64_t b
   });
 }
 
-[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_f64_s32(const GridStep& step,
-                                                                  const GridLeaf& leaf,
-                                                                  int64_t begin, int64_t end,
-                                                                  GridWorkspace& workspace) {
+JPK_TARGET_CLONES static void grid_parts_f64_s32(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
   grid_parts<double, int32_t>(step, leaf, begin, end, workspace);
 }
 
-[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_f64_s64(const GridStep& step,
-                                                                  const GridLeaf& leaf,
-                                                                  int64_t begin, int64_t end,
-                                                                  GridWorkspace& workspace) {
+JPK_TARGET_CLONES static void grid_parts_f64_s64(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
   grid_parts<double, int64_t>(step, leaf, begin, end, workspace);
 }
 
-[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_s64_s32(const GridStep& step,
-                                                                  const GridLeaf& leaf,
-                                                                  int64_t begin, int64_t end,
-                                                                  GridWorkspace& workspace) {
+JPK_TARGET_CLONES static void grid_parts_s64_s32(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
   grid_parts<int64_t, int32_t>(step, leaf, begin, end, workspace);
 }
 
-[[maybe_unused]] JPK_TARGET_CLONES static void grid_parts_s64_s64(const GridStep& step,
-                                                                  const GridLeaf& leaf,
-                                                                  int64_t begin, int64_t end,
-                                                                  GridWorkspace& workspace) {
+JPK_TARGET_CLONES static void grid_parts_s64_s64(const GridStep& step, const GridLeaf& leaf,
+                                                 int64_t begin, int64_t end,
+                                                 GridWorkspace& workspace) {
   grid_parts<int64_t, int64_t>(step, leaf, begin, end, workspace);
 }
 

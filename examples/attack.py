@@ -17,10 +17,10 @@ The float noise here comes from a chacha20 key: it is not the cipher that fails.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
+import arguments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,9 +133,13 @@ def plot(rows: Sequence[Row], path: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--coordinates", type=int, default=100_000, help="of the gradient")
-    parser.add_argument("--output", default="attack.png", help="where the plot goes")
+    parser = arguments.Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--coordinates", type=arguments.count, default=100_000, help="of the gradient (100000)"
+    )
+    parser.add_argument(
+        "--output", type=arguments.output, default="attack.png", help="where the plot goes"
+    )
     args = parser.parse_args(argv)
     rows = attack(args.coordinates)
     print(format_table(rows))

@@ -12,13 +12,13 @@ come out and not only for real ones.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import arguments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,17 +194,23 @@ def plot(rows: Sequence[Row], path: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--epsilon", type=float, default=4.0)
-    parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", default="train_exact.png", help="where the plot goes")
+    parser = arguments.Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--epsilon", type=arguments.between(0.01, 100), default=4.0, help="(4)")
+    parser.add_argument("--delta", type=arguments.between(1e-12, 1), default=1e-5, help="(1e-5)")
+    parser.add_argument("--epochs", type=arguments.count, default=16, help="(16)")
+    parser.add_argument("--batch-size", type=arguments.count, default=40, help="(40)")
+    parser.add_argument("--seeds", type=arguments.count, default=5, help="runs of each path (5)")
+    parser.add_argument(
+        "--output", type=arguments.output, default="train_exact.png", help="where the plot goes"
+    )
     parser.add_argument("--quick", action="store_true", help="two epochs and one seed, as a check")
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs, args.seeds = 2, 1
+    if args.batch_size > digits.TRAIN_SIZE:
+        parser.error(
+            f"--batch-size must be between 1 and {digits.TRAIN_SIZE}, got {args.batch_size}"
+        )
 
     data = digits.load_data(args.batch_size)
     steps_per_epoch = len(data.labels)

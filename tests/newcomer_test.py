@@ -6,6 +6,8 @@ import copy
 import importlib
 import pickle
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,20 @@ def privatizer(matrix, **options):
     return noise_addition.matrix_factorization_privatizer(
         matrix, stddev=1.5, prng_key=SEED, **options
     )
+
+
+@pytest.mark.subprocess
+def test_imports_are_light_and_start_no_backend():
+    """What takes as long to import as JAX is imported where it is used."""
+    heavy = ["dp_accounting", "jax_privacy", "matplotlib", "scipy.optimize", "scipy.signal"]
+    heavy += ["scipy.special", "scipy.stats"]
+    code = (
+        "import sys, jax_privacy_kernels; from jax._src import xla_bridge;"
+        f"print([m for m in {heavy} if m in sys.modules],"
+        "xla_bridge.backends_are_initialized())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "[] False\n", run.stderr
 
 
 def test_completion_shows_what_is_public():

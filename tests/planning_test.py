@@ -172,8 +172,14 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     shown = json.loads(capsys.readouterr().out)
     assert shown["target"]["steps"] == 32
     assert all(row["sampling"] == "poisson" for row in shown["rows"])
-    with pytest.raises(SystemExit, match="plan: expected 0 < epsilon < inf"):
-        main(["plan", *options, "--epsilon=0"])
+    for wrong, said in (
+        ("--epsilon=0", "plan: error: expected 0 < epsilon < inf"),
+        ("--plot=missing/x.png", "expected a file that can be written"),  # before any work
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", *options, wrong])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.subprocess

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
-from jax_privacy_kernels import planning
+from jax_privacy_kernels import _arguments, planning
 from jax_privacy_kernels.matrix_factorization import toeplitz
 
 __all__ = ["EXAMPLES", "add_arguments", "main"]
@@ -41,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--markdown", action="store_true", help="print Markdown")
-    parser.add_argument("--plot", metavar="FILE", help="draw error against memory, e.g. plan.png")
+    parser.add_argument(
+        "--plot",
+        type=_arguments.output,
+        metavar="FILE",
+        help="draw error against memory, e.g. plan.png",
+    )
+    parser.set_defaults(fail=parser.error)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -68,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         if args.plot:
             table.plot(args.plot)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"python -m jax_privacy_kernels plan: {error}")
+        args.fail(str(error))
     if args.json:
         print(json.dumps(table.to_dict(), indent=2))
     else:

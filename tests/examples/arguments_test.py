@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 import re
 
 import arguments
@@ -17,6 +18,18 @@ EVERYONE = {
     "--what": "unrecognized arguments: --what",
 }
 BAD = {
+    "attack": {
+        "--coordinates=0": "expected a whole number from 1 on, found 0",
+        "--coordinates=nan": "expected a whole number from 1 on, found nan",
+    },
+    "train_exact": {
+        "--delta=0": "expected a number from 1e-12 to below 1, found 0",
+        "--delta=nan": "found nan",
+        "--epsilon=0": "expected a number from 0.01 to below 100, found 0",
+        "--epochs=0": "expected a whole number from 1 on, found 0",
+        "--seeds=-1": "found -1",
+        "--batch-size=1441": "--batch-size must be between 1 and 1440, got 1441",
+    },
     "train_digits": {
         "--delta=0": "expected a number from 1e-12 to below 1, found 0",
         "--delta=1": "expected a number from 1e-12 to below 1, found 1",
@@ -72,6 +85,11 @@ BAD = {
 CASES = [
     (name, line, said) for name, of in BAD.items() for line, said in {**of, **EVERYONE}.items()
 ]
+
+
+def test_every_example_is_among_them():
+    programs = {p.stem for p in pathlib.Path(arguments.__file__).parent.glob("*.py")}
+    assert programs == {"arguments", *BAD}
 
 
 @pytest.mark.parametrize(("name", "line", "said"), CASES, ids=[f"{n} {a}" for n, a, _ in CASES])

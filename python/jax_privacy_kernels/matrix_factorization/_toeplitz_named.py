@@ -8,7 +8,6 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from jax_privacy_kernels._checks import (
     check_coef,
@@ -247,6 +246,8 @@ def nu_dp_ftrl_sensitivity_squared(nu: float) -> jax.Array:
       ValueError: if nu is out of range.
       TypeError: if it is not a real number.
     """
+    from scipy import special  # Takes as long to import as this package.
+
     nu = _nu(nu)
     wide = 2 / math.pi * float(special.ellipkm1(nu * (2 - nu))) * (1 + 2.0**-48)
     return as_dtype("the squared sensitivity", wide, jnp.result_type(float), upward=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import signal
 
 from jax_privacy_kernels import ops
 from jax_privacy_kernels._checks import (
@@ -51,11 +52,10 @@ def momentum_sgd_coefs(n: int, *, momentum: float = 0.0, decay: float = 1.0) -> 
     check_memory("n", n, 32 * n)
     momentum = check_scalar("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
     decay = check_scalar("decay", decay, lambda x: 0 < x <= 1, "in (0, 1]")
-    coefs = np.zeros(n)
-    coefs[0] = 1.0
-    for factor in (momentum, decay):  # one after the other: all terms are positive
-        coefs = signal.lfilter([1.0], [1.0, -factor], coefs)
-    return jnp.asarray(coefs, jnp.result_type(float))
+    # One recurrence after the other: all terms are positive.
+    powers = itertools.accumulate(itertools.repeat(momentum, n - 1), operator.mul, initial=1.0)
+    sums = itertools.accumulate(powers, lambda before, power: decay * before + power)
+    return jnp.asarray(np.fromiter(sums, float, n), jnp.result_type(float))
 
 
 def known_workload(workload_coef: Any, n: int, name: str = "workload_coef") -> np.ndarray | None:

@@ -120,14 +120,14 @@ def optimize_banded_toeplitz(
         return np.array(coef), taken, stopped
 
     with jax.enable_x64(True):
-        found = []
+        found: list[tuple[np.ndarray, int, str]] = []
         if few < bands:
             # The optimum without overlap is a candidate, and so a start as it is and a little off:
             # in a coefficient that is 0 the sensitivity has a kink.
-            coef, *ended = minimized(square_root(few, workload))
-            padded = np.pad(coef, (0, bands - few))
+            narrow, taken, stopped = minimized(square_root(few, workload))
+            padded = np.pad(narrow, (0, bands - few))
             starts += [padded, padded + 1e-3 * padded[few - 1] * (np.arange(bands) >= few)]
-            found.append((padded, *ended))
+            found.append((padded, taken, stopped))
         found += [minimized(start.copy()) for start in starts]
         cost = optimization.jitted(loss_fn)
         best, _, stopped = found[0]

@@ -407,7 +407,7 @@ def optimize(
             f"found min_buffers={fewest} and max_buffers={most}"
         )
     optimization.check_report(report)
-    exponent = 0
+    exponent: Any = 0
     if workload_coef is not None:  # penalties are for losses of ordinary size
         workload, exponent = scaled(jnp.asarray(known_workload(workload_coef, n)))
         workload_coef = jnp.asarray(workload)

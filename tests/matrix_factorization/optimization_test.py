@@ -13,7 +13,15 @@ import optax
 import pytest
 
 import jax_privacy_kernels
-from jax_privacy_kernels.matrix_factorization import optimization, toeplitz
+from jax_privacy_kernels.matrix_factorization import (
+    banded,
+    buffered_toeplitz,
+    dense,
+    optimization,
+    sensitivity,
+    toeplitz,
+)
+from jax_privacy_kernels.matrix_factorization.streaming_matrix import momentum_sgd_matrix
 
 
 @pytest.fixture(scope="module")
@@ -508,3 +516,132 @@ def test_the_default_optimizer_is_that_of_the_reference(reference):
     )
     for key in start:
         np.testing.assert_allclose(actual[key], expected[key], rtol=1e-10)
+
+
+# -- Reports ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "stopped"),
+    [
+        ({}, "converged"),
+        ({"max_optimizer_steps": 3}, "max_optimizer_steps"),
+        ({"callback": lambda args: args.step == 1}, "callback"),
+    ],
+)
+def test_report_says_what_was_reached(options, stopped):
+    reports = []
+    start = np.array([0.5, -0.25])
+    found = optimization.optimize(log_sum_exp, start, report=reports.append, **options)
+    (report,) = reports
+    with jax.enable_x64(True):
+        expected = log_sum_exp(np.asarray(found, np.float64))
+    np.testing.assert_allclose(report.loss, expected, rtol=1e-12)
+    assert report.stopped == stopped
+    assert report.steps == {"callback": 2, "max_optimizer_steps": 3}.get(stopped, report.steps)
+    assert 0 < report.steps <= 250
+    assert report.gap is None
+    assert str(report).startswith(f"loss {report.loss:.8g}: {stopped} after {report.steps}")
+
+
+def test_report_is_a_function():
+    with pytest.raises(TypeError, match="report to be a function or None, found 3"):
+        optimization.optimize(square, np.zeros(1), report=3)
+
+
+N = 24
+MOMENTUM = np.asarray(toeplitz.momentum_sgd_coefs(N, momentum=0.5), np.float64)
+
+
+def of_banded(C, A):
+    return banded.per_query_error(C, A).mean()
+
+
+def of_dense(C, A):
+    errors = dense.per_query_error(strategy_matrix=C, workload_matrix=A)
+    return errors.mean() * sensitivity.single_participation_sensitivity(C) ** 2
+
+
+def of_inverse(coef, a):
+    squared = toeplitz.compute_banded_inverse_sensitivity_squared(
+        N, coef, 6, use_matrix_upper_bound=False
+    )
+    return toeplitz.per_query_error(noising_coef=coef, n=N, workload_coef=a).mean() * squared
+
+
+def of_blt(blt, a):
+    loss_fn = buffered_toeplitz.LossFn.build_min_sep(N, "mean", 6, workload_coef=a)
+    return loss_fn.loss(blt)
+
+
+# Each optimizer, for a workload times a number, and the loss of what it finds.
+OPTIMIZERS = {
+    "toeplitz": (
+        lambda s, report: toeplitz.optimize_banded_toeplitz(
+            N, 4, workload_coef=s * MOMENTUM, report=report
+        ),
+        lambda coef, s: toeplitz.loss(coef, N, workload_coef=s * MOMENTUM),
+    ),
+    "banded": (
+        lambda s, report: banded.optimize(
+            N, bands=4, A=momentum_sgd_matrix(0.5, learning_rates=s * np.ones(N)), report=report
+        ),
+        lambda C, s: of_banded(C, momentum_sgd_matrix(0.5, learning_rates=s * np.ones(N))),
+    ),
+    "dense": (
+        lambda s, report: dense.optimize(N, A=s * np.tri(N), report=report),
+        lambda C, s: of_dense(C, s * np.tri(N)),
+    ),
+    "BLT": (
+        lambda s, report: buffered_toeplitz.optimize(
+            n=N,
+            min_sep=6,
+            max_participations=None,
+            error="mean",
+            max_buffers=2,
+            workload_coef=s * MOMENTUM,
+            report=report,
+        ),
+        lambda blt, s: of_blt(blt, s * MOMENTUM),
+    ),
+    "banded inverse": (
+        lambda s, report: toeplitz.optimize_banded_inverse_toeplitz(
+            N, 6, 3, workload_coef=s * MOMENTUM, report=report
+        ),
+        lambda coef, s: of_inverse(coef, s * MOMENTUM),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_reports_of_optimizers_whatever_the_units(name):
+    optimize, loss = OPTIMIZERS[name]
+    reports = []
+    with jax.enable_x64(True):
+        for size in (1.0, 2.0**-20):
+            found = optimize(size, reports.append)
+            np.testing.assert_allclose(reports[-1].loss, loss(found, size), rtol=1e-9)
+    ordinary, small = reports
+    np.testing.assert_allclose(small.loss * 2.0**40, ordinary.loss, rtol=1e-7)
+    assert ordinary.steps > 0
+    assert ordinary.stopped == ("proved" if name == "dense" else "converged")
+    if name == "BLT":
+        assert ordinary.lower_bound is None
+    else:
+        assert 0 <= ordinary.gap < (1.01e-5 if name == "dense" else 1.0)
+
+
+def test_other_reductions_of_dense_strategies_whatever_the_units():
+    losses = []
+    with jax.enable_x64(True):
+        for size in (1.0, 2.0**-20):
+            reports = []
+            A = size * np.tri(12)
+            dense.optimize(12, A=A, reduction_fn=skewed_mean, report=reports.append)
+            assert reports[0].lower_bound is None
+            losses.append(reports[0].loss)
+    np.testing.assert_allclose(losses[1] * 2.0**80, losses[0], rtol=1e-7)
+
+
+def skewed_mean(errors):
+    return jnp.mean(errors**2)

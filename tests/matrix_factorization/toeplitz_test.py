@@ -1037,6 +1037,28 @@ def test_optimized_noising_coefs_from_any_start():
         )
 
 
+# The least losses of a wide multi-start: 50 to 600 runs of BFGS for each, from inverse square
+# roots, powers and random changes of them.
+@pytest.mark.parametrize(
+    ("n", "min_sep", "k", "p", "momentum", "decay", "best"),
+    [
+        (1192, 149, 8, 5, 0.9, 0.9999, 5956.114870),
+        (512, 64, 8, 16, 0.0, 1.0, 96.7083973),
+        (600, 150, 2, 12, 0.5, 0.9999, 63.1281763),
+    ],
+)
+def test_optimized_noising_coefs_are_those_of_a_wide_multi_start(
+    n, min_sep, k, p, momentum, decay, best
+):
+    reports = []
+    with jax.enable_x64(True):
+        workload = toeplitz.momentum_sgd_coefs(n, momentum=momentum, decay=decay)
+        toeplitz.optimize_banded_inverse_toeplitz(
+            n, min_sep, p, workload_coef=workload, max_participations=k, report=reports.append
+        )
+    np.testing.assert_allclose(reports[0].loss, best, rtol=1e-7)
+
+
 @pytest.mark.parametrize("x64", [False, True])
 def test_optimized_noising_coefs_start_with_one(x64):
     optimize = toeplitz.optimize_banded_inverse_toeplitz

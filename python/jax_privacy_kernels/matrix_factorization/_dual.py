@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Certificate", "least_for_one", "lower_bound"]
+__all__ = ["Certificate", "Found", "least_for_one", "lower_bound"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Certificate:
     def gap(self) -> float:
         """The most that the loss may be above the least, relative to that."""
         return self.loss / self.lower_bound - 1
+
+
+class Found(NamedTuple):
+    """A Gram matrix, and as in `optimization.Report` how it was found."""
+
+    X: jax.Array
+    steps: int
+    stopped: str
+    lower_bound: float = 0.0
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -79,7 +89,7 @@ def lower_bound(
     return roots.sum() ** 2 / (jnp.trace(L) / epochs) / n
 
 
-def least_for_one(workload: jax.Array, rtol: float, steps: int) -> jax.Array | None:
+def least_for_one(workload: jax.Array, rtol: float, steps: int) -> Found | None:
     """The Gram matrix of the best strategy for one participation, and the mean error.
 
     The multipliers v of its diagonal are a fixed point of ``v = diag((D M D)^(1/2))`` with
@@ -92,12 +102,12 @@ def least_for_one(workload: jax.Array, rtol: float, steps: int) -> jax.Array | N
       steps: The most iterations, each the eigenvalues of a matrix.
 
     Returns:
-      X, or None for a workload that does not determine it.
+      What was found, or None for a workload that does not determine X.
     """
     M = jnp.matmul(workload.T, workload, precision="highest")
     v = jnp.sqrt(jnp.diag(M))
-    best, bound, found = np.inf, 0.0, None
-    for _ in range(max(steps, 1)):
+    best, bound, found = np.inf, 0.0, v
+    for i in range(steps):
         loss, of_v, root_diagonal, X = _iterate(v, M)
         # Waiting on a value that is ready lets interrupts through in between.
         loss, of_v = float(loss), float(of_v)
@@ -107,9 +117,9 @@ def least_for_one(workload: jax.Array, rtol: float, steps: int) -> jax.Array | N
         if loss < best:
             best, found = loss, X
         if best <= bound * (1 + rtol):
-            break
+            return Found(found, i + 1, "proved", bound)
         v = v * (root_diagonal / v) ** 1.9
-    return found
+    return Found(found, steps, "max_optimizer_steps", bound)
 
 
 @jax.jit

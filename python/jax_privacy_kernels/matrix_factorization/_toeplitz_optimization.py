@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from jax_privacy_kernels._checks import check_instance, check_int
 from jax_privacy_kernels.matrix_factorization import _amplification, optimization
+from jax_privacy_kernels.matrix_factorization._dense_bounds import dense_bound
+from jax_privacy_kernels.matrix_factorization._nonsmooth import bfgs
 from jax_privacy_kernels.matrix_factorization._toeplitz_algebra import (
     banded_inverse_square_root_noising_coefs,
     compute_banded_inverse_sensitivity_squared,
@@ -50,6 +53,7 @@ def optimize_banded_toeplitz(
     A: StreamingMatrix | None = None,
     min_sep: int | None = None,
     max_participations: int | None = None,
+    report: optimization.ReportFnType | None = None,
 ) -> jax.Array:
     """Minimizes :func:`loss` over the strategies C of b bands.
 
@@ -74,6 +78,9 @@ def optimize_banded_toeplitz(
       A: In their place, a workload that need not be Toeplitz; see :func:`per_query_error`.
       min_sep: Minimum separation of a user's participations, or None for one participation.
       max_participations: The most rounds a user takes part in, with ``min_sep``; None for no limit.
+      report: Called with an `optimization.Report` at the end. For the mean error and n up to 128
+        it has a lower bound on all strategies of b bands, Toeplitz or not, if every user has one
+        participation or one in each of ``n / min_sep`` epochs. The bound takes some seconds.
 
     Returns:
       ``[b]`` coefficients of L2 norm 1, of the dtype of ``strategy_coef`` or the default.
@@ -85,6 +92,7 @@ def optimize_banded_toeplitz(
     """
     n, bands = check_int("n", n), check_int("bands", bands)
     check_pattern(min_sep, max_participations)
+    optimization.check_report(report)
     workload = known_workload(workload_coef, n)
     if A is not None:
         check_instance("A", A, StreamingMatrix)
@@ -104,24 +112,33 @@ def optimize_banded_toeplitz(
     reduction_fn = reduction(reduction_fn) if A is None else reduction_fn
     loss_fn = _banded_loss(n, reduction_fn, encoded, A, min_sep, max_participations)
 
-    def minimized(init: np.ndarray) -> np.ndarray:
+    def minimized(init: np.ndarray) -> tuple[np.ndarray, int, str]:
         init[n:] = 0  # outside of C: they change no loss, and should not count in the norm
-        coef = optimization.optimize(
+        coef, taken, stopped = optimization.minimized(
             loss_fn, jnp.asarray(init), max_optimizer_steps=max_optimizer_steps
         )
-        return np.array(coef)
+        return np.array(coef), taken, stopped
 
     with jax.enable_x64(True):
+        found: list[tuple[np.ndarray, int, str]] = []
         if few < bands:
             # The optimum without overlap is a candidate, and so a start as it is and a little off:
             # in a coefficient that is 0 the sensitivity has a kink.
-            padded = np.pad(minimized(square_root(few, workload)), (0, bands - few))
+            narrow, taken, stopped = minimized(square_root(few, workload))
+            padded = np.pad(narrow, (0, bands - few))
             starts += [padded, padded + 1e-3 * padded[few - 1] * (np.arange(bands) >= few)]
-        found = [minimized(start.copy()) for start in starts]
-        best = found[0]
-        if few < bands:
-            cost = optimization.jitted(loss_fn)
-            best = min([*found, padded], key=lambda coef: float(cost(jnp.asarray(coef))))
+            found.append((padded, taken, stopped))
+        found += [minimized(start.copy()) for start in starts]
+        cost = optimization.jitted(loss_fn)
+        best, _, stopped = found[0]
+        if len(found) > 1:
+            best, _, stopped = min(found, key=lambda ended: float(cost(jnp.asarray(ended[0]))))
+        if report is not None:
+            bound = None
+            if reduction_fn is jnp.mean:
+                bound = dense_bound(n, bands, workload, A, min_sep, max_participations)
+            steps = sum(taken for _, taken, _ in found)
+            report(optimization.Report(float(cost(jnp.asarray(best))), steps, stopped, bound))
         return jnp.asarray(best / np.linalg.norm(best)).astype(dtype)
 
 
@@ -161,6 +178,7 @@ def optimize_banded_inverse_toeplitz(
     max_participations: int | None = None,
     max_optimizer_steps: int = 1000,
     reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
+    report: optimization.ReportFnType | None = None,
 ) -> jax.Array:
     """Minimizes error times squared sensitivity over noising matrices ``C^-1`` of p bands.
 
@@ -169,10 +187,11 @@ def optimize_banded_inverse_toeplitz(
     loop. It is compiled once per shape, workload and ``reduction_fn``: pass the same function, not
     a new lambda.
 
-    The loss has kinks and local minima. Without coefficients to start from there are several
-    starts, the banded inverse square root and the best of
-    :func:`banded_inverse_power_noising_coefs` among them. What they lead to is improved without
-    gradients, or disturbed and started from again if p > 16. The result is the best of all.
+    The loss has kinks and local minima. Steps are those of BFGS with a line search for losses that
+    are not smooth (https://doi.org/10.1007/s10107-012-0514-2). Without coefficients to start from
+    there are several starts, the banded inverse square root and the best of
+    :func:`banded_inverse_power_noising_coefs` among them; the best of what they lead to is
+    disturbed and started from again. The result is the best of all.
 
     Args:
       n: The number of steps of the workload.
@@ -183,9 +202,11 @@ def optimize_banded_inverse_toeplitz(
       strategy_coef: Coefficients of the C to start from.
       workload_coef: ``[n]`` coefficients of the workload, by default ones: prefix sums.
       max_participations: The most rounds a user takes part in, or None for no limit.
-      max_optimizer_steps: The most steps of L-BFGS from each start.
+      max_optimizer_steps: The most steps from each start.
       reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`,
         `jax.numpy.max`, ``lambda v: v[-1]``.
+      report: Called with an `optimization.Report` at the end. Its lower bound is that of all
+        strategies; see :func:`optimize_banded_toeplitz` for when there is one.
 
     Returns:
       ``[p]`` coefficients of ``C^-1``, the first of them 1, of the dtype of the coefficients given
@@ -200,6 +221,7 @@ def optimize_banded_inverse_toeplitz(
     min_sep = check_int("min_sep", min_sep)
     if max_participations is not None:
         max_participations = check_int("max_participations", max_participations)
+    optimization.check_report(report)
     strategy, init, dtype = None, None, jnp.dtype(jnp.result_type(float))
     if noising_coef is not None:
         init, _ = reconcile(noising_coef, p, name="noising_coef", invertible=True)
@@ -221,73 +243,61 @@ def optimize_banded_inverse_toeplitz(
             n, min_sep, max_participations, encoded, reduction(reduction_fn)
         )
 
-        def minimized(start: jax.typing.ArrayLike) -> np.ndarray:
-            coef = optimization.optimize(
-                loss_fn, jnp.asarray(start), max_optimizer_steps=max_optimizer_steps
-            )
-            return np.asarray(coef) / float(coef[0])
-
+        steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
+        descent = _Descent(optimization.value_and_grad(loss_fn), steps)
         if init is not None:
-            values = minimized(pad_coefs_to_n(init, p))
+            start = np.asarray(pad_coefs_to_n(init, p), np.float64)
+            descent.start(start / start[0])
         else:
-            evaluations = min(300 * p, 2 * 10**7 // n) if max_optimizer_steps else 0
-            values = _best_of_starts(loss_fn, minimized, p, workload, evaluations)
-    return jnp.asarray(values, dtype)
+            _start_often(descent, p, workload)
+        if report is not None:
+            bound = None
+            if reduction_fn is jnp.mean:
+                bound = dense_bound(n, n, workload, None, min_sep, max_participations)
+            report(optimization.Report(descent.loss, descent.steps_taken, descent.stopped, bound))
+    return jnp.asarray(descent.best, dtype)
 
 
-def _best_of_starts(
-    loss_fn: Callable[[jax.Array], jax.Array],
-    minimized: Callable[[jax.typing.ArrayLike], np.ndarray],
-    p: int,
-    workload: np.ndarray | None,
-    evaluations: int,
-) -> np.ndarray:
-    compiled = optimization.jitted(loss_fn)
+class _Descent:
+    """Minimizes a loss of coefficients ``[p]`` that begin with 1; keeps the best it sees."""
 
-    def cost(coef: np.ndarray) -> float:
-        value = float(compiled(jnp.asarray(coef)))
-        return value if np.isfinite(value) else np.inf
+    def __init__(self, value_and_grad: Callable[[Any], Any], most_steps: int) -> None:
+        self.value_and_grad, self.most_steps = value_and_grad, most_steps
+        self.best, self.loss, self.stopped = np.ones(1), math.inf, "converged"
+        self.steps_taken = 0
 
+    def _of_tail(self, tail: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, gradient = self.value_and_grad(jnp.asarray(np.concatenate([[1.0], tail])))
+        # NaN where there is no telling.
+        return (float(loss) if np.isfinite(loss) else math.inf), np.asarray(gradient)[1:]
+
+    def cost(self, coef: np.ndarray) -> float:
+        return self._of_tail(coef[1:])[0]
+
+    def start(self, coef: np.ndarray) -> None:
+        tail, loss, taken, stopped = bfgs(self._of_tail, coef[1:], self.most_steps)
+        self.steps_taken += taken
+        if loss < self.loss or not math.isfinite(self.loss):
+            self.best, self.loss = np.concatenate([[1.0], tail]), loss
+            self.stopped = stopped
+
+
+def _start_often(descent: _Descent, p: int, workload: np.ndarray | None) -> None:
     root = np.asarray(banded_inverse_square_root_noising_coefs(p, workload), np.float64)
-    roots = [root / root[0]]
+    starts = [root / root[0]]
     if workload is None or workload[0] > 0:
         powers = [
             np.asarray(banded_inverse_power_noising_coefs(p, gamma, workload))
             for gamma in np.linspace(0.3, 1, 15)
         ]
-        powers.sort(key=cost)
-        roots += [coef / coef[0] for coef in powers[:2]]
-    candidates = roots + [minimized(start) for start in roots]
-    if evaluations and 1 < p <= _MOST_WITHOUT_GRADIENTS:
-        starts = [roots[0], *sorted(candidates[len(roots) :], key=cost)[:2]]
-        candidates += [_without_gradients(cost, start, evaluations) for start in starts]
-    else:
-        rng = np.random.default_rng(0)
-        for size in (0.1, 0.03, 0.01):
-            best = min(candidates, key=cost)
-            candidates.append(minimized(best * (1 + size * rng.standard_normal(p))))
-    return min(candidates, key=cost)
-
-
-_MOST_WITHOUT_GRADIENTS = 16  # coefficients, beyond which simplexes hardly move
-
-
-def _without_gradients(
-    cost: Callable[[np.ndarray], float], start: np.ndarray, evaluations: int
-) -> np.ndarray:
-    """Nelder and Mead's simplexes, for minima at a kink, where L-BFGS stops early."""
-    from scipy import optimize
-
-    tail = start[1:]
-    for _ in range(3):
-        # Each begins with a new simplex around what the last has found.
-        tail = optimize.minimize(
-            lambda x: cost(np.concatenate([[1.0], x])),
-            tail,
-            method="Nelder-Mead",
-            options={"maxfev": evaluations, "xatol": 1e-8, "fatol": 1e-10, "adaptive": True},
-        ).x
-    return np.concatenate([[1.0], tail])
+        powers = [coef / coef[0] for coef in powers]
+        starts += sorted(powers, key=descent.cost)[:2]
+    for start in starts:
+        descent.start(start)
+    rng = np.random.default_rng(0)
+    for size in (0.1, 0.03, 0.01):
+        if p > 1 and descent.most_steps:
+            descent.start(descent.best * (1 + size * rng.standard_normal(p) * (np.arange(p) > 0)))
 
 
 @optimization.compiled_once

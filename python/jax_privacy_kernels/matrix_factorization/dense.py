@@ -10,6 +10,7 @@ Their sensitivity is in `sensitivity`. Everything here takes O(n^3) time and O(n
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from jax_privacy_kernels._checks import (
 from jax_privacy_kernels.matrix_factorization import checks, optimization, sensitivity
 from jax_privacy_kernels.matrix_factorization._dual import (
     Certificate,
+    Found,
     least_for_one,
     lower_bound,
 )
@@ -226,15 +228,7 @@ def strategy_from_X(X: jax.Array) -> jax.Array:
 def pg_tol_termination_fn(step_info: optimization.CallbackArgs) -> bool:
     """Whether no entry of the (projected) gradient exceeds 1e-3: a callback that ends there."""
     check_instance("step_info", step_info, optimization.CallbackArgs)
-    return bool(_is_small(step_info.grad))
-
-
-def _is_small(gradient: jax.Array) -> jax.Array:
-    return jnp.abs(jnp.asarray(gradient)).max() <= 1e-3
-
-
-# Lets `optimization.optimize` end by it inside a compiled loop.
-pg_tol_termination_fn._ends_on_gradient = _is_small  # type: ignore[attr-defined]
+    return bool(jnp.abs(jnp.asarray(step_info.grad)).max() <= 1e-3)
 
 
 def certificate(
@@ -313,6 +307,7 @@ def optimize(
     reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
     callback: Callable[[optimization.CallbackArgs], bool | None] | None = pg_tol_termination_fn,
     rtol: float = 1e-5,
+    report: optimization.ReportFnType | None = None,
 ) -> jax.Array:
     """Minimizes the error over strategies C of sensitivity 1.
 
@@ -339,10 +334,11 @@ def optimize(
       max_optimizer_steps: The most steps of L-BFGS.
       reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`, for which
         this was tuned, or another differentiable function.
-      callback: As for `optimization.optimize`. With the default and another ``reduction_fn`` than
-        the mean, ends once no entry of the projected gradient exceeds 1e-3.
+      callback: As for `optimization.optimize`. The default stands for what ``rtol`` says.
       rtol: By default, ends once the mean error is above its lower bound by at most this, relative
-        to it.
+        to it; or once 100 steps lower the error by less than a thousandth of that.
+      report: Called with an `optimization.Report` at the end. It has a lower bound if
+        ``reduction_fn`` is the mean.
 
     Returns:
       C, ``[n, n]``, lower-triangular, of the default float dtype.
@@ -355,61 +351,95 @@ def optimize(
     n, epochs = check_int("n", n), check_int("epochs", epochs)
     steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
     rtol = check_scalar("rtol", rtol, lambda x: x > 0, "positive")
+    optimization.check_report(report)
     workload, mask = _problem(n, epochs, bands, A)
     dtype = jnp.result_type(float)
-    certified = callback is pg_tol_termination_fn and reduction_fn is jnp.mean
+    is_default, is_mean = callback is pg_tol_termination_fn, reduction_fn is jnp.mean
     with jax.enable_x64(True):
-        X = None
-        if certified and epochs == 1 and bands is None and steps:
-            X = least_for_one(workload, rtol, steps)
-        if X is None:
-            loss_fn = functools.partial(
-                _loss_and_projected_gradient,
-                workload=workload,
-                mask=mask,
-                epochs=epochs,
-                equal_norm=equal_norm,
-                reduction_fn=reduction_fn,
-            )
-            X = jnp.eye(n, dtype=jnp.float64) / epochs
-            if certified:
-                X = _until_proved(loss_fn, X, workload, mask, epochs, equal_norm, rtol, steps)
-            else:
-                X = optimization.optimize(
-                    loss_fn, X, max_optimizer_steps=steps, grad=True, callback=callback
+        objective = _Objective(workload, mask, epochs, equal_norm, reduction_fn)
+        start = jnp.eye(n, dtype=jnp.float64) / epochs
+        if is_default:  # other callbacks see losses as they are
+            # Of small losses, as those of small learning rates are, first steps would be small.
+            exponent = min(math.frexp(float(objective.loss_and_gradient(start)[0]))[1], 0)
+            objective = dataclasses.replace(objective, factor=2.0**-exponent)
+        found: Found | None = None
+        if is_default and is_mean and epochs == 1 and bands is None and steps:
+            found = least_for_one(workload, rtol, steps)
+            if found is not None:
+                found = found._replace(lower_bound=found.lower_bound * objective.factor)
+        if found is None and is_default:
+            found = _until_proved(objective, start, rtol, steps)
+        if found is None:
+            found = Found(
+                *optimization.minimized(
+                    objective.loss_and_gradient,
+                    start,
+                    max_optimizer_steps=steps,
+                    grad=True,
+                    callback=callback,
                 )
-        return strategy_from_X(X).astype(dtype)
+            )
+        if report is not None:
+            loss = float(objective.loss_and_gradient(found.X)[0])
+            bound = max(found.lower_bound, objective.lower_bound(found.X))
+            loss, bound = loss / objective.factor, bound / objective.factor
+            report(optimization.Report(loss, found.steps, found.stopped, bound or None))
+        return strategy_from_X(found.X).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """What is minimized over Gram matrices."""
+
+    workload: jax.Array
+    mask: jax.Array
+    epochs: int
+    equal_norm: bool
+    reduction_fn: Callable[[jax.Array], jax.Array]
+    factor: float = 1.0
+
+    @functools.cached_property
+    def loss_and_gradient(self) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        return functools.partial(
+            _loss_and_projected_gradient,
+            workload=self.workload,
+            mask=self.mask,
+            epochs=self.epochs,
+            equal_norm=self.equal_norm,
+            reduction_fn=self.reduction_fn,
+            factor=self.factor,
+        )
+
+    def lower_bound(self, X: jax.Array) -> float:
+        """Of the mean error; 0 for other reductions."""
+        if self.reduction_fn is not jnp.mean:
+            return 0.0
+        bound = lower_bound(X, self.workload, self.mask, self.epochs, self.equal_norm)
+        return float(bound) * self.factor
 
 
 _TURN = 100  # steps of L-BFGS between two bounds, each of which takes as long as a few
 
 
-def _until_proved(
-    loss_fn: Callable[..., Any],
-    X: jax.Array,
-    workload: jax.Array,
-    mask: jax.Array,
-    epochs: int,
-    equal_norm: bool,
-    rtol: float,
-    steps: int,
-) -> jax.Array:
+def _until_proved(objective: _Objective, X: jax.Array, rtol: float, steps: int) -> Found:
     """Steps of L-BFGS until the loss is near its lower bound, or steps hardly lower it any more."""
-    bound, before = 0.0, math.inf
-    for first in range(0, steps, _TURN):
-        X = optimization.optimize(
-            loss_fn,
+    bound, before, taken = 0.0, math.inf, 0
+    while taken < steps:
+        X, count, stopped = optimization.minimized(
+            objective.loss_and_gradient,
             X,
-            max_optimizer_steps=min(_TURN, steps - first),
+            max_optimizer_steps=min(_TURN, steps - taken),
             grad=True,
-            callback=None,
         )
-        loss = float(loss_fn(X)[0])
-        bound = max(bound, float(lower_bound(X, workload, mask, epochs, equal_norm)))
-        if loss <= bound * (1 + rtol) or before - loss <= 1e-3 * rtol * loss:
-            break
+        taken += count
+        loss = float(objective.loss_and_gradient(X)[0])
+        bound = max(bound, objective.lower_bound(X))
+        if loss <= bound * (1 + rtol):
+            return Found(X, taken, "proved", bound)
+        if stopped == "converged" or before - loss <= 1e-3 * rtol * loss:
+            return Found(X, taken, "converged", bound)
         before = loss
-    return X
+    return Found(X, taken, "max_optimizer_steps", bound)
 
 
 def _loss_and_projected_gradient(
@@ -420,8 +450,12 @@ def _loss_and_projected_gradient(
     epochs: int,
     equal_norm: bool,
     reduction_fn: Callable[[jax.Array], jax.Array],
+    factor: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The error of any C with Gram matrix X, ``diag(A X^-1 A^T)`` reduced, and where to go."""
+    """The error of any C with Gram matrix X, ``diag(A X^-1 A^T)`` reduced, and where to go.
+
+    Both are times a factor.
+    """
     n = len(X)
     H = jax.scipy.linalg.solve(X, workload.T, assume_a="pos")
     errors = jnp.sum(workload * H.T, axis=1)
@@ -433,7 +467,7 @@ def _loss_and_projected_gradient(
     shared = diagonal.reshape(epochs, -1).mean(axis=0)
     diagonal = jnp.zeros_like(diagonal) if equal_norm else diagonal - jnp.tile(shared, epochs)
     gradient = gradient.at[jnp.diag_indices(n)].set(diagonal)
-    return loss, gradient * mask
+    return loss * factor, gradient * mask * factor
 
 
 def __dir__() -> list[str]:  # for completion: no imported names

@@ -23,6 +23,7 @@ __all__ = [
     "CallbackArgs",
     "CallbackFnType",
     "ParamT",
+    "Report",
     "jax_enable_x64",
     "optimize",
 ]
@@ -59,6 +60,43 @@ class CallbackArgs(Mirrored):
 
 CallbackFnType: TypeAlias = Callable[[CallbackArgs], bool | None]
 """Of a callback: whether to stop; None goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an optimization reached: optimizers call their argument ``report`` with it.
+
+        >>> def loss(x):
+        ...     return jnp.sum((x - 1) ** 2) + 3
+        >>> _ = optimize(loss, jnp.zeros(2), report=print)
+        loss 3: converged after 3 steps
+
+    Attributes:
+      loss: Of the result.
+      steps: All that were taken, from all starts together.
+      stopped: Why the steps that led to the result ended. "converged": further ones do not lower
+        the loss; "proved": the loss is as near to its lower bound as was asked for;
+        "max_optimizer_steps"; "callback".
+      lower_bound: No result has a lower loss. None where no such bound is known.
+    """
+
+    loss: float
+    steps: int
+    stopped: str
+    lower_bound: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """The most that the loss may be above the least, relative to that; None if not known."""
+        return self.loss / self.lower_bound - 1 if self.lower_bound else None
+
+    def __str__(self) -> str:
+        gap = "" if self.gap is None else f", at most {self.gap:.2g} of it above the least"
+        return f"loss {self.loss:.8g}{gap}: {self.stopped} after {self.steps} steps"
+
+
+ReportFnType: TypeAlias = Callable[[Report], object]
+"""Of an argument ``report``."""
 
 
 def jax_enable_x64(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +141,7 @@ def optimize(
     grad: bool = False,
     callback: Callable[[CallbackArgs], bool | None] | None = _no_callback,
     optimizer: optax.GradientTransformationExtraArgs = DEFAULT_OPTIMIZER,
+    report: ReportFnType | None = None,
 ) -> ParamT:
     """Minimizes a differentiable function.
 
@@ -130,6 +169,7 @@ def optimize(
       callback: called after every step with a `CallbackArgs`; a true result ends the optimization.
         None is no callback.
       optimizer: an optax transformation whose update takes ``value``, ``grad`` and ``value_fn``.
+      report: called with a `Report` at the end.
 
     Returns:
       The parameters after the last step, of the dtypes of ``params``.
@@ -137,6 +177,43 @@ def optimize(
     Raises:
       ValueError: if ``max_optimizer_steps`` is below 0.
       TypeError: if it is not an integer.
+    """
+    check_report(report)
+    params, steps, stopped = minimized(
+        loss_fn,
+        params,
+        max_optimizer_steps=max_optimizer_steps,
+        grad=grad,
+        callback=None if callback is _no_callback else callback,
+        optimizer=optimizer,
+    )
+    if report is not None:
+        with jax.enable_x64(True):
+            wide: Any = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+            found = jitted(loss_fn)(wide)
+        report(Report(float(found[0] if grad else found), steps, stopped))
+    return params
+
+
+def check_report(report: Any) -> None:
+    """Raises a TypeError unless it is None or a function."""
+    if report is not None and not callable(report):
+        raise TypeError(f"expected report to be a function or None, found {report!r}")
+
+
+def minimized(
+    loss_fn: Callable[[ParamT], Any],
+    params: ParamT,
+    *,
+    max_optimizer_steps: int,
+    grad: bool = False,
+    callback: CallbackFnType | None = None,
+    optimizer: optax.GradientTransformationExtraArgs = DEFAULT_OPTIMIZER,
+    done: Callable[[jax.Array, Any], jax.Array] | None = None,
+) -> tuple[ParamT, int, str]:
+    """As :func:`optimize`: the parameters, the number of steps, and `Report.stopped`.
+
+    Without a callback, steps also end where ``done`` is true of a loss and its gradient.
     """
     steps = check_int("max_optimizer_steps", max_optimizer_steps, minimum=0)
     for name, value in (("loss_fn", loss_fn), ("callback", callback)):
@@ -152,21 +229,25 @@ def optimize(
         if array.dtype != bool:  # of masks
             check_real(f"{name} to hold real numbers", array)
     dtypes = jax.tree.map(lambda x: x.dtype if hasattr(x, "dtype") else jnp.result_type(x), params)
-    # One of ours may say what it ends on as a function of the gradient alone, which compiles.
-    done = getattr(callback, "_ends_on_gradient", None)
+    taken, stopped = steps, "max_optimizer_steps"
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-        if callback is None or callback is _no_callback or done is not None:
+        if callback is None:
             loop = _compiled(loss_fn, _loop, grad, optimizer, done)
-            params = _in_turns(loop, params, _state_like(optimizer, params), steps)
+            params, taken, converged = _in_turns(
+                loop, params, _state_like(optimizer, params), steps
+            )
+            stopped = "converged" if converged else stopped
         else:
             step = _compiled(loss_fn, _step, grad, optimizer)
             state = optimizer.init(params)
             for i in range(steps):
                 loss, gradient, params, state = step(params, state)
                 if callback(CallbackArgs(i, loss, gradient, params, state)):
+                    taken, stopped = i + 1, "callback"
                     break
-        return jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
+        params = jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
+    return params, taken, stopped
 
 
 def _step(
@@ -208,8 +289,10 @@ def _shape_of_state(optimizer: Any, leaves: Any, tree: Any) -> Any:
     return jax.eval_shape(optimizer.init, jax.tree.unflatten(tree, leaves))
 
 
-def _in_turns(loop: Callable[..., Any], params: Any, state: Any, steps: int) -> Any:
-    """Runs the loop a few steps at a time: the parameters after the last."""
+def _in_turns(
+    loop: Callable[..., Any], params: Any, state: Any, steps: int
+) -> tuple[Any, int, bool]:
+    """Runs the loop a few steps at a time: parameters, steps, and whether they converged."""
     carry = np.int64(0), np.int64(0), params, state
     turn = 1
     while True:
@@ -219,8 +302,9 @@ def _in_turns(loop: Callable[..., Any], params: Any, state: Any, steps: int) -> 
         # Waiting here, and not in what waits for a value, lets interrupts through.
         while not carry[0].is_ready():
             time.sleep(0.002)
-        if int(carry[0]) >= steps or int(carry[1]) >= _STILL:
-            return carry[2]
+        taken, converged = int(carry[0]), int(carry[1]) >= _STILL
+        if taken >= steps or converged:
+            return carry[2], taken, converged
         seconds = (time.monotonic() - began) / turn
         turn = max(1, min(4 * turn, int(_SECONDS / max(seconds, 1e-9))))
 
@@ -240,14 +324,14 @@ def _loop(
 
     def body(carry: Any) -> Any:
         i, still, params, state = carry
-        _, gradient, new, state = _step(loss_fn, grad, optimizer, params, state)
+        loss, gradient, new, state = _step(loss_fn, grad, optimizer, params, state)
         if converges:
             same = jax.tree.map(lambda a, b: jnp.all(a == b), params, new)
             still = jnp.where(
                 jnp.all(jnp.stack(jax.tree.leaves(same))), still + 1, jnp.zeros_like(still)
             )
         if done is not None:
-            still = jnp.where(done(gradient), jnp.full_like(still, _STILL), still)
+            still = jnp.where(done(loss, gradient), jnp.full_like(still, _STILL), still)
         return i + 1, still, new, state
 
     return jax.lax.while_loop(goes_on, body, (i, still, params, state))
@@ -283,6 +367,16 @@ def jitted(loss_fn: Callable[[ParamT], Any]) -> Callable[[ParamT], Any]:
 
 def _value(loss_fn: Callable[[ParamT], Any], params: ParamT) -> Any:
     return loss_fn(params)
+
+
+def value_and_grad(loss_fn: Callable[[ParamT], Any]) -> Callable[[ParamT], tuple[Any, ParamT]]:
+    """Its loss and gradient, jitted: once for the same function, as :func:`jitted` does it."""
+    compiled: Callable[[ParamT], tuple[Any, ParamT]] = _compiled(loss_fn, _value_and_grad)
+    return compiled
+
+
+def _value_and_grad(loss_fn: Callable[[ParamT], Any], params: ParamT) -> tuple[Any, ParamT]:
+    return jax.value_and_grad(loss_fn)(params)
 
 
 def __dir__() -> list[str]:  # for completion: no imported names

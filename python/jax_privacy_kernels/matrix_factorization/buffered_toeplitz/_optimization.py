@@ -17,6 +17,8 @@ import optax
 from jax_privacy_kernels._checks import check_instance, check_int, check_scalar, is_concrete
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization
+from jax_privacy_kernels.matrix_factorization._scaling import scaled
+from jax_privacy_kernels.matrix_factorization._workloads import known_workload
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._losses import LossFn
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._matrix import (
     MIN_GAP,
@@ -209,15 +211,10 @@ _CAREFUL_OPTIMIZER = optax.lbfgs(
 )
 
 
-def _converged(_: optimization.CallbackArgs) -> None:
-    """Ends the compiled loop where the loss is flat, to 1e-7 relative and less."""
-
-
-def _is_flat(gradient: Params) -> jax.Array:
-    return jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient)]).max() <= 1e-7
-
-
-_converged._ends_on_gradient = _is_flat  # type: ignore[attr-defined]
+def _is_flat(loss: jax.Array, gradient: Params) -> jax.Array:
+    """Where the loss is flat, to 1e-8 of itself and less."""
+    largest = jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient)]).max()
+    return largest <= 1e-8 * jnp.abs(loss)
 
 
 @optimization.jax_enable_x64
@@ -226,6 +223,8 @@ def optimize_loss(
     num_buffers: int = 1,
     init_blt: BufferedToeplitz | None = None,
     parameterization: Parameterization | None = None,
+    *,
+    report: optimization.ReportFnType | None = None,
     **kwargs: Any,
 ) -> tuple[BufferedToeplitz, jax.Array]:
     """Minimizes a loss over BLTs of m buffers, in float64.
@@ -240,6 +239,7 @@ def optimize_loss(
       num_buffers: The number m of buffers, at least 0.
       init_blt: The BLT to start from; by default see above, or that of :func:`get_init_blt`.
       parameterization: What is varied, by default :meth:`Parameterization.interlaced_decays`.
+      report: Called with an `optimization.Report` at the end.
       **kwargs: ``max_optimizer_steps`` (600 for each start), ``callback`` and ``optimizer``, as of
         `optimization.optimize`. A callback makes each step a call, and sees parameters of the
         ``parameterization``.
@@ -258,15 +258,17 @@ def optimize_loss(
     """
     m = check_int("num_buffers", num_buffers, minimum=0)
     check_instance("loss_fn", loss_fn, LossFn)
+    optimization.check_report(report)
     if parameterization is not None:
         check_instance("parameterization", parameterization, Parameterization)
     start = get_init_blt(m, init_blt)
     if m == 0 or (init_blt is None and parameterization is None):
-        *_, (blt, loss) = grow(loss_fn, m, kwargs)
+        *_, (blt, reached) = grow(loss_fn, m, kwargs)
     else:
         parameterization = parameterization or Parameterization.interlaced_decays()
         params = parameterization.params_from_blt(start)
-        blt, loss, _ = _minimize(loss_fn, parameterization, params, m, kwargs)
+        blt, reached, _ = _minimize(loss_fn, parameterization, params, m, kwargs)
+    loss = reached.loss
     if not np.isfinite(loss):
         raise RuntimeError(
             f"expected the optimization to end at a finite loss, found {loss} for\n{blt}"
@@ -277,15 +279,18 @@ def optimize_loss(
             f"buffers of output_scale {scales.min()} do next to nothing: fewer of them would do",
             stacklevel=3,
         )
-    return blt, loss
+    if report is not None:
+        report(reached)
+    return blt, jnp.asarray(loss)
 
 
 def grow(
     loss_fn: LossFn, size: int, kwargs: dict[str, Any]
-) -> Iterator[tuple[BufferedToeplitz, jax.Array]]:
-    """The best BLTs of 0, 1, ... ``size`` buffers, and their losses."""
+) -> Iterator[tuple[BufferedToeplitz, optimization.Report]]:
+    """The best BLTs of 0, 1, ... ``size`` buffers, each with the report of all steps up to it."""
     blt = BufferedToeplitz.build([], [])
-    yield blt, loss_fn.loss(blt)
+    taken = 0
+    yield blt, optimization.Report(float(loss_fn.loss(blt)), taken, "converged")
     parameterization = Parameterization.interlaced_decays()
     logits: Any = np.zeros(0)
     for m in range(1, size + 1):
@@ -296,14 +301,13 @@ def grow(
             starts.append(np.concatenate([logits[0] - [2, 1], logits]))
             starts.append(np.concatenate([logits, logits[-1] + [1, 2]]))
         # All of one shape, so that the loss is compiled once.
-        blt, loss, logits = min(
-            (
-                _minimize(loss_fn, parameterization, _interlaced_params(start, size), m, kwargs)
-                for start in starts
-            ),
-            key=lambda result: float(result[1]),
-        )
-        yield blt, loss
+        found = [
+            _minimize(loss_fn, parameterization, _interlaced_params(start, size), m, kwargs)
+            for start in starts
+        ]
+        taken += sum(reached.steps for _, reached, _ in found)
+        blt, reached, logits = min(found, key=lambda result: result[1].loss)
+        yield blt, dataclasses.replace(reached, steps=taken)
 
 
 def _minimize(
@@ -312,8 +316,8 @@ def _minimize(
     params: Params,
     m: int,
     kwargs: dict[str, Any],
-) -> tuple[BufferedToeplitz, jax.Array, np.ndarray | None]:
-    """The BLT of m buffers that the parameters lead to, its loss, and its logits if they interlace.
+) -> tuple[BufferedToeplitz, optimization.Report, np.ndarray | None]:
+    """The BLT of m buffers that the parameters lead to, and its logits if they interlace.
 
     The loss is infinite where there is no telling it.
     """
@@ -321,9 +325,9 @@ def _minimize(
     defaults = {
         "max_optimizer_steps": 600,
         "optimizer": _OPTIMIZER if interlaced else _CAREFUL_OPTIMIZER,
-        "callback": None if "optimizer" in kwargs else _converged,
+        "done": None if "optimizer" in kwargs else _is_flat,
     }
-    params = optimization.optimize(
+    params, taken, stopped = optimization.minimized(
         parameterization.get_loss_fn(loss_fn), params, **(defaults | kwargs)
     )
     logits: Any = None
@@ -331,13 +335,14 @@ def _minimize(
         params = [np.asarray(x)[: 2 * m] for x in params]
         logits = _logits_of_steps(params[0], KNOWN)
     blt, _ = parameterization.blt_and_inverse_from_params(params)
-    loss = jnp.asarray(jnp.inf)
+    loss = math.inf
     if np.all(np.isfinite(np.stack([blt.buf_decay, blt.output_scale]))):
         blt = blt.canonicalize()
         if not min_gap(np.asarray(blt.buf_decay), KNOWN) < MIN_GAP:
             with contextlib.suppress(ValueError):  # a loss that float64 does not hold
-                loss = loss_fn.loss(blt)
-    return blt, loss if jnp.isfinite(loss) else jnp.asarray(jnp.inf), logits
+                loss = float(loss_fn.loss(blt))
+    reached = optimization.Report(loss if math.isfinite(loss) else math.inf, taken, stopped)
+    return blt, reached, logits
 
 
 @optimization.jax_enable_x64
@@ -352,6 +357,7 @@ def optimize(
     rtol: float = 1.01,
     init_blt: BufferedToeplitz | None = None,
     workload_coef: jax.Array | None = None,
+    report: optimization.ReportFnType | None = None,
     **kwargs: Any,
 ) -> BufferedToeplitz:
     """Finds a BLT of low error times squared sensitivity, and how many buffers it takes.
@@ -375,6 +381,8 @@ def optimize(
       init_blt: The BLT to start from, if ``min_buffers == max_buffers``; then no other is tried.
       workload_coef: Coefficients of the workload, by default ones: prefix sums. See
         `toeplitz.momentum_sgd_coefs`.
+      report: Called with an `optimization.Report` at the end; its steps are those of all numbers of
+        buffers.
       **kwargs: As for :func:`optimize_loss`, and the same for each number of buffers.
 
     Returns:
@@ -398,21 +406,35 @@ def optimize(
             "expected min_buffers == max_buffers with init_blt, "
             f"found min_buffers={fewest} and max_buffers={most}"
         )
+    optimization.check_report(report)
+    exponent: Any = 0
+    if workload_coef is not None:  # penalties are for losses of ordinary size
+        workload, exponent = scaled(jnp.asarray(known_workload(workload_coef, n)))
+        workload_coef = jnp.asarray(workload)
     loss_fn = LossFn.build_min_sep(
         n, error, min_sep, max_participations, workload_coef=workload_coef
     )
     if loss_fn.max_participations == 1 and error == "max" and workload_coef is None:
         loss_fn = LossFn.build_closed_form_single_participation(n)
-    if init_blt is not None:
-        return optimize_loss(loss_fn, most, init_blt, **kwargs)[0]
     best: BufferedToeplitz | None = None
-    best_loss = math.inf
-    for m, (blt, loss) in enumerate(grow(loss_fn, most, kwargs)):
-        if m < fewest:
-            continue
-        if best is not None and not rtol * float(loss) < best_loss:
-            break
-        best, best_loss = blt, float(loss)
-    if best is None or not math.isfinite(best_loss):
-        raise RuntimeError(f"expected a BLT with a finite loss, found {best_loss} for\n{best}")
+    reached = optimization.Report(math.inf, 0, "converged")
+    if init_blt is not None:
+        reports: list[optimization.Report] = []
+        best, _ = optimize_loss(loss_fn, most, init_blt, report=reports.append, **kwargs)
+        reached = reports[0]
+    else:
+        steps = 0
+        for m, (blt, found) in enumerate(grow(loss_fn, most, kwargs)):
+            steps = found.steps
+            if m < fewest:
+                continue
+            if best is not None and not rtol * found.loss < reached.loss:
+                break
+            best, reached = blt, found
+        reached = dataclasses.replace(reached, steps=steps)
+    if best is None or not math.isfinite(reached.loss):
+        raise RuntimeError(f"expected a BLT with a finite loss, found {reached.loss} for\n{best}")
+    if report is not None:
+        loss = math.ldexp(reached.loss, 2 * int(exponent))
+        report(dataclasses.replace(reached, loss=loss))
     return best

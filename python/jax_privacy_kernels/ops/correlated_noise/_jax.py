@@ -35,13 +35,15 @@ def run(inputs: Inputs) -> NoiseOutputs:
     """One step."""
     filter, keys, base = inputs.filter, inputs.keys, inputs.base
     assert base is not None
+    # XLA rounds products with numbers that it knows otherwise: in jit as outside, bit for bit.
+    coef, scale = jax.lax.optimization_barrier((inputs.coef, inputs.scale))
     # Under a vmap, keys of type unsafe_rbg split otherwise.
     over_keys = jax.vmap if filter.counted else lambda f: functools.partial(jax.lax.map, f)
     leaf_keys = over_keys(lambda key: jax.random.split(key, inputs.leaves[0].count))(keys)
     matrices = None
     if filter.slots and filter.ahead:
-        dtype = jnp.result_type(inputs.coef, *(leaf.dtype for leaf in inputs.leaves))
-        matrices = VISITS[type(filter)].matrices(filter, inputs.step, inputs.coef.astype(dtype))
+        dtype = jnp.result_type(coef, *(leaf.dtype for leaf in inputs.leaves))
+        matrices = VISITS[type(filter)].matrices(filter, inputs.step, coef.astype(dtype))
     outs, rings = [], []
     for i, (leaf, first, grad) in enumerate(zip(inputs.leaves, base, inputs.grads, strict=True)):
         out, ring = _leaf_step(
@@ -54,10 +56,10 @@ def run(inputs: Inputs) -> NoiseOutputs:
             jnp.asarray(leaf.first_tile % max(filter.slots, 1), jnp.int32),
             (first[0], first[1]),
             leaf_keys[:, leaf.index],
-            inputs.coef,
+            coef,
             inputs.stddevs,
             matrices,
-            inputs.scale,
+            scale,
             grad,
             inputs.rings[i] if inputs.rings else None,
         )

@@ -151,7 +151,7 @@ def draw(keys, first, count, index, COUNT: tl.constexpr, SIZE: tl.constexpr, STR
     own elements would compute a block for every one of them; one that had all 16 would hold 16
     elements of every term, and kernels have up to 8 terms in registers. So each thread computes one
     block, of any of the keys, and the bits go by shared memory to the threads that have the
-    elements, which costs about one instruction a sample. If there are COUNT SIZE = 16 elements for
+    elements; what that costs was not measured. If there are COUNT SIZE = 16 elements for
     each thread, COUNT a power of two, no block is computed twice.
 
     Args:

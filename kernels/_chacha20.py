@@ -1,4 +1,7 @@
-"""The block function of ChaCha20 (RFC 8439, section 2.3) on uint32 arrays."""
+"""The block function of ChaCha20 (RFC 8439, section 2.3) on uint32 arrays, and what kernels know.
+
+ops/_chacha20.py says what each block of a key is for, and where bits stand in blocks.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["chacha20"]
+__all__ = ["BLOCKS_32", "CONSTANTS", "GROUP", "KEY_WORDS", "chacha20"]
 
-_CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
+KEY_WORDS = 8
+GROUP = 128  # elements that have blocks of their own
+BLOCKS_32 = 8  # how many these are, for bits of 32
+
+CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)
 _COLUMNS = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
 _DIAGONALS = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
 
@@ -25,7 +32,7 @@ def chacha20(key: Sequence[jax.Array], nonce: Sequence[jax.Array]) -> list[jax.A
       nonce: words 12 to 15, 4 of them; all broadcast against each other.
     """
     shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *nonce)))
-    words: list[Any] = [*map(np.uint32, _CONSTANTS), *key, *nonce]
+    words: list[Any] = [*map(np.uint32, CONSTANTS), *key, *nonce]
     # Rounds mix all words. In a shard_map, a loop wants them to vary over the same axes before.
     zero = functools.reduce(jnp.bitwise_or, (*key, *nonce)) & np.uint32(0)
     start = tuple(jnp.broadcast_to(word | zero, shape) for word in words)

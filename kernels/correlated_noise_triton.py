@@ -16,9 +16,10 @@ from jax_privacy_kernels.kernels._noise_triton import (
     PHASE,
     PLACE,
     emit,
-    normal,
+    is_here,
     place,
 )
+from jax_privacy_kernels.kernels._streams_triton import draw, normal
 
 __all__ = ["recurrence"]
 
@@ -51,6 +52,8 @@ def _look_ahead(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    STREAM: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):
     """Overwrites the slots with x_t .. x_{t+S-1}, a group of GROUP terms at a time.
@@ -60,6 +63,7 @@ def _look_ahead(
     """
     for done in range(0, SLOTS, GROUP):
         first = (now + done) % SLOTS
+        drawn = draw(keys, done, SLOTS, index, GROUP, SIZE, STREAM)
         past = ()
         for _k in tl.static_range(GROUP):
             past = past + (tl.zeros_like(lane).to(column.dtype.element_ty),)
@@ -76,7 +80,7 @@ def _look_ahead(
         group = ()
         for k in tl.static_range(GROUP):
             weight = _weights_of(weights, done + k, ROWS, WIDTH)
-            z = normal(keys + 2 * tl.minimum(done + k, SLOTS - 1), index, lane, ACCURATE)
+            z = normal(drawn[k], index, lane, STREAM, ACCURATE)
             x = tl.fma(z.to(column.dtype.element_ty), tl.load(weight), past[k])
             for i in tl.static_range(k):
                 x = tl.fma(group[i], tl.load(weight + (k - i)), x)
@@ -86,9 +90,23 @@ def _look_ahead(
 
 
 @triton.jit
-def _warm_up(t, keys, weights, column, size, index, lane, mask, ACCURATE: tl.constexpr):
+def _warm_up(
+    t,
+    keys,
+    weights,
+    column,
+    size,
+    index,
+    lane,
+    mask,
+    SIZE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
     """Writes x_t, from the t terms before it."""
-    x = normal(keys, index, lane, ACCURATE).to(column.dtype.element_ty) * tl.load(weights)
+    drawn = draw(keys, 0, 1, index, 1, SIZE, STREAM)
+    z = normal(drawn[0], index, lane, STREAM, ACCURATE)
+    x = z.to(column.dtype.element_ty) * tl.load(weights)
     for lag in range(1, t + 1):
         x = tl.fma(tl.load(column + (t - lag) * size, mask=mask), tl.load(weights + lag), x)
     tl.store(column + t * size, x, mask=mask)
@@ -103,7 +121,8 @@ def _tile(
     phase,
     start,
     index,
-    left,
+    begin,
+    end,
     size,
     keys,
     weights,
@@ -115,10 +134,12 @@ def _tile(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
+    STREAM: tl.constexpr,
     ACCURATE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     lane = tl.arange(0, BLOCK)
-    mask = lane < tl.minimum(left, BLOCK).to(tl.int32)
+    mask = is_here(lane, begin, end, WHOLE)
     column = ring + start + lane
     now = t % SLOTS
     if REFRESH:
@@ -135,11 +156,13 @@ def _tile(
             ROWS,
             WIDTH,
             GROUP,
+            BLOCK,
+            STREAM,
             ACCURATE,
         )
     else:
         if phase > t:
-            _warm_up(t, keys, weights, column, size, index, lane, mask, ACCURATE)
+            _warm_up(t, keys, weights, column, size, index, lane, mask, BLOCK, STREAM, ACCURATE)
     x = tl.load(column + now * size, mask=mask)
     emit(grad + start + lane, out + start + lane, scale, x, mask)
 
@@ -170,6 +193,7 @@ def recurrence(
     GROUP: tl.constexpr,
     PART: tl.constexpr,
     TILE: tl.constexpr,
+    STREAM: tl.constexpr,
     ACCURATE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -181,7 +205,7 @@ def recurrence(
 
     Args:
       step: t >= 0.
-      keys: of every leaf for steps t .. t + S - 1, two words each.
+      keys: the words of those of every leaf for steps t .. t + S - 1.
       weights: ``[ROWS, WIDTH]``, w_0 .. w_S and zeros up to any w that a group of terms may meet;
         one row, or one for each of the steps.
       scale: of x in what is added to the gradients.
@@ -209,8 +233,8 @@ def recurrence(
         turn = (t % SLOTS + SLOTS - (phase + nth) % SLOTS) % SLOTS  # which of S tiles it is
         tile = nth * SLOTS + turn - offset
         first = tl.cast(tile, tl.int64) * TILE + part * PART
-        start, index, left = place(first, run, runs, length, PART, TILE, WHOLE)
-        if left > 0:
+        start, index, begin, end = place(first, run, runs, length, PART, TILE, WHOLE)
+        if begin < end:
             _tile(
                 True,
                 PART,
@@ -218,7 +242,8 @@ def recurrence(
                 0,
                 start,
                 index,
-                left,
+                begin,
+                end,
                 size,
                 keys,
                 weights,
@@ -230,14 +255,16 @@ def recurrence(
                 ROWS,
                 WIDTH,
                 GROUP,
+                STREAM,
                 ACCURATE,
+                WHOLE,
             )
     else:
         tile = nth * (group - PARTS) + part - PARTS
         phase = _phase(tile + offset, phase, SLOTS)
         first = tl.cast(tile, tl.int64) * TILE
-        start, index, left = place(first, run, runs, length, TILE, TILE, WHOLE)
-        if (left > 0) & (phase != t % SLOTS):
+        start, index, begin, end = place(first, run, runs, length, TILE, TILE, WHOLE)
+        if (begin < end) & (phase != t % SLOTS):
             _tile(
                 False,
                 TILE,
@@ -245,7 +272,8 @@ def recurrence(
                 phase,
                 start,
                 index,
-                left,
+                begin,
+                end,
                 size,
                 keys,
                 weights,
@@ -257,5 +285,7 @@ def recurrence(
                 ROWS,
                 WIDTH,
                 GROUP,
+                STREAM,
                 ACCURATE,
+                WHOLE,
             )

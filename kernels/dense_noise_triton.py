@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from jax_privacy_kernels.kernels._noise_triton import COLUMNS, emit, normal, place
+from jax_privacy_kernels.kernels._noise_triton import COLUMNS, emit, is_here, place
+from jax_privacy_kernels.kernels._streams_triton import draw, normal
 
 __all__ = ["weighted_samples"]
 
@@ -24,13 +25,14 @@ def weighted_samples(
     out,
     UNIT: tl.constexpr,
     TILE: tl.constexpr,
+    STREAM: tl.constexpr,
     ACCURATE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """out = grad + scale sum_j w_j z_j, by a program for every tile.
 
     Args:
-      keys: of every leaf for each sample, two words each.
+      keys: the words of those of every leaf for each sample.
       weights: ``[samples]`` w; a sample whose weight is zero is not made.
       scale: of the sum in what is added to the gradients.
       grad, runs, first_key, units, programs, out, WHOLE: as of `recurrence` in
@@ -39,13 +41,14 @@ def weighted_samples(
     """
     run, length = tl.program_id(0) // programs, tl.cast(units, tl.int64) * UNIT
     first = tl.cast(tl.program_id(0) % programs, tl.int64) * TILE
-    start, index, left = place(first, run, runs + COLUMNS * run, length, TILE, TILE, WHOLE)
+    start, index, begin, end = place(first, run, runs + COLUMNS * run, length, TILE, TILE, WHOLE)
     lane = tl.arange(0, TILE)
-    mask = lane < tl.minimum(left, TILE).to(tl.int32)
+    mask = is_here(lane, begin, end, WHOLE)
     x = tl.zeros_like(lane).to(weights.dtype.element_ty)
     for j in range(samples):
         weight = tl.load(weights + j)
         if weight != 0:
-            z = normal(keys + first_key + 2 * j, index, lane, ACCURATE)
+            drawn = draw(keys + first_key, j, samples, index, 1, TILE, STREAM)
+            z = normal(drawn[0], index, lane, STREAM, ACCURATE)
             x = tl.fma(z.to(weights.dtype.element_ty), weight, x)
     emit(grad + start + lane, out + start + lane, scale, x, mask)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_privacy_kernels
+from jax_privacy_kernels import random
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     _jax_triton,
@@ -87,9 +88,12 @@ def usage(ptx, capability):
     return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
 
 
-def noise(coef, size, dtype="float32"):
+THREEFRY, CHACHA20 = jax.random.key(0), random.secure_key(bytes(32))
+
+
+def noise(coef, size, dtype="float32", key=THREEFRY):
     def step():
-        key, matrix = jax.random.key(0), BandedRecurrence(jnp.asarray(coef))
+        matrix = BandedRecurrence(jnp.asarray(coef))
         grads = jnp.zeros(size, dtype)
         options = {"dtype": "float32"}
         state = init(grads, matrix, key=key, **options)
@@ -108,14 +112,14 @@ def on_shard(shard, leaf_size=10_000):
     return {"leaves": (leaf,), "base": base, "grads": [jnp.zeros(shard.size)]}
 
 
-def noise_of_shard(slots, shard, leaf_size=10_000):
+def noise_of_shard(slots, shard, leaf_size=10_000, key=THREEFRY):
     def step():
         inputs = Inputs(
             **on_shard(shard, leaf_size),
             rings=[jnp.zeros((slots, shard.size))] if slots else [],
             filter=RecurrenceFilter(True, slots),
             step=jnp.int32(0),
-            keys=jax.random.split(jax.random.key(0), slots or 1),
+            keys=jax.random.split(key, slots or 1),
             coef=jnp.ones((1, slots + 1)),
             stddevs=None,
             scale=jnp.ones(()),
@@ -125,11 +129,9 @@ def noise_of_shard(slots, shard, leaf_size=10_000):
     return step
 
 
-def row_of_shard(shard):
+def row_of_shard(shard, key=THREEFRY):
     def step():
-        inputs = RowInputs(
-            **on_shard(shard), rings=[], ahead=True, key=jax.random.key(0), row=jnp.ones(5)
-        )
+        inputs = RowInputs(**on_shard(shard), rings=[], ahead=True, key=key, row=jnp.ones(5))
         return _registry.table("dense_noise")["triton"].run(inputs)
 
     return step
@@ -170,6 +172,17 @@ CASES = {
     "8 bands, a shard of more than 2^32 elements": noise_of_shard(7, Shard(2**32 + 9), 2**34),
     "a dense row": dense,
     "a dense row, a shard in one run": row_of_shard(Shard(1000)),
+    "1 band, chacha20": noise([1.0], 1000, key=CHACHA20),
+    "2 bands, chacha20": noise([1.0] * 2, 1000, key=CHACHA20),
+    "8 bands, chacha20": noise([1.0] * 8, 1000, key=CHACHA20),
+    "64 bands, chacha20": noise([1.0] * 64, 1000, key=CHACHA20),
+    "64 bands by row, bfloat16, an odd size, chacha20": noise(
+        [[1.0] * 64] * 70, 1001, "bfloat16", CHACHA20
+    ),
+    "64 bands, a shard in two runs, chacha20": noise_of_shard(
+        63, Shard(999, ((2, 3000),)), key=CHACHA20
+    ),
+    "a dense row, a shard in one run, chacha20": row_of_shard(Shard(1000), CHACHA20),
     "a product": multiply,
     "a solution": solve,
     "a norm": norm,

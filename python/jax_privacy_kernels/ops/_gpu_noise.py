@@ -21,11 +21,9 @@ def _refuse(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel takes what is here of the leaf, or None."""
     if not ahead:
         return (
-            "it looks ahead, which takes threefry2x32 keys with jax_threefry_partitionable and a "
-            "stddev that is not traced"
+            "it looks ahead, which takes chacha20 keys, or threefry2x32 keys with "
+            "jax_threefry_partitionable, and a stddev that is not traced"
         )
-    if stream != "threefry2x32":
-        return f"it samples by threefry2x32 keys, not {stream}"
     if leaf.shard.axes and leaf.shard.run < SHORTEST:
         return (
             f"a shard in runs of {leaf.shard.run} elements, but it takes no shorter ones than "
@@ -47,6 +45,8 @@ def refuse_pallas(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel in Pallas takes what is here of the leaf, or None."""
     if reason := _refuse(leaf, ahead, stream):
         return reason
+    if stream != "threefry2x32":
+        return f"it samples by threefry2x32 keys, not {stream}"
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
         return f"it samples float32 and float64, not {leaf.noise_dtype}"
     if leaf.shard.size > 2**31 - TILE:

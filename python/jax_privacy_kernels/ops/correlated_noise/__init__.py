@@ -55,7 +55,7 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
         unavailable=_jax_triton.unavailable,
         refuse=_triton.refuse,
         run=_triton.run,
-        limits="to the next: as cpp, chacha20 keys, and noise of 64 bits, moving averages with "
+        limits="to the next: as cpp, and noise of 64 bits, moving averages with "
         "slots, buffers, shards in runs of less than 256 elements",
     ),
     "pallas": _dispatch.Implementation(

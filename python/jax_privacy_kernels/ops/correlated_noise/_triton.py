@@ -17,8 +17,9 @@ from jax_privacy_kernels.ops.dense_noise import _triton as _dense_noise
 __all__ = ["refuse", "run"]
 
 # Terms made together, at most, and elements of a tile to a program that makes them. With twice as
-# many of either, the compiler spills registers for some dtypes and sizes.
-GROUP = 8
+# many of either, the compiler spills registers for some dtypes and sizes. Of chacha20 keys the bits
+# of a group are in registers too, and 8 terms spill; `_part` says what their parts are.
+GROUP, GROUP_CHACHA20 = 8, 7
 PART = 256
 
 
@@ -38,24 +39,35 @@ def run(inputs: Inputs) -> NoiseOutputs:
     assert base is not None
     step = inputs.step
     split = jax.vmap(lambda key: jax.random.split(key, leaves[0].count), out_axes=1)
-    keys = jax.random.key_data(split(inputs.keys))  # [leaves, samples, 2]
+    keys = jax.random.key_data(split(inputs.keys))  # [leaves, samples, words]
     outs, rings = [], []
     for i, (leaf, first, grad) in enumerate(zip(leaves, base, inputs.grads, strict=True)):
         factors = filter.factors(step, inputs.coef.astype(leaf.dtype))
         scale = inputs.scale.astype(leaf.dtype)
         if filter.slots:
             runs = _gpu_noise.runs(leaf, first, filter.slots)
-            arrays = [step, keys, _padded(factors), scale, grad, runs, inputs.rings[i]]
-            out, ring = _recurrence(filter.slots, leaf, keys[0].size * leaf.index, arrays)
+            arrays = [
+                step,
+                keys,
+                _padded(factors, inputs.stream),
+                scale,
+                grad,
+                runs,
+                inputs.rings[i],
+            ]
+            first_key = keys[0].size * leaf.index
+            out, ring = _recurrence(filter.slots, leaf, inputs.stream, first_key, arrays)
             rings.append(ring)
         else:
-            out = _dense_noise.weighted_samples(leaf, first, keys, factors.reshape(-1), scale, grad)
+            out = _dense_noise.weighted_samples(
+                leaf, first, inputs.stream, keys, factors.reshape(-1), scale, grad
+            )
         outs.append(out)
     return NoiseOutputs(outs, rings)
 
 
 def _recurrence(
-    slots: int, leaf: Leaf, first_key: int, arrays: Sequence[jax.Array]
+    slots: int, leaf: Leaf, stream: str, first_key: int, arrays: Sequence[jax.Array]
 ) -> Sequence[jax.Array]:
     from jax_privacy_kernels.kernels import correlated_noise_triton
 
@@ -64,7 +76,8 @@ def _recurrence(
     tiles = _gpu_noise.tiles_of_run(leaf)
     # Of every S tiles that have all phases; the first of them may begin before the run.
     groups = -(-(tiles + (0 if leaf.whole else slots - 1)) // slots)
-    group = TILE // PART + -(-tiles // groups)
+    part, warps = _part(slots, stream)
+    group = TILE // part + -(-tiles // groups)
     programs = groups * group
     return _jax_triton.call(
         correlated_noise_triton.recurrence,
@@ -72,27 +85,40 @@ def _recurrence(
         [first_key, leaf.shard.run // unit, runs.shape[0], programs, group],
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (grad, ring)],
         programs=runs.shape[0] * programs,
+        warps=warps,
         aliases={len(arrays) - 1: 1},
         UNIT=unit,
         SLOTS=slots,
         ROWS=weights.shape[0],
         WIDTH=weights.shape[1],
-        GROUP=_group(slots),
-        PART=PART,
+        GROUP=_group(slots, stream),
+        PART=part,
         TILE=TILE,
+        STREAM=stream,
         ACCURATE=_jax_triton.accurate(),
         WHOLE=leaf.whole,
     )
 
 
-def _padded(factors: jax.Array) -> jax.Array:
+def _padded(factors: jax.Array, stream: str) -> jax.Array:
     """The factors of a recurrence, and zeros for what groups at either end reach beyond them."""
     slots = factors.shape[1] - 1
-    group = _group(slots)
+    group = _group(slots, stream)
     width = -(-slots // group) * group + group
     return jnp.pad(factors, ((0, 0), (0, width - factors.shape[1])))
 
 
-def _group(slots: int) -> int:
+def _group(slots: int, stream: str) -> int:
     """The size of a group: as many as there must be, and these as equal as can be."""
-    return -(-slots // -(-slots // GROUP))
+    most = GROUP_CHACHA20 if stream == "chacha20" else GROUP
+    return -(-slots // -(-slots // most))
+
+
+def _part(slots: int, stream: str) -> tuple[int, int]:
+    """The elements of a part, and the warps of a program."""
+    if stream != "chacha20":
+        return PART, 4
+    # A block of 16 elements to each thread, of the keys of a group, which are drawn at once.
+    keys = 1 << (_group(slots, stream) - 1).bit_length()
+    part = min(16 * 128 // keys, TILE)
+    return part, part * keys // (16 * 32)

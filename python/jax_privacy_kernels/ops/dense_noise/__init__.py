@@ -54,8 +54,7 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
         unavailable=_jax_triton.unavailable,
         refuse=_triton.refuse,
         run=_triton.run,
-        limits="to the next: as cpp, chacha20 keys, noise of 64 bits, shards in runs of less than "
-        "256 elements",
+        limits="to the next: as cpp, noise of 64 bits, shards in runs of less than 256 elements",
     ),
     "pallas": _dispatch.Implementation(
         platforms=("cuda",),

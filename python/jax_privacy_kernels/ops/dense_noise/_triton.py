@@ -25,13 +25,14 @@ def run(inputs: Inputs) -> NoiseOutputs:
     outs = []
     for leaf, first, grad in zip(inputs.leaves, inputs.base, inputs.grads, strict=True):
         row, one = inputs.row.astype(leaf.dtype), jnp.ones((), leaf.dtype)
-        outs.append(weighted_samples(leaf, first, keys, row, one, grad))
+        outs.append(weighted_samples(leaf, first, inputs.stream, keys, row, one, grad))
     return NoiseOutputs(outs, [])
 
 
 def weighted_samples(
     leaf: Leaf,
     first: jax.Array,
+    stream: str,
     keys: jax.Array,
     weights: jax.Array,
     scale: jax.Array,
@@ -42,7 +43,8 @@ def weighted_samples(
     Args:
       leaf: static.
       first: the index in the leaf of the first element that is here, the high and the low word.
-      keys: ``[leaves, samples, 2]`` uint32, those of every leaf of the tree.
+      stream: the type of the keys, static.
+      keys: ``[leaves, samples, words]`` uint32, those of every leaf of the tree.
       weights: ``[samples]`` of ``leaf.dtype``.
       scale: scalar of ``leaf.dtype``.
       grad: of any shape.
@@ -59,8 +61,10 @@ def weighted_samples(
         [keys[0].size * leaf.index, weights.size, leaf.shard.run // unit, max(tiles, 2)],
         [jax.ShapeDtypeStruct(grad.shape, grad.dtype)],
         programs=runs.shape[0] * tiles,
+        warps=TILE // (16 * 32) if stream == "chacha20" else 4,  # see _streams_triton.draw
         UNIT=unit,
         TILE=TILE,
+        STREAM=stream,
         ACCURATE=_jax_triton.accurate(),
         WHOLE=leaf.whole,
     )

@@ -115,7 +115,8 @@ inline void set_keys(const chacha20::Key* of_steps, uint32_t leaf, std::vector<c
   }
 }
 
-// The 64 bits of the elements of a visit. Those that are not there get bits that settle at once.
+// The 64 bits of the elements of a visit. Those that are not there get the bits of z = 0, which is
+// certain for every scale: nobody may ask for their further bits, as they have no index.
 class GridBits {
  public:
   GridBits(const Visit& visit, chacha20::Input& input) {
@@ -135,7 +136,7 @@ class GridBits {
         done += count, left -= count, index += static_cast<uint64_t>(count);
       }
     }
-    std::fill(low_ + done, low_ + kBlock, 0u), std::fill(high_ + done, high_ + kBlock, 0x80000000u);
+    std::fill(low_ + done, low_ + kBlock, ~0u), std::fill(high_ + done, high_ + kBlock, ~0u);
     std::copy_n(low_, kBlock, &words_[0][0]);
     std::copy_n(high_, kBlock, &words_[chacha20::kWords / 2][0]);
   }

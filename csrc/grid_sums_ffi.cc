@@ -37,7 +37,7 @@ ffi::Error run_grid_sums(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Buf
     for (int64_t j = 0; j < shape[0]; ++j) {
       const uint32_t* words = weights.typed_data() + 2 * j;
       const double weight = bit_cast<double>(uint64_t{words[1]} << 32 | words[0]);
-      if (!std::isfinite(weight)) return "weights must be finite";
+      if (!(std::fabs(weight) < 0x1p64)) return "weights must be finite and in bounds";
       step.weights.push_back(weight);
     }
     step.keys = chacha20_keys(keys, step.samples());

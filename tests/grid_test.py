@@ -161,6 +161,25 @@ def test_what_clipping_refuses(change, error, message):
         grid.clip_and_round(**arguments)
 
 
+@pytest.mark.parametrize("of", [1e-45, 2.0**-126, 1e-20, 1.0, 1e20, 3e38])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_clipping_holds_at_the_ends_of_floats_inside_jit(of, dtype):
+    """Compiled, too, no product of factors overflows: gradients all over the range of a dtype."""
+    rng = np.random.default_rng(4)
+    with np.errstate(over="ignore"):
+        values = (rng.uniform(-1, 1, (4, 300)) * of).astype(jnp.dtype(dtype))
+    for scale in (50, 2**30 - 1):
+        clip = jax.jit(jax.vmap(lambda g, c, s=scale: grid.clip_and_round(g, c, s)[0], (0, None)))
+        for norm in (1e-45, 1e-38, 1.0, 3e38):
+            for one in clip(jnp.asarray(values), norm):
+                assert squared_norm(one) <= scale**2
+
+
+def test_a_clipping_norm_is_one_number():
+    with pytest.raises(TypeError, match=r"l2_clip_norm to be one number, found shape \(3,\)"):
+        jax.jit(lambda c: grid.clip_and_round(jnp.ones(3), c, 100))(jnp.ones(3))
+
+
 def test_to_float_refuses_floats_and_shows_what_is_not_valid():
     with pytest.raises(TypeError, match="int32 or int64, found float32"):
         grid.to_float({"a": jnp.ones(3)}, 1.0, 100)
@@ -202,6 +221,7 @@ def test_rounding_costs_little_error(bands, bits, most):
         ([1.0, np.nan], 8, "finite"),
         ([0.001, 1.0], 8, r"diagonal of C to be at least 2\^-9, found 0.001"),
         ([1.0], 21, "fraction_bits <= 20, found 21"),
+        ([1e308], 20, r"coef to be below 2\^31, found 1e\+308"),
         ([1.0], -1, "fraction_bits >= 0, found fraction_bits=-1"),
         ([2.0**10 + 0.3], 20, "that float32 holds with 20 bits"),
         ([[[1.0]]], 3, r"shape \[b\] or \[n, b\], found \(1, 1, 1\)"),
@@ -210,6 +230,27 @@ def test_rounding_costs_little_error(bands, bits, most):
 def test_what_rounding_refuses(coef, bits, message):
     with pytest.raises(ValueError, match=message):
         grid.round_coefs(np.array(coef), bits)
+
+
+@pytest.mark.parametrize(
+    ("coef", "message"),
+    [
+        ([[1j]], "real numbers, found complex"),
+        ([[1.0], [1.0, 2.0]], "array of numbers"),
+        (np.array([[None]]), "known|array of numbers"),
+        ("abc", "array of numbers"),
+    ],
+)
+def test_what_is_no_strategy(coef, message):
+    for function in (lambda c: grid.round_coefs(c, 8), grid.inverse_as_streaming_matrix):
+        with pytest.raises(TypeError, match=message):
+            function(coef)
+
+
+def test_a_strategy_that_a_trace_hides_is_refused():
+    for function in (lambda c: grid.round_coefs(c, 8), grid.inverse_as_streaming_matrix):
+        with pytest.raises(TypeError, match="coef that is known, found one that is traced"):
+            jax.jit(lambda c, f=function: jnp.zeros(()) if f(c) is None else 0)(jnp.ones((2, 2)))
 
 
 # -- Privatizers ------------------------------------------------------------------------------
@@ -438,6 +479,21 @@ def test_sums_agree_and_most_of_them_settle_later(slots, stddev):
     assert_same(*states)
 
 
+@each
+@pytest.mark.parametrize("power", [-900, 60, 150, 900])
+def test_factors_of_any_size_give_the_noise_of_their_product(implementation, power):
+    """Bits are drawn for many of these sums; C^-1 and stddev are far from 1, in either direction."""
+    with jax.enable_x64(True):
+        grads = jnp.zeros(200, jnp.int64)
+        rows = np.array([[0.7, 0.0, -1 / 3]])
+        expected, _ = run(privatizer(rows, stddev=2.0**41), grads, 1)
+        p = privatizer(
+            np.ldexp(rows, power), stddev=2.0 ** (41 - power), implementation=implementation
+        )
+        actual, _ = run(p, grads, 1)
+    assert_same(actual, expected)
+
+
 def test_sums_are_rounded_correctly():
     """Against mpmath, by the bits of their samples."""
     with jax.enable_x64(True):
@@ -604,6 +660,27 @@ def test_one_key_for_several_gradients_is_refused():
     state = p.init({"w": jnp.zeros(300, jnp.int32)})
     with pytest.raises(ValueError, match="vmap"):
         jax.vmap(p.update, in_axes=(0, None))(grads, state)
+
+
+@pytest.mark.parametrize("place", [0, 31])
+def test_keys_that_differ_in_any_word_are_different(place):
+    """Dense rows keep the key that was given, whose words may be alike but for one."""
+    words = np.zeros((2, 32), np.uint8)
+    words[1, place] = 1
+    keys = jax.random.wrap_key_data(
+        jnp.asarray(words.view("<u4").astype(np.uint32)), impl=random.chacha20
+    )
+    grads = {"w": jnp.zeros((2, 5), jnp.int32)}
+
+    def noise(key, grad):
+        p = privatizer(np.eye(3), prng_key=key)
+        return p.update(grad, p.init(grad))[0]
+
+    mapped = jax.vmap(noise)(keys, grads)["w"]
+    for i in range(2):
+        assert_same(mapped[i], noise(keys[i], {"w": grads["w"][i]})["w"])
+    same = jax.vmap(noise)(keys[jnp.array([1, 1])], grads)["w"]
+    assert (np.asarray(same) == np.iinfo(np.int32).min).all()
 
 
 def test_an_unknown_implementation_is_refused():

@@ -127,6 +127,11 @@ def test_data_reproduces_a_key(kind):
     np.testing.assert_array_equal(words(random.secure_key(kind(DATA))), words(KEY))
 
 
+def test_data_that_is_not_contiguous_is_read_in_order():
+    view = memoryview(bytes(x for byte in DATA for x in (byte, 0)))[::2]
+    np.testing.assert_array_equal(words(random.secure_key(view)), words(KEY))
+
+
 @pytest.mark.parametrize("size", [0, 31, 33, 64])
 def test_data_of_another_size_is_refused(size):
     with pytest.raises(ValueError, match=f"32 bytes, found {size}"):
@@ -204,6 +209,11 @@ def test_folds_of_many():
     many = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3))
     for i, key in enumerate(many):
         np.testing.assert_array_equal(words(key), words(jax.random.fold_in(KEY, i)))
+
+
+def test_no_two_children_have_one_number():
+    with pytest.raises(ValueError, match="at most 2\\^32 children of a key, found 8589934592"):
+        jax.eval_shape(lambda key: _chacha20._split(key, (2, 2**32)), jnp.zeros(8, jnp.uint32))
 
 
 def test_raw_words_are_wrapped():

@@ -57,13 +57,18 @@ def sums(weights: np.ndarray, stddev: float, slots: int) -> GridSums:
     Raises:
       ValueError: terms are too small or too large for sums that float64 settles.
     """
-    total = float(np.abs(weights).sum(axis=-1).max()) * stddev
+    with np.errstate(over="ignore"):
+        total = float(np.abs(weights).sum(axis=-1).max()) * stddev
     if not LEAST_SCALE <= total <= MOST_SCALE:
         raise ValueError(
             "expected the largest row of C^-1 to have absolute values that sum up to between 1/8 "
             f"and 2^42 with stddev, found {total:.6g} for stddev={stddev}: choose another "
             "grid_scale"
         )
+    # The bounds of fixed point hold for a stddev near 1 and products below 2^42, however small or
+    # large the factors are that were given.
+    stddev, exponent = math.frexp(stddev)
+    weights = np.ldexp(weights, exponent)
     normal = float(np.sqrt(np.square(weights).sum(axis=-1).max())) * stddev
     return GridSums(weights, stddev, slots, math.ceil(1.01 * _DEVIATIONS * normal) + 1)
 

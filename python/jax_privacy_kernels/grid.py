@@ -104,7 +104,7 @@ def clip_and_round(
       clipping, a float.
 
     Raises:
-      TypeError: a leaf that is not floating.
+      TypeError: a leaf that is not floating; an l2_clip_norm that is not one number.
       ValueError: a grid_scale or l2_clip_norm out of range.
     """
     x64 = bool(jax.config.read("jax_enable_x64"))
@@ -160,7 +160,7 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
       where a trace has hidden that its state does not fit, becomes NaN.
 
     Raises:
-      TypeError: a leaf that is not int32 or int64.
+      TypeError: a leaf that is not int32 or int64; an l2_clip_norm that is not one number.
       ValueError: a grid_scale or l2_clip_norm out of range.
     """
     scale = _check_grid_scale(grid_scale, 52)
@@ -199,6 +199,10 @@ def _check_grid_scale(grid_scale: Any, bits: int) -> int:
 
 
 def _check_clip_norm(l2_clip_norm: Any) -> None:
+    if np.ndim(l2_clip_norm):
+        raise TypeError(
+            f"expected l2_clip_norm to be one number, found shape {np.shape(l2_clip_norm)}"
+        )
     if is_concrete(l2_clip_norm):
         check_scalar(
             "l2_clip_norm", l2_clip_norm, lambda c: 0 < c < math.inf, "positive and finite"
@@ -225,13 +229,14 @@ def round_coefs(coef: jax.typing.ArrayLike, fraction_bits: int) -> jax.Array:
       An array of the same shape, and of its dtype if that is floating and holds the values.
 
     Raises:
-      ValueError: coefficients that are not finite, a diagonal that rounds to 0, a k out of range,
-        or a dtype that does not hold the rounded values.
+      TypeError: coefficients that are not real numbers, or traced.
+      ValueError: coefficients that are not finite or not below 2^31, a diagonal that rounds to 0, a
+        k out of range, or a dtype that does not hold the rounded values.
     """
     bits = check_int("fraction_bits", fraction_bits, 0)
     if bits > MOST_FRACTION_BITS:
         raise ValueError(f"expected fraction_bits <= {MOST_FRACTION_BITS}, found {fraction_bits}")
-    values = floats("coef", coef)
+    values = _rows_of_strategy(coef)
     given = jnp.asarray(coef)
     if not jnp.issubdtype(given.dtype, jnp.floating):
         given = given.astype(jnp.result_type(float))
@@ -239,6 +244,8 @@ def round_coefs(coef: jax.typing.ArrayLike, fraction_bits: int) -> jax.Array:
         raise ValueError(f"expected coef of shape [b] or [n, b], found {values.shape}")
     if not np.isfinite(values).all():
         raise ValueError("expected coef to be finite, found NaN or infinite entries")
+    if np.abs(values).max() >= 2.0**31:
+        raise ValueError(f"expected coef to be below 2^31, found {np.abs(values).max():.6g}")
     rounded = np.floor(np.ldexp(values, bits) + 0.5)
     if (rounded[..., 0] == 0).any():
         raise ValueError(
@@ -252,6 +259,15 @@ def round_coefs(coef: jax.typing.ArrayLike, fraction_bits: int) -> jax.Array:
             f"found {np.abs(values).max():.6g}"
         )
     return result
+
+
+def _rows_of_strategy(coef: Any) -> np.ndarray:
+    """Coefficients of C as float64; a TypeError if they are not real numbers, or traced."""
+    if not is_concrete(coef):
+        raise TypeError("expected coef that is known, found one that is traced")
+    if np.iscomplexobj(coef):
+        raise TypeError("expected coef to hold real numbers, found complex ones")
+    return floats("coef", coef)
 
 
 def inverse_as_streaming_matrix(coef: jax.typing.ArrayLike) -> streaming_matrix.StreamingMatrix:
@@ -268,14 +284,15 @@ def inverse_as_streaming_matrix(coef: jax.typing.ArrayLike) -> streaming_matrix.
       A StreamingMatrix of n rows; a privatizer refuses to go beyond them.
 
     Raises:
+      TypeError: coef does not hold real numbers, or is traced.
       ValueError: coef is not [n, b], not finite, or has zeros in its first column.
     """
-    rows = np.asarray(coef)
+    rows = _rows_of_strategy(coef)
     if rows.ndim != 2 or rows.size == 0:
         raise ValueError(f"expected coef of shape [n, b], found {rows.shape}")
     if not np.isfinite(rows).all() or (rows[:, 0] == 0).any():
         raise ValueError("expected coef to be finite and the diagonal of C to be nonzero")
-    array = jnp.asarray(rows)
+    array = jnp.asarray(coef)
     array = array.astype(promote_types(array.dtype, jnp.float32))
     return banded.inverse_of_rows(array, None, array.dtype)
 

@@ -67,7 +67,7 @@ def secure_key(data: bytes | bytearray | memoryview | None = None) -> jax.Array:
         raise TypeError(f"expected data to be {_BYTES} bytes, found {type(data).__name__}")
     if memoryview(data).nbytes != _BYTES:  # its value is a secret, which no message shows
         raise ValueError(f"expected data to be {_BYTES} bytes, found {memoryview(data).nbytes}")
-    words = np.frombuffer(data, "<u4").astype(np.uint32)
+    words = np.frombuffer(bytes(data), "<u4").astype(np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(words), impl=chacha20)
 
 

@@ -90,6 +90,29 @@ void test_estimates_settle_rightly() {
   }
 }
 
+// No place of a block that has no element asks for further bits, whatever the scale is: it has no
+// index to ask for.
+void test_places_without_elements() {
+  const double quartile = 0.6744897501960817;  // z of the uniform in the middle
+  for (double about : {0x1p10, 0x1p36, 0x1p41}) {
+    Rounding rounding{};
+    rounding.scale = (std::floor(about * quartile) + 0.5) / quartile;
+    Visit visit;
+    visit.clear(1), visit.add({0, 7, 5});
+    chacha20::Input input{};
+    input.set_domain(chacha20::Domain::kGrid);
+    const GridBits bits(visit, input);
+    double out[kBlock];
+    rounded_normal_block(
+        rounding, bits.high(), bits.low(),
+        [&](int i, uint32_t* words) {
+          CHECK(i < visit.count, "place %d of %" PRId64 " elements", i, visit.count);
+          std::fill_n(words, 4, 0u);
+        },
+        out);
+  }
+}
+
 // The sample of one element, from all of its bits.
 int64_t naive_sample(const Rounding& rounding, const chacha20::Key& key, uint64_t index) {
   using Layout = chacha20::Layout<64>;
@@ -291,6 +314,7 @@ void test_sums() {
 int main() {
   jpk::test_golden_samples();
   jpk::test_estimates_settle_rightly();
+  jpk::test_places_without_elements();
   jpk::test_quotients();
   jpk::test_sums();
   for (const jpk::Case& of :

@@ -98,7 +98,7 @@ def test_many_samples_are_rounded_correctly(scale):
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
 def test_the_law_of_small_samples(scale):
-    """Chi-square against exact probabilities; bench/noise.py does it with 10^8 samples."""
+    """Chi-square against exact probabilities; tests/grid_test.py does it with 10^8."""
     n = 200_000
     bits = np.random.default_rng(5).integers(0, 2**32, (6, n), dtype=np.uint32)
     with jax.enable_x64(True):

@@ -169,7 +169,10 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
 
 
 def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    child = jax.lax.iota(jnp.uint32, math.prod(shape))
+    count = math.prod(shape)
+    if isinstance(count, int) and count > 2**32:  # their numbers would begin again
+        raise ValueError(f"expected at most 2^32 children of a key, found {count}")
+    child = jax.lax.iota(jnp.uint32, count)
     children = _jitted_children(key, Domain.SPLIT, (jnp.zeros_like(child), child))
     return children.reshape(*shape, KEY_WORDS)
 

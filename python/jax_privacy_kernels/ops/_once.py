@@ -104,7 +104,7 @@ def _batch(args: Any, dims: Any) -> Any:
 def _are_different(keys: jax.Array) -> jax.Array:
     """Of each of the keys ``[n, ...]`` whether no other is the same."""
     # What later keys are split from is the last.
-    words = list(keys.reshape(keys.shape[0], -1)[:, -4:].T)
+    words = list(keys.reshape(keys.shape[0], -1, keys.shape[-1])[:, -1].T)
     *ordered, place = jax.lax.sort([*words, jnp.arange(keys.shape[0])], num_keys=len(words))
     same = functools.reduce(jnp.logical_and, [word[1:] == word[:-1] for word in ordered])
     first, second = jnp.append(same, False), jnp.append(False, same)

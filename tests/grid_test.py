@@ -482,7 +482,7 @@ def test_sums_agree_and_most_of_them_settle_later(slots, stddev):
 @each
 @pytest.mark.parametrize("power", [-900, 60, 150, 900])
 def test_factors_of_any_size_give_the_noise_of_their_product(implementation, power):
-    """Bits are drawn for many of these sums; C^-1 and stddev are far from 1, in either direction."""
+    """Many of these sums draw bits; C^-1 and stddev are far from 1, in either direction."""
     with jax.enable_x64(True):
         grads = jnp.zeros(200, jnp.int64)
         rows = np.array([[0.7, 0.0, -1 / 3]])

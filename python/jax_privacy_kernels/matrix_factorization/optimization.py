@@ -69,7 +69,7 @@ class Report:
         >>> def loss(x):
         ...     return jnp.sum((x - 1) ** 2) + 3
         >>> _ = optimize(loss, jnp.zeros(2), report=print)
-        loss 3: converged after 3 steps
+        loss 3: converged after ... steps
 
     Attributes:
       loss: Of the result.

@@ -235,9 +235,11 @@ def test_what_rounding_refuses(coef, bits, message):
 @pytest.mark.parametrize(
     ("coef", "message"),
     [
-        ([[1j]], "real numbers, found complex"),
+        ([[1j]], "array of numbers"),
+        (np.array([[1j]]), "real numbers, found complex128"),
+        (np.array([[True]]), "real numbers, found bool"),
         ([[1.0], [1.0, 2.0]], "array of numbers"),
-        (np.array([[None]]), "known|array of numbers"),
+        (np.array([[None]]), "real numbers, found object"),
         ("abc", "array of numbers"),
     ],
 )

@@ -265,8 +265,9 @@ def _rows_of_strategy(coef: Any) -> np.ndarray:
     """Coefficients of C as float64; a TypeError if they are not real numbers, or traced."""
     if not is_concrete(coef):
         raise TypeError("expected coef that is known, found one that is traced")
-    if np.iscomplexobj(coef):
-        raise TypeError("expected coef to hold real numbers, found complex ones")
+    dtype = getattr(coef, "dtype", np.dtype(float))  # of a list, floats() tells
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"expected coef to hold real numbers, found {dtype}")
     return floats("coef", coef)
 
 

@@ -55,7 +55,7 @@ def pytest_unconfigure(config):
 
 # -- Quick runs -------------------------------------------------------------------------------
 
-QUICK = 4  # cases of a test
+QUICK = 2  # cases of a test
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at markers

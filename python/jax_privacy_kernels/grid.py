@@ -51,6 +51,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     is_tracing,
     leaf_name,
+    owned,
     promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import banded, streaming_matrix
@@ -237,7 +238,7 @@ def round_coefs(coef: jax.typing.ArrayLike, fraction_bits: int) -> jax.Array:
     if bits > MOST_FRACTION_BITS:
         raise ValueError(f"expected fraction_bits <= {MOST_FRACTION_BITS}, found {fraction_bits}")
     values = _rows_of_strategy(coef)
-    given = jnp.asarray(coef)
+    given = owned("coef", coef)
     if not jnp.issubdtype(given.dtype, jnp.floating):
         given = given.astype(jnp.result_type(float))
     if values.ndim not in (1, 2) or values.size == 0:
@@ -293,7 +294,7 @@ def inverse_as_streaming_matrix(coef: jax.typing.ArrayLike) -> streaming_matrix.
         raise ValueError(f"expected coef of shape [n, b], found {rows.shape}")
     if not np.isfinite(rows).all() or (rows[:, 0] == 0).any():
         raise ValueError("expected coef to be finite and the diagonal of C to be nonzero")
-    array = jnp.asarray(coef)
+    array = owned("coef", coef)
     array = array.astype(promote_types(array.dtype, jnp.float32))
     return banded.inverse_of_rows(array, None, array.dtype)
 

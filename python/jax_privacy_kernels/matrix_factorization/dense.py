@@ -141,9 +141,9 @@ def honaker_tree(n: int) -> tuple[jax.Array, jax.Array]:
       n: The number of steps.
 
     Returns:
-      C: ``[m, n]`` of zeros and ones, m < 2 n the number of nodes, in the order of completion.
-      noising: ``[n, m]``; the noise of the prefix sums is ``tri @ noising @ z``. Both are of the
-        default float dtype.
+      ``(C, noising)``, both of the default float dtype. C is ``[m, n]`` of zeros and ones, with
+      m < 2 n the number of nodes, in the order of completion; noising is ``[n, m]``, and the noise
+      of the prefix sums is ``tri @ noising @ z``.
 
     Raises:
       ValueError: if n < 1, or the matrices do not fit into memory.

@@ -1,15 +1,13 @@
-"""What holds for all tests: devices, compiled programs, profiles, quick runs, memory given back."""
+"""What holds for all tests: devices, profiles, what quick runs take, and memory given back."""
 
 from __future__ import annotations
 
 import collections
 import ctypes
 import gc
-import os
 import pathlib
 import resource
 import sys
-import tempfile
 
 import jax
 import pytest
@@ -26,31 +24,6 @@ def eight_devices():
     """For tests of meshes."""
     if jax.device_count() < 8:
         pytest.skip(f"needs eight devices, found {jax.devices()}: set JAX_PLATFORMS=cpu")
-
-
-# -- Compiled programs ------------------------------------------------------------------------
-
-_programs = pytest.StashKey[tempfile.TemporaryDirectory]()
-
-
-def pytest_configure(config):
-    """XLA compiles a program once: what workers, and programs that tests start, find on disk.
-
-    Half of the time of most tests goes into compiling what another test has compiled.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in a worker it is
-        config.stash[_programs] = tempfile.TemporaryDirectory(prefix="compiled-")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[_programs].name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def pytest_unconfigure(config):
-    if _programs in config.stash:
-        config.stash[_programs].cleanup()
 
 
 # -- Quick runs -------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
     axes.set_xlabel("how far the gradient that is tried is from the true one (stddev = 1)")
     axes.set_ylabel("coordinates that it could have made (%)")
     axes.set_title("What low-order bits of a noisy gradient tell")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels.matrix_factorization import dense, optimization, sensitivity
@@ -17,6 +19,7 @@ _MOST_ROWS = 128  # of a matrix that is optimized for a bound: some seconds
 def dense_bound(
     n: int,
     bands: int,
+    reduction_fn: Callable[[jax.Array], jax.Array],
     workload: np.ndarray | None,
     A: Any,
     min_sep: int | None,
@@ -31,17 +34,18 @@ def dense_bound(
     Args:
       n: The number of steps.
       bands: The most bands of the strategies that it bounds.
+      reduction_fn: Of the errors of the queries: there is a bound for `jax.numpy.mean` alone.
       workload: ``[n]`` coefficients of A, or None for prefix sums; unless there is
       A: a StreamingMatrix, or None.
       min_sep, max_participations: The pattern.
     """
+    if reduction_fn is not jnp.mean or n > _MOST_ROWS:
+        return None
     epochs = 1
     if min_sep is not None and min_sep < n:
         epochs = sensitivity.participations(n, min_sep, max_participations)
         if epochs > 1 and epochs * min_sep != n:
             return None
-    if n > _MOST_ROWS:
-        return None
     reports: list[optimization.Report] = []
     with jax.enable_x64(True):
         matrix: Any = None

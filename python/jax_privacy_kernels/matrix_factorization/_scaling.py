@@ -26,6 +26,7 @@ __all__ = [
     "Scaled",
     "as_dtype",
     "ending_in_nan",
+    "exponent_of_small",
     "restored",
     "scaled",
     "within_range",
@@ -56,6 +57,15 @@ def scaled(x: jax.Array) -> Scaled:
     largest = jax.lax.stop_gradient(jnp.abs(x).max())
     largest = jnp.where((largest > 0) & (largest < jnp.inf), largest, jnp.ones_like(largest))
     return Scaled(x / largest, largest)
+
+
+def exponent_of_small(loss: float) -> int:
+    """The e of a loss ``m 2^e`` with m from 1/2 to 1, or 0 of one from 1 on.
+
+    The first steps of optimizers are as large as gradients are. Small losses, as those of small
+    learning rates are, would make them small.
+    """
+    return min(math.frexp(loss)[1], 0)
 
 
 def _exponent(values: np.ndarray) -> int:

@@ -134,9 +134,7 @@ def optimize_banded_toeplitz(
         if len(found) > 1:
             best, _, stopped = min(found, key=lambda ended: float(cost(jnp.asarray(ended[0]))))
         if report is not None:
-            bound = None
-            if reduction_fn is jnp.mean:
-                bound = dense_bound(n, bands, workload, A, min_sep, max_participations)
+            bound = dense_bound(n, bands, reduction_fn, workload, A, min_sep, max_participations)
             steps = sum(taken for _, taken, _ in found)
             report(optimization.Report(float(cost(jnp.asarray(best))), steps, stopped, bound))
         return jnp.asarray(best / np.linalg.norm(best)).astype(dtype)
@@ -251,9 +249,7 @@ def optimize_banded_inverse_toeplitz(
         else:
             _start_often(descent, p, workload)
         if report is not None:
-            bound = None
-            if reduction_fn is jnp.mean:
-                bound = dense_bound(n, n, workload, None, min_sep, max_participations)
+            bound = dense_bound(n, n, reduction_fn, workload, None, min_sep, max_participations)
             report(optimization.Report(descent.loss, descent.steps_taken, descent.stopped, bound))
     return jnp.asarray(descent.best, dtype)
 

@@ -8,7 +8,6 @@ come close to the error of these at a fraction of the parameters. For prefix sum
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,11 @@ from jax_privacy_kernels._checks import (
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization, sensitivity, toeplitz
 from jax_privacy_kernels.matrix_factorization._dense_bounds import dense_bound
-from jax_privacy_kernels.matrix_factorization._scaling import ending_in_nan, within_range
+from jax_privacy_kernels.matrix_factorization._scaling import (
+    ending_in_nan,
+    exponent_of_small,
+    within_range,
+)
 from jax_privacy_kernels.matrix_factorization._workloads import can_follow, momentum_errors
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, prefix_sum
 
@@ -372,12 +375,15 @@ def optimize(
     optimization.check_report(report)
     loss_fn = _loss(A, reduction_fn, scan_fn)
     start = ColumnNormalizedBanded(_entries(C).astype(C.params.dtype))
-    # Of small losses, as those of small learning rates are, first steps would be small, too.
+
+    def cost(C: ColumnNormalizedBanded) -> float:
+        with jax.enable_x64(True):
+            wide = ColumnNormalizedBanded(C.params.astype(jnp.float64))
+            return float(optimization.jitted(loss_fn)(wide))
+
     exponent = 0
     if callback is None and max_optimizer_steps:
-        with jax.enable_x64(True):
-            wide = ColumnNormalizedBanded(start.params.astype(jnp.float64))
-            exponent = min(math.frexp(float(optimization.jitted(loss_fn)(wide)))[1], 0)
+        exponent = exponent_of_small(cost(start))
     best, steps, stopped = optimization.minimized(
         _loss(A, reduction_fn, scan_fn, exponent) if exponent else loss_fn,
         start,
@@ -385,13 +391,8 @@ def optimize(
         callback=callback,
     )
     if report is not None:
-        bound = None
-        if reduction_fn is jnp.mean:
-            bound = dense_bound(n, bands, None, A, None, None)
-        with jax.enable_x64(True):
-            wide = ColumnNormalizedBanded(best.params.astype(jnp.float64))
-            loss = float(optimization.jitted(loss_fn)(wide))
-        report(optimization.Report(loss, steps, stopped, bound))
+        bound = dense_bound(n, bands, reduction_fn, None, A, None, None)
+        report(optimization.Report(cost(best), steps, stopped, bound))
     return best
 
 

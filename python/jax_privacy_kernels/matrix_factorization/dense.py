@@ -39,7 +39,7 @@ from jax_privacy_kernels.matrix_factorization._dual import (
     least_for_one,
     lower_bound,
 )
-from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
+from jax_privacy_kernels.matrix_factorization._scaling import exponent_of_small, restored, scaled
 
 __all__ = [
     "Certificate",
@@ -359,8 +359,7 @@ def optimize(
         objective = _Objective(workload, mask, epochs, equal_norm, reduction_fn)
         start = jnp.eye(n, dtype=jnp.float64) / epochs
         if is_default:  # other callbacks see losses as they are
-            # Of small losses, as those of small learning rates are, first steps would be small.
-            exponent = min(math.frexp(float(objective.loss_and_gradient(start)[0]))[1], 0)
+            exponent = exponent_of_small(float(objective.loss_and_gradient(start)[0]))
             objective = dataclasses.replace(objective, factor=2.0**-exponent)
         found: Found | None = None
         if is_default and is_mean and epochs == 1 and bands is None and steps:

@@ -12,12 +12,12 @@ from jax_privacy_kernels.ops import _shards
 from jax_privacy_kernels.ops._leaves import TILE, Leaf, tile_of
 from jax_privacy_kernels.ops._shards import Shard
 
-__all__ = ["refuse_pallas", "refuse_triton", "runs", "tiles_of_run"]
+__all__ = ["refuse_pallas", "refuse_triton", "runs", "tiles_of_run", "warps"]
 
 SHORTEST = 256  # elements of a run, if there are several: a program works on one at a time
 
 
-def _refuse(leaf: Leaf, ahead: bool, stream: str) -> str | None:
+def _refuse(leaf: Leaf, ahead: bool) -> str | None:
     """Why no kernel takes what is here of the leaf, or None."""
     if not ahead:
         return (
@@ -34,7 +34,8 @@ def _refuse(leaf: Leaf, ahead: bool, stream: str) -> str | None:
 
 def refuse_triton(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel in Triton takes what is here of the leaf, or None."""
-    if reason := _refuse(leaf, ahead, stream):
+    del stream  # with those that look ahead, it samples by keys of all types
+    if reason := _refuse(leaf, ahead):
         return reason
     if leaf.noise_dtype != jnp.float32:
         return f"it samples float32, not {leaf.noise_dtype}"
@@ -43,7 +44,7 @@ def refuse_triton(leaf: Leaf, ahead: bool, stream: str) -> str | None:
 
 def refuse_pallas(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel in Pallas takes what is here of the leaf, or None."""
-    if reason := _refuse(leaf, ahead, stream):
+    if reason := _refuse(leaf, ahead):
         return reason
     if stream != "threefry2x32":
         return f"it samples by threefry2x32 keys, not {stream}"
@@ -52,6 +53,15 @@ def refuse_pallas(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     if leaf.shard.size > 2**31 - TILE:
         return f"{leaf.shard.size} elements, but its indices are 32 bits wide"
     return None
+
+
+def warps(bits: int, stream: str) -> int:
+    """The warps of a program in Triton that draws so many bits of 32 at once.
+
+    With chacha20 keys, each of the 32 threads of a warp computes a block, which has 16 of them:
+    see kernels/_streams_triton.py.
+    """
+    return bits // (16 * 32) if stream == "chacha20" else 4
 
 
 def runs(leaf: Leaf, first: jax.Array, slots: int) -> jax.Array:

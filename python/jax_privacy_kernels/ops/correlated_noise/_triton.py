@@ -117,8 +117,8 @@ def _group(slots: int, stream: str) -> int:
 def _part(slots: int, stream: str) -> tuple[int, int]:
     """The elements of a part, and the warps of a program."""
     if stream != "chacha20":
-        return PART, 4
+        return PART, _gpu_noise.warps(PART, stream)
     # A block of 16 elements to each thread, of the keys of a group, which are drawn at once.
     keys = 1 << (_group(slots, stream) - 1).bit_length()
     part = min(16 * 128 // keys, TILE)
-    return part, part * keys // (16 * 32)
+    return part, _gpu_noise.warps(part * keys, stream)

@@ -61,7 +61,7 @@ def weighted_samples(
         [keys[0].size * leaf.index, weights.size, leaf.shard.run // unit, max(tiles, 2)],
         [jax.ShapeDtypeStruct(grad.shape, grad.dtype)],
         programs=runs.shape[0] * tiles,
-        warps=TILE // (16 * 32) if stream == "chacha20" else 4,  # see _streams_triton.draw
+        warps=_gpu_noise.warps(TILE, stream),
         UNIT=unit,
         TILE=TILE,
         STREAM=stream,

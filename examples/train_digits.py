@@ -423,8 +423,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs, args.seeds = 2, 1
-    if args.batch_size > TRAIN_SIZE:
-        parser.error(f"--batch-size must be between 1 and {TRAIN_SIZE}, got {args.batch_size}")
+    check_batch_size(parser, args.batch_size)
     # Up to min_sep bands the columns of C that one example touches are orthogonal; beyond,
     # sensitivity grows.
     steps_per_epoch = TRAIN_SIZE // args.batch_size
@@ -434,6 +433,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--bands must be between 1 and {steps_per_epoch} (steps per epoch), got {args.bands}"
         )
     return args
+
+
+def check_batch_size(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Ends the program if a batch would be larger than the training set."""
+    if batch_size > TRAIN_SIZE:
+        parser.error(f"--batch-size must be between 1 and {TRAIN_SIZE}, got {batch_size}")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

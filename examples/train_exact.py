@@ -207,10 +207,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parser.parse_args(argv)
     if args.quick:
         args.epochs, args.seeds = 2, 1
-    if args.batch_size > digits.TRAIN_SIZE:
-        parser.error(
-            f"--batch-size must be between 1 and {digits.TRAIN_SIZE}, got {args.batch_size}"
-        )
+    digits.check_batch_size(parser, args.batch_size)
 
     data = digits.load_data(args.batch_size)
     steps_per_epoch = len(data.labels)

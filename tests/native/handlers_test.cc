@@ -81,8 +81,7 @@ struct Call {
   std::vector<std::pair<std::string, Attribute>> attributes;  // by name, in order
 };
 
-// -- What XLA has
-// ----------------------------------------------------------------------------------
+// -- What XLA has --------------------------------------------------------------------------------
 
 struct Failure {
   std::string message;
@@ -119,8 +118,7 @@ XLA_FFI_Api make_api() {
   return api;
 }
 
-// -- One call
-// --------------------------------------------------------------------------------------
+// -- One call ------------------------------------------------------------------------------------
 
 using Bytes = std::unique_ptr<char[]>;
 
@@ -247,8 +245,7 @@ XLA_FFI_Error_Code make(const Call& call, jpk::Handler* handler) {
   return code;
 }
 
-// -- Calls that are right
-// --------------------------------------------------------------------------
+// -- Calls that are right ------------------------------------------------------------------------
 
 using Shape = std::vector<int64_t>;
 
@@ -386,8 +383,7 @@ std::vector<Call> right_calls() {
   return calls;
 }
 
-// -- And wrong
-// -------------------------------------------------------------------------------------
+// -- And wrong -----------------------------------------------------------------------------------
 
 class Wrong {
  public:

@@ -27,7 +27,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -142,6 +141,21 @@ def contestants(case: Case) -> dict[str, Callable[[], Any]]:
     return {name: harness.contestant(name, call) for name, call in calls.items()}
 
 
+def peak() -> int:
+    """The most bytes of memory that this process has had, on Linux."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def lowered_peak() -> int | None:
+    """The peak, after it was lowered to what is in use; None where that cannot be done."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return peak()
+
+
 def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
     """Times those that take part in a case."""
     row: dict[str, Any] = {
@@ -150,7 +164,6 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
         "bands": case.bands,
         "noise_multipliers": case.sigmas,
     }
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     results: dict[str, Any] = {}
     processor: dict[str, float] = {}  # seconds of a core: hardly more on a busy machine
 
@@ -164,6 +177,7 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
 
     calls = {who: kept(who, call) for who, call in contestants(case).items()}
     if case.delta is not None:
+        before = lowered_peak()
         times = harness.interleave(calls, warmup=1, repeats=0)
         found = results["cpp"]
         row |= {
@@ -171,7 +185,7 @@ def measure(name: str, case: Case, repeats: int) -> dict[str, Any]:
             "noise_multiplier": found.noise_multiplier,
             "unamplified": found.unamplified,
             "processor_s": processor["cpp"],
-            "more_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
+            "more_bytes": None if before is None else peak() - before,
         }
         return row | {"us_per_sample": {}, "speedup": {}, "implementations": times}
     times = harness.interleave(calls, warmup=2, repeats=repeats)

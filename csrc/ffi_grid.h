@@ -63,14 +63,15 @@ inline std::string make_grid_leaves(int64_t rows, const xla::ffi::Buffer<xla::ff
     auto ring = args.get<xla::ffi::AnyBuffer>(2 * l + 1);
     auto ring_out = rets.get<xla::ffi::AnyBuffer>(2 * l + 1);
     if (ring.has_error() || ring_out.has_error()) return name + " has no ring";
-    leaf.ring = ring->untyped_data();
     if (!integer_type(ring->element_type(), leaf.wide_ring) ||
         elements(*ring) != rows * leaf.size) {
       return name + " needs a ring of shape [rows, ...] of int32 or int64";
     }
-    if ((*ring_out)->untyped_data() != leaf.ring && leaf.size) {
-      return "the ring of " + name + " was not updated in place";
+    if ((*ring_out)->element_type() != ring->element_type() ||
+        (*ring_out)->element_count() != ring->element_count()) {
+      return name + " needs a ring like the one before";
     }
+    set_ring(*ring, **ring_out, rows, leaf);
   }
   return shards.set(base, leaves);
 }

@@ -107,9 +107,18 @@ struct Shards {
   Numbers run, axis_count, axes;
 };
 
+// Sets the ring of a leaf, in the memory of the operand or to be copied from there.
+template <typename Leaf>
+void set_ring(const xla::ffi::AnyBuffer& from, xla::ffi::AnyBuffer& to, int64_t rows, Leaf& leaf) {
+  leaf.ring = to.untyped_data();
+  if (leaf.ring == from.untyped_data()) return;
+  leaf.copy = {from.untyped_data(), rows, static_cast<int64_t>(from.size_bytes()) / rows};
+  prefer_huge_pages(leaf.ring, to.size_bytes());
+}
+
 // The leaves of a call: the gradient and the ring of each in args, the output and the ring in rets,
-// the ring in the memory of the operand. Without rows there are no rings. Gives what is wrong, or
-// nothing.
+// either in the memory of the operand or elsewhere. Without rows there are no rings. Gives what is
+// wrong, or nothing.
 inline std::string make_leaves(int64_t rows, const xla::ffi::Buffer<xla::ffi::U32>& base,
                                const xla::ffi::RemainingArgs& args,
                                const xla::ffi::RemainingRets& rets, Attributes& attributes,
@@ -158,15 +167,16 @@ inline std::string make_leaves(int64_t rows, const xla::ffi::Buffer<xla::ffi::U3
     auto ring = args.get<AnyBuffer>(2 * l + 1);
     auto ring_out = rets.get<AnyBuffer>(2 * l + 1);
     if (ring.has_error() || ring_out.has_error()) return name + " has no ring";
-    leaf.ring = ring->untyped_data();
     FloatType ring_type;
     if (!float_type(ring->element_type(), ring_type) || ring_type != leaf.ring_type ||
         static_cast<int64_t>(ring->element_count()) != rows * leaf.size) {
       return name + " needs a ring of shape [rows, ...] and the type it is said to have";
     }
-    if ((*ring_out)->untyped_data() != leaf.ring && leaf.size) {
-      return "the ring of " + name + " was not updated in place";
+    if ((*ring_out)->element_type() != ring->element_type() ||
+        (*ring_out)->element_count() != ring->element_count()) {
+      return name + " needs a ring like the one before";
     }
+    set_ring(*ring, **ring_out, rows, leaf);
   }
   return shards.set(base, leaves);
 }

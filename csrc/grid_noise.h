@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -24,7 +25,7 @@ namespace jpk {
 // A leaf of integers.
 struct GridLeaf {
   const void* grad;    // [size]
-  void* out;           // [size]
+  void* out;           // [size], may be grad
   void* ring;          // [slots, size], null without slots
   int64_t size;        // of the elements that are here
   int64_t first_tile;  // tiles of the leaves before this one
@@ -32,6 +33,7 @@ struct GridLeaf {
   bool wide_grad;      // int64, not int32
   bool wide_ring;      // the same of the ring
   Shard shard{};       // which elements are here
+  RingCopy copy{};
 
   int64_t parts() const { return shard.parts(size); }
 };
@@ -279,12 +281,10 @@ JPK_INLINE void grid_advance(const GridBlock<X, R>& at, int64_t steps, X* __rest
 template <typename G, typename X>
 JPK_INLINE void grid_add(const GridLeaf& leaf, const Span& span, const X* __restrict x) {
   using U = std::make_unsigned_t<G>;
-  const G* __restrict grad = static_cast<const G*>(leaf.grad) + span.here;
-  G* out = static_cast<G*>(leaf.out) + span.here;
-  for (int64_t i = 0; i < span.count; ++i) {
+  for_each_gradient<G>(leaf, span, [&](G grad, G& out, int64_t i) __attribute__((always_inline)) {
     const U noise = static_cast<U>(static_cast<G>(x[i]));
-    out[i] = static_cast<G>(static_cast<U>(grad[i]) + noise);
-  }
+    out = static_cast<G>(static_cast<U>(grad) + noise);
+  });
 }
 
 template <typename X>
@@ -361,6 +361,23 @@ JPK_TARGET_CLONES static void grid_parts_s64_s64(const GridStep& step, const Gri
                                                  int64_t begin, int64_t end,
                                                  GridWorkspace& workspace) {
   grid_parts<int64_t, int64_t>(step, leaf, begin, end, workspace);
+}
+
+// A step that is not valid: outputs are the least integers, which are seen as no noise would not
+// be, and rings stay as they are.
+template <typename Pool>
+void grid_nothing(Pool& pool, int64_t workers, const std::vector<GridLeaf>& leaves) {
+  for_each_part(
+      pool, workers, leaves, [] { return 0; },
+      [](const GridLeaf& leaf, int64_t begin, int64_t end, int) {
+        const int64_t first = leaf.shard.part(begin, leaf.size);
+        const int64_t count = leaf.shard.part(end, leaf.size) - first;
+        const auto fill = [&](auto* out) {
+          std::fill_n(out + first, count, std::numeric_limits<std::decay_t<decltype(*out)>>::min());
+        };
+        leaf.wide_grad ? fill(static_cast<int64_t*>(leaf.out))
+                       : fill(static_cast<int32_t*>(leaf.out));
+      });
 }
 
 // The step on all leaves, shared out over `workers` threads of the pool.

@@ -1,4 +1,5 @@
 // XLA binding of grid_noise.h.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -13,8 +14,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Operands: step, keys, coef and base, then those of make_grid_leaves. coef is
-// [1 or max(S, 1), S + 1], see set_grid_recurrence.
+// Operands: step, negative if it is not valid, keys, coef and base, then those of make_grid_leaves.
+// coef is [1 or max(S, 1), S + 1], see set_grid_recurrence.
 ffi::Error run_grid_noise(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Buffer<ffi::U32> keys,
                           ffi::Buffer<ffi::S32> coef, ffi::Buffer<ffi::U32> base,
                           ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -26,12 +27,12 @@ ffi::Error run_grid_noise(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Bu
     const auto spacing = attributes.get<Shards::Numbers>("spacing");
     const bool in_doubles = attributes.get<bool>("in_doubles");
     if (!attributes.wrong().empty()) return attributes.wrong();
-    if (t.element_count() != 1 || t.typed_data()[0] < 0) return "step must be one integer >= 0";
+    if (t.element_count() != 1) return "step must be one integer";
     if (slots < 0 || slots > kMostGridSlots) return "slots must be >= 0 and in bounds";
     if (!(scale >= 0x1p-3 && scale <= 0x1p42)) return "scale must be between 2^-3 and 2^42";
     GridStep step{};
     if (spacing.size() != std::size(step.rounding.spacing.limb)) return "spacing must be 5 words";
-    step.t = t.typed_data()[0];
+    step.t = std::max(t.typed_data()[0], 0);
     step.slots = slots;
     step.now = slots ? step.t % slots : 0;
     step.rounding.scale = scale;
@@ -50,8 +51,13 @@ ffi::Error run_grid_noise(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> t, ffi::Bu
     if (!step.keys) return "keys must be of 8 words, one for each of the steps that are sampled";
     std::vector<GridLeaf> leaves;
     std::string wrong = make_grid_leaves(slots, base, args, rets, attributes, leaves);
-    if (wrong.empty()) grid_noise(pool, pool.num_threads(), step, leaves);
-    return wrong;
+    if (!wrong.empty()) return wrong;
+    if (t.typed_data()[0] < 0) {
+      grid_nothing(pool, pool.num_threads(), leaves);
+    } else {
+      grid_noise(pool, pool.num_threads(), step, leaves);
+    }
+    return "";
   });
 }
 

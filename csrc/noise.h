@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
@@ -17,9 +18,16 @@
 
 namespace jpk {
 
+// The ring of a step that has to leave the memory of the ring before alone: it is copied first.
+struct RingCopy {
+  const void* from = nullptr;  // null for a step in place
+  int64_t rows = 0;
+  int64_t row_bytes = 0;
+};
+
 struct Leaf {
   const void* grad;    // [size]
-  void* out;           // [size]
+  void* out;           // [size], may be grad
   void* ring;          // [buffers + slots, size], null if there are no rows
   int64_t size;        // of the elements that are here
   int64_t first_tile;  // tiles of the leaves before this one
@@ -28,6 +36,7 @@ struct Leaf {
   FloatType noise_type;  // kFloat32 or kFloat64: the type that is sampled
   FloatType ring_type;   // kFloat32 or kFloat64, at least as wide as noise_type: the type of terms
   Shard shard{};         // which elements are here; all of them, unless it says otherwise
+  RingCopy copy{};
 
   int64_t parts() const { return shard.parts(size); }
 };
@@ -76,12 +85,25 @@ JPK_INLINE void weighted_samples(Stream& stream, bool accurate, const X* weights
   }
 }
 
+// Calls add(gradient, output, i) for the elements of a span. Compilers do not vectorize a loop
+// whose output may lie anywhere in its input, and do vectorize either of these.
+template <typename G, typename Leaf, typename Add>
+JPK_INLINE void for_each_gradient(const Leaf& leaf, const Span& span, const Add& add) {
+  G* __restrict out = static_cast<G*>(leaf.out) + span.here;
+  if (leaf.grad == leaf.out) {
+    for (int64_t i = 0; i < span.count; ++i) add(out[i], out[i], i);
+    return;
+  }
+  const G* __restrict grad = static_cast<const G*>(leaf.grad) + span.here;
+  for (int64_t i = 0; i < span.count; ++i) add(grad[i], out[i], i);
+}
+
 // out = grad + scale * x, added in the wider of the two types and rounded to the gradient's.
 template <typename X, typename G>
 JPK_INLINE void emit(const Leaf& leaf, const Span& span, X scale, const X* __restrict x) {
-  const G* __restrict grad = static_cast<const G*>(leaf.grad) + span.here;
-  G* out = static_cast<G*>(leaf.out) + span.here;
-  for (int64_t i = 0; i < span.count; ++i) narrow(widen(grad[i]) + scale * x[i], out[i]);
+  for_each_gradient<G>(leaf, span, [&](G grad, G& out, int64_t i) __attribute__((always_inline)) {
+    narrow(widen(grad) + scale * x[i], out);
+  });
 }
 
 template <typename X>
@@ -98,9 +120,23 @@ JPK_INLINE void emit(const Leaf& leaf, const Span& span, X scale, const X* x) {
   }
 }
 
+// Copies what is here of parts [begin, end) of a ring.
+template <typename Leaf>
+void copy_ring(const Leaf& leaf, int64_t begin, int64_t end) {
+  const auto [from, rows, row_bytes] = leaf.copy;
+  if (from == nullptr || leaf.size == 0) return;
+  const int64_t bytes = row_bytes / leaf.size;  // of an element
+  const int64_t first = bytes * leaf.shard.part(begin, leaf.size);
+  const int64_t last = bytes * leaf.shard.part(end, leaf.size);
+  for (int64_t at = first; at < first + rows * row_bytes; at += row_bytes) {
+    std::memcpy(static_cast<char*>(leaf.ring) + at, static_cast<const char*>(from) + at,
+                static_cast<size_t>(last - first));
+  }
+}
+
 // Shares the parts of all leaves out over `workers` threads of the pool. Calls
 // body(leaf, first part, end, scratch) with scratch made by make() for each worker, before any
-// thread starts.
+// thread starts. The ring of these parts has been copied then, where it is a copy.
 template <typename Pool, typename Leaf, typename Make, typename Body>
 void for_each_part(Pool& pool, int64_t workers, const std::vector<Leaf>& leaves, const Make& make,
                    const Body& body) {
@@ -126,8 +162,10 @@ void for_each_part(Pool& pool, int64_t workers, const std::vector<Leaf>& leaves,
         static_cast<size_t>(std::upper_bound(first.begin(), first.end(), part) - first.begin()) - 1;
     for (; part < end; ++l) {
       const int64_t stop = std::min(end, first[l + 1]);
-      if (part < stop)
+      if (part < stop) {
+        copy_ring(leaves[l], part - first[l], stop - first[l]);
         body(leaves[l], part - first[l], stop - first[l], scratch[static_cast<size_t>(worker)]);
+      }
       part = std::max(part, stop);
     }
   });

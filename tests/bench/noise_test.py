@@ -26,8 +26,11 @@ def test_report_is_complete_and_finite(run, bench):
         (name, min(bands, 3)) for name, case in bench.CASES.items() for bands in case.bands
     }
     for row in report["rows"]:
-        peer = {"peer"} if bench.CASES[row["case"]].mechanism.peer else set()
-        assert set(row["implementations"]) == {"jax", "cpp"} | peer
+        case = bench.CASES[row["case"]]
+        plain = set() if case.exact else {"jax"}
+        assert set(row["implementations"]) == {"cpp"} | plain | (
+            {"peer"} if case.mechanism.peer else set()
+        )
         assert min(benchmarks.numbers(row["cpp"])) > 0
         assert min(benchmarks.numbers(row["bounds"])) > 0
     assert report["limits"]["copy_bytes_per_s"] > 0

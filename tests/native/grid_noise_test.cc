@@ -164,12 +164,13 @@ void test_steps(const Case& of) {
   }
   const size_t grad_bytes = of.wide_grad ? 8 : 4, ring_bytes = of.wide_ring ? 8 : 4;
   std::vector<GridLeaf> leaves;
-  std::vector<std::vector<char>> grads, outs, rings;
+  std::vector<std::vector<char>> grads, outs, rings, apart, before;
   int64_t first_tile = 0;
   for (size_t l = 0; l < 3; ++l) {
     const size_t size = static_cast<size_t>(sizes[l]);
     grads.emplace_back(size * grad_bytes), outs.emplace_back(size * grad_bytes);
     rings.emplace_back(size * ring_bytes * static_cast<size_t>(slots));
+    apart.emplace_back(rings.back().size()), before.emplace_back(rings.back().size());
     for (size_t i = 0; i < size; ++i) {
       const int64_t value = static_cast<int64_t>(i) - 700;
       const int32_t narrow = static_cast<int32_t>(value);
@@ -215,6 +216,33 @@ void test_steps(const Case& of) {
     }
     set_grid_recurrence(step, coef.data(), rows);
     grid_noise(pool, 3, step, leaves);
+    // In place of the gradients, and elsewhere than the rings before; not valid at the first step.
+    std::vector<GridLeaf> moved = leaves;
+    std::vector<std::vector<char>> sums = grads;
+    for (size_t l = 0; l < 3; ++l) {
+      moved[l].grad = moved[l].out = sums[l].data();
+    }
+    if (t == 0) {
+      grid_nothing(pool, 3, moved);
+      for (size_t l = 0; l < 3; ++l) {
+        for (int64_t i = 0; i < leaves[l].size; ++i) {
+          const int64_t found =
+              of.wide_grad ? read<int64_t>(sums[l], i) : read<int32_t>(sums[l], i);
+          CHECK(found == (of.wide_grad ? INT64_MIN : INT32_MIN), "%" PRId64, found);
+        }
+      }
+      sums = grads;
+    }
+    for (size_t l = 0; l < 3; ++l) {
+      moved[l].grad = moved[l].out = sums[l].data();
+      std::swap(apart[l], before[l]);
+      moved[l].ring = apart[l].data();
+      if (slots) moved[l].copy = {before[l].data(), slots, int64_t(ring_bytes) * leaves[l].size};
+    }
+    grid_noise(pool, 3, step, moved);
+    for (size_t l = 0; l < 3; ++l) {
+      CHECK(sums[l] == outs[l] && apart[l] == rings[l], "leaf %zu", l);
+    }
     size_t element = 0;
     for (size_t l = 0; l < 3; ++l) {
       for (int64_t i = 0; i < leaves[l].size; ++i, ++element) {

@@ -33,6 +33,7 @@ class Buffer {
     std::memset(memory_.get(), kFill, bytes + 2 * kGuard);
   }
   void* data() const { return memory_.get() + kGuard; }
+  size_t size() const { return bytes_; }
   void fill(unsigned char value) { std::memset(data(), value, bytes_); }
   bool same(const Buffer& other) const {
     return bytes_ == other.bytes_ && (bytes_ == 0 || !std::memcmp(data(), other.data(), bytes_));
@@ -186,14 +187,17 @@ struct LeafMemory {
   LeafMemory(int64_t size, int64_t rows, const Types& types)
       : grad(size * bytes_of(types.grad)),
         out(size * bytes_of(types.grad)),
-        ring(rows * size * bytes_of(types.ring)) {
+        ring(rows * size * bytes_of(types.ring)),
+        before(rows * size * bytes_of(types.ring)) {
     for (int64_t i = 0; i < size; ++i) write_gradient(grad.data(), types.grad, i);
     ring.fill(0);
   }
   bool guards_intact() const {
-    return grad.guards_intact() && out.guards_intact() && ring.guards_intact();
+    return grad.guards_intact() && out.guards_intact() && ring.guards_intact() &&
+           before.guards_intact();
   }
   Buffer grad, out, ring;
+  Buffer before;  // the ring, where a step may not write to it
 };
 
 struct Worst {
@@ -317,7 +321,8 @@ void run(ThreadPool& pool, const Problem& problem) {
   const int64_t ahead = std::max<int64_t>(slots, 1), behind = definition.behind();
   const bool row = definition.dense;
   const int64_t steps = row ? 1 : 3 * slots + 2;
-  const int64_t workers[] = {1, 2, 5};
+  const int64_t workers[] = {1, 2, 5, 3};
+  const size_t elsewhere = 3;  // one that adds to gradients in place, and to rings elsewhere
 
   const size_t leaves = problem.sizes.size();
   std::vector<int64_t> first_tile(1, 0);
@@ -391,8 +396,14 @@ void run(ThreadPool& pool, const Problem& problem) {
     for (size_t w = 0; w < memory.size(); ++w) {
       std::vector<jpk::Leaf> list(leaves);
       for (size_t l = 0; l < leaves; ++l) {
+        const bool moves = w == elsewhere;
         memory[w][l].out.fill(0xFF);  // a NaN in every type
-        list[l] = {memory[w][l].grad.data(),
+        if (moves) {
+          std::memcpy(memory[w][l].out.data(), memory[w][l].grad.data(), memory[w][l].grad.size());
+          std::swap(memory[w][l].ring, memory[w][l].before);
+          memory[w][l].ring.fill(0xFF);
+        }
+        list[l] = {moves ? memory[w][l].out.data() : memory[w][l].grad.data(),
                    memory[w][l].out.data(),
                    rows ? memory[w][l].ring.data() : nullptr,
                    problem.sizes[l],
@@ -402,6 +413,10 @@ void run(ThreadPool& pool, const Problem& problem) {
                    problem.types[l].noise,
                    problem.types[l].ring,
                    problem.shards.empty() ? jpk::Shard{} : problem.shards[l]};
+        if (moves && rows) {
+          const int64_t row_bytes = problem.sizes[l] * bytes_of(problem.types[l].ring);
+          list[l].copy = {memory[w][l].before.data(), rows, row_bytes};
+        }
       }
       if (row) {
         const jpk::Row weights = definition.row(keys[0], scale, problem.accurate);

@@ -55,6 +55,7 @@ def interleave(
     warmup: int,
     repeats: int | Mapping[str, int],
     fresh: bool = False,
+    settle: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Times callables in turn; each holds its own state and must not share buffers with another.
 
@@ -65,6 +66,8 @@ def interleave(
         0 is for a call so slow that the first has to do.
       fresh: whether JAX forgets what it has compiled before each first call, so that none finds
         there what another has paid for. The second call then compiles too: take a warmup of 2.
+      settle: whether every turn begins with a call that is not timed. A call after that of another,
+        which has given much memory back to the system, may take several times as long as the next.
 
     Returns:
       By name, in seconds: median, p90, min and max of a call, and the first, which compiles; and
@@ -81,9 +84,15 @@ def interleave(
         for name in names:
             if rounds[name]:
                 clock(calls[name])
-    timers = {name: functools.partial(clock, calls[name]) for name in names}
+    timers = {name: functools.partial(_turn, calls[name], settle) for name in names}
     times = take_turns(timers, rounds)
     return {name: summary(times[name] or [first[name]], first[name]) for name in names}
+
+
+def _turn(call: Callable[[], Any], settle: bool) -> float:
+    if settle:
+        clock(call)
+    return clock(call)
 
 
 def take_turns(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels.ops._leaves import Leaf
+from jax_privacy_kernels.ops._memory import Memory, Origins
 from jax_privacy_kernels.ops._noise import NoiseInputs, NoiseOutputs
 
 __all__ = ["call", "refuse"]
@@ -36,8 +37,8 @@ def call(
     """Calls a handler of csrc/ on all leaves, once for up to MOST of them.
 
     Its operands are ``operands``, the leaves' base, then the gradient and the ring of each leaf;
-    its results the output and the ring of each, in the memory of the ring that went in. Rings that
-    have no rows do not travel.
+    its results the output and the ring of each, in the memory of the gradient or the ring that went
+    in where it may be written to. Rings that have no rows do not travel.
 
     Args:
       target: the name of the handler.
@@ -63,7 +64,7 @@ def call(
     results = jax.ffi.ffi_call(
         target,
         [jax.ShapeDtypeStruct(buffer.shape, buffer.dtype) for buffer in buffers],
-        input_output_aliases={first + i: i for i in range(1, len(buffers), 2) if inputs.rings},
+        input_output_aliases={first + i: i for i in _in_place(inputs)},
         vmap_method="sequential",
     )(
         *operands,
@@ -79,3 +80,14 @@ def call(
         **static,
     )
     return NoiseOutputs(list(results[::stride]), list(results[1::2]) if inputs.rings else [])
+
+
+def _in_place(inputs: NoiseInputs) -> list[int]:
+    """Which buffers of the leaves the results may lie in."""
+    origins = inputs.origins or Origins()
+    per_leaf = []
+    for leaf in inputs.leaves:
+        per_leaf.append(origins.grad(leaf.index) is Memory.OWN)
+        if inputs.rings:  # one that is unknown is in a loop, as a rule, which owns it
+            per_leaf.append(origins.ring(leaf.index) is not Memory.GIVEN)
+    return [i for i, in_place in enumerate(per_leaf) if in_place]

@@ -21,6 +21,7 @@ from jax.sharding import AxisType
 
 from jax_privacy_kernels.ops import _dispatch, _partition, _shards
 from jax_privacy_kernels.ops._leaves import Leaf
+from jax_privacy_kernels.ops._memory import Origins
 
 __all__ = ["NoiseInputs", "NoiseOutputs", "differentiable", "register", "run"]
 
@@ -48,13 +49,15 @@ class NoiseInputs:
         split over devices.
       grads: arrays of any shapes and floating dtypes.
       rings: arrays ``[rows, *shape]`` of ``leaf.dtype``, what each leaf keeps; or none at all.
+      origins: where the memory of gradients and rings comes from, static.
     """
 
-    static_fields: ClassVar[tuple[str, ...]] = ("leaves",)
+    static_fields: ClassVar[tuple[str, ...]] = ("leaves", "origins")
     leaves: tuple[Leaf, ...]
     base: jax.Array | None
     grads: list[jax.Array]
     rings: list[jax.Array]
+    origins: Origins | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def choice(self) -> Any:
@@ -238,7 +241,7 @@ def _partition_by_xla(
         return None
 
     def spread(inputs: Any) -> NoiseOutputs:
-        inputs = dataclasses.replace(inputs, leaves=whole, base=None)
+        inputs = dataclasses.replace(inputs, leaves=whole, base=None, origins=None)
         described = repr((op, name))
         here = functools.partial(_run_here, op, table, name)
         return NoiseOutputs(*_partition.over_automatic_axes(here, described, inputs))

@@ -19,12 +19,14 @@ from jax_privacy_kernels.ops import (
     _jax_pallas,
     _jax_triton,
     _leaves,
+    _memory,
     _noise,
     _once,
     _partition,
     _stddev,
 )
 from jax_privacy_kernels.ops._leaves import Leaf
+from jax_privacy_kernels.ops._memory import Origins
 from jax_privacy_kernels.ops._noise import NoiseOutputs
 from jax_privacy_kernels.ops._state import (
     Clock,
@@ -184,8 +186,9 @@ def correlated_noise(
     return tree.unflatten(outs), NoiseState(clock._replace(kind=state.clock.kind), inner)
 
 
-# Jitted, so that a call outside jit compiles once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+# Jitted, so that a call outside jit compiles once. Inline, so that what is noted of a caller's
+# arrays is of the caller's program.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _step(
     leaves: tuple[Leaf, ...],
     name: str | None,
@@ -200,6 +203,8 @@ def _step(
     rings: list[jax.Array],
 ) -> tuple[list[jax.Array], Clock, list[jax.Array]]:
     step = jnp.maximum(clock.step, 0)  # below 0 it is not valid, which kernels need not know
+    origins = Origins()
+    grads, rings = _memory.note(origins, grads, rings)
     keys, once = _once.mark(clock.keys, grads)
     clock = clock._replace(keys=keys)
     before = clock.step
@@ -220,7 +225,9 @@ def _step(
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
         step, keys, coef, stddevs, rings = rest
-        inputs = Inputs(leaves, None, grads, rings, filter, step, keys, coef, stddevs, scale)
+        inputs = Inputs(
+            leaves, None, grads, rings, filter, step, keys, coef, stddevs, scale, origins=origins
+        )
         return _noise.run("correlated_noise", IMPLEMENTATIONS, name, inputs)
 
     scale = jnp.where(valid, scale, jnp.nan)

@@ -30,7 +30,7 @@ class Inputs(NoiseInputs):
       scale: scalar, of x_t in what is added to the gradients.
     """
 
-    static_fields: ClassVar[tuple[str, ...]] = ("leaves", "filter")
+    static_fields: ClassVar[tuple[str, ...]] = (*NoiseInputs.static_fields, "filter")
     filter: Filter
     step: jax.Array
     keys: jax.Array

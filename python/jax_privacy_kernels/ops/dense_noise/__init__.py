@@ -18,12 +18,14 @@ from jax_privacy_kernels.ops import (
     _jax_pallas,
     _jax_triton,
     _leaves,
+    _memory,
     _noise,
     _once,
     _partition,
     _stddev,
 )
 from jax_privacy_kernels.ops._leaves import Leaf
+from jax_privacy_kernels.ops._memory import Origins
 from jax_privacy_kernels.ops._noise import NoiseOutputs
 from jax_privacy_kernels.ops._state import (
     Clock,
@@ -166,8 +168,8 @@ def _fingerprint_of(matrix: jax.Array, leaves: tuple[Leaf, ...]) -> Any:
     return _fingerprint.fingerprint([matrix]) + of_shapes
 
 
-# Jitted, so that a call outside jit compiles once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# Jitted, so that a call outside jit compiles once. Inline, as in correlated_noise.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _add(
     leaves: tuple[Leaf, ...],
     name: str | None,
@@ -178,6 +180,8 @@ def _add(
     grads: list[jax.Array],
 ) -> list[jax.Array]:
     ahead = _counter_prng.looks_ahead(key_impl)
+    origins = Origins()
+    grads, _ = _memory.note(origins, grads, [])
     keys, once = _once.mark(keys, grads)
     scale = jnp.where(once, scale, jnp.nan)
     key = jax.random.wrap_key_data(keys[0], impl=key_impl)
@@ -186,7 +190,7 @@ def _add(
         key, row = rest
         weights = row * scale.astype(row.dtype)
         weights = weights.astype(jnp.promote_types(row.dtype, jnp.float32))
-        inputs = Inputs(leaves, None, grads, [], ahead, key, weights)
+        inputs = Inputs(leaves, None, grads, [], ahead, key, weights, origins=origins)
         return _noise.run("dense_noise", IMPLEMENTATIONS, name, inputs)
 
     return _noise.differentiable(add, grads, scale, (key, row)).outs

@@ -24,7 +24,7 @@ class Inputs(NoiseInputs):
       row: ``[m]``, the weights of the samples, float32 or float64.
     """
 
-    static_fields: ClassVar[tuple[str, ...]] = ("leaves", "ahead")
+    static_fields: ClassVar[tuple[str, ...]] = (*NoiseInputs.static_fields, "ahead")
     ahead: bool
     key: jax.Array
     row: jax.Array

@@ -15,12 +15,14 @@ from jax_privacy_kernels.ops import (
     _dispatch,
     _ffi,
     _fingerprint,
+    _memory,
     _noise,
     _once,
     _partition,
 )
 from jax_privacy_kernels.ops._chacha20 import CHACHA20
 from jax_privacy_kernels.ops._leaves import TILE, Leaf
+from jax_privacy_kernels.ops._memory import Origins
 from jax_privacy_kernels.ops._shards import Shard
 from jax_privacy_kernels.ops._state import (
     Clock,
@@ -128,8 +130,8 @@ def grid_noise(
     return tree.unflatten(outs), NoiseState(clock._replace(kind=state.clock.kind), inner)
 
 
-# Jitted, so that a call outside jit compiles once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# Jitted, so that a call outside jit compiles once. Inline, as in correlated_noise.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _step(
     leaves: tuple[Leaf, ...],
     name: str | None,
@@ -144,6 +146,8 @@ def _step(
     valid &= before >= 0
     if matrix.steps is not None:
         valid &= before < matrix.steps
+    origins = Origins()
+    grads, rings = _memory.note(origins, grads, rings)
     keys, once = _once.mark(clock.keys, grads)
     valid &= once
     clock = clock._replace(keys=keys)
@@ -154,6 +158,9 @@ def _step(
         clock = clock._replace(step=before + 1)
     else:
         keys, _, clock = _state.tick(clock, CHACHA20, matrix.filter, jnp.float32(1))
+    # Either the step has overflowed, or it is not one; or a traced state hid what is refused where
+    # it is seen. The least number is seen; no noise would not be.
+    step = jnp.where(valid, step, -1)
     inputs = Inputs(
         leaves,
         None,
@@ -165,12 +172,10 @@ def _step(
         step,
         keys,
         coef,
+        origins=origins,
     )
     results = _noise.run("grid_noise", IMPLEMENTATIONS, name, inputs)
-    # Either the step has overflowed, or it is not one; or a traced state hid what is refused where
-    # it is seen. The least number is seen; no noise would not be.
-    outs = [jnp.where(valid, out, jnp.iinfo(out.dtype).min) for out in results.outs]
-    return outs, clock, results.rings
+    return results.outs, clock, results.rings
 
 
 def _plan(grads: Any, matrix: GridMatrix) -> tuple[Leaf, ...]:

@@ -26,7 +26,7 @@ class Inputs(NoiseInputs):
       filter: of the terms, static.
       rounding: what samples are rounded to, static; its scale is the stddev of moving averages.
       in_doubles: whether float64 holds all sums of integers exactly, static.
-      step: int32 scalar, t >= 0.
+      step: int32 scalar, t; negative for a step that is not valid.
       keys: typed chacha20 keys of steps t - filter.behind .. t + filter.steps - 1. The key of a
         leaf is the one of ``split(key, count)`` at its index.
       coef: of a recurrence int32, ``[1, b]`` or ``[filter.steps, b]``, c_0 not 0; of a moving
@@ -34,7 +34,12 @@ class Inputs(NoiseInputs):
         of z_{t - filter.behind} .. z_t.
     """
 
-    static_fields: ClassVar[tuple[str, ...]] = ("leaves", "filter", "rounding", "in_doubles")
+    static_fields: ClassVar[tuple[str, ...]] = (
+        *NoiseInputs.static_fields,
+        "filter",
+        "rounding",
+        "in_doubles",
+    )
     filter: RecurrenceFilter | MovingAverageFilter
     rounding: Rounding
     in_doubles: bool
@@ -54,7 +59,8 @@ class Inputs(NoiseInputs):
 class Run(Protocol):
     """An implementation: one step, in the schedule of correlated_noise/_schedule.py.
 
-    It gives ``grads + x_t``, and the rings after the step. Rings are ``[filter.rows, *shape]`` of
+    It gives ``grads + x_t``, and the rings after the step; of one that is not valid the least
+    integers, and any rings. Rings are ``[filter.rows, *shape]`` of
     ``leaf.dtype``; there are none if the filter has no rows. The sample of an element at a step is
     that of exact_normal.h for these bits, in the leaf's key of that step: 64 bits of
     ``Domain.GRID`` at the index of the element in the leaf, and the first four words of the block

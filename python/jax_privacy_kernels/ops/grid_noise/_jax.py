@@ -53,7 +53,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
                 inputs.filter,
                 inputs.rounding,
                 None if leaf.whole else leaf.shard,
-                inputs.step,
+                jnp.maximum(inputs.step, 0),
                 jnp.int32(leaf.first_tile % max(inputs.filter.slots, 1)),
                 (first[0], first[1]),
                 data[:, leaf.index],
@@ -61,7 +61,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
                 grad,
                 inputs.rings[i] if inputs.rings else None,
             )
-            outs.append(out)
+            outs.append(jnp.where(inputs.step < 0, jnp.iinfo(out.dtype).min, out))
             rings.append(ring)
     return NoiseOutputs(outs, rings if inputs.rings else [])
 

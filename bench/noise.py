@@ -5,7 +5,8 @@
 
 The three take turns on the same gradients, key and strategy, each with its own state, and their
 outputs are compared. At least b steps pass before any is timed, since the first b - 1 differ; timed
-are whole cycles of b - 1 steps, after which the look-ahead schedule repeats. Cases:
+is every other step, over whole cycles of b - 1 of them, after which the look-ahead schedule
+repeats: the first after a switch would pay for what the one before gave back to the system. Cases:
 
   bands     one float32 leaf, the state donated
   leaves    a tree of 200 leaves of 1,000 elements
@@ -201,7 +202,7 @@ def measure(
         others["threefry2x32"] = runner("cpp", other, bands, grads, steps)
     warmup = max(cycle + 1, 3) if not case.scan else 2
     rounds = {n: min(calls, 3) if n == "discrete_gaussian" else calls for n in (*names, *others)}
-    times = harness.interleave({**runners, **others}, warmup=warmup, repeats=rounds)
+    times = harness.interleave({**runners, **others}, warmup=warmup, repeats=rounds, settle=True)
     # All have taken the same number of steps, so that they must agree, but for other mechanisms.
     alike = names[1:] if case.exact else names
     outs = {n: [np.asarray(x, np.float64) for x in runners[n]().values()] for n in alike}

@@ -23,6 +23,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import sweeps
 
 from jax_privacy_kernels.matrix_factorization import (
     banded,
@@ -362,7 +363,12 @@ class Saved:
 
 @pytest.mark.usefixtures("eight_devices")
 class TestEightDevices:
-    @pytest.mark.parametrize("matrix", MATRICES)
+    @pytest.mark.parametrize(
+        "matrix",
+        sweeps.cases(
+            list(MATRICES), ["column-normalized", "banded", "buffers", "product", "dense"]
+        ),
+    )
     def test_default_moves_to_any_mesh(self, tmp_path, matrix):
         moves = [("8, sharded", "no mesh")]
         if matrix not in ("no state", "product"):
@@ -378,6 +384,7 @@ class TestEightDevices:
         saved = Saved(tmp_path, setting("banded", "8, automatic"))
         saved.check(setting("banded", "2x4"))
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("matrix", ["banded", "dense"])
     @pytest.mark.parametrize(
         ("before", "after"),

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import pytest
+from support import sweeps
 
 import jax_privacy_kernels
 from jax_privacy_kernels import __main__ as command_line
@@ -92,7 +93,7 @@ def test_numbers():
     assert _arguments.output("-") == pathlib.Path("-")
 
 
-@pytest.mark.parametrize("width", ["few", "all"])
+@pytest.mark.parametrize("width", sweeps.cases(["few", "all"], ["all"]))
 def test_bench(tmp_path, capsys, width):
     pytest.importorskip("matplotlib", reason="matplotlib is missing; install the bench extra")
     files = [str(tmp_path / name) for name in ("bench.json", "bench.png")]

@@ -1,4 +1,4 @@
-"""What holds for all tests: devices, profiles, what quick runs take, and memory given back."""
+"""What holds for all tests: devices, profiles, which cases run, and memory given back."""
 
 from __future__ import annotations
 
@@ -26,25 +26,59 @@ def eight_devices():
         pytest.skip(f"needs eight devices, found {jax.devices()}: set JAX_PLATFORMS=cpu")
 
 
-# -- Quick runs -------------------------------------------------------------------------------
+# -- Which cases run ---------------------------------------------------------------------------
 
 QUICK = 2  # cases of a test
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at markers
 def pytest_collection_modifyitems(items):
-    """Quick runs take no whole program, and of every test a few cases from all over its list."""
-    cases = collections.defaultdict(list)
+    """Marks the cases that are only for the night, and those that quick runs leave out."""
+    tests = collections.defaultdict(list)
     for item in items:
         if "run" in getattr(item, "fixturenames", ()):  # of tests of benchmarks and of examples
             item.add_marker(pytest.mark.slow)
-        elif not any(item.get_closest_marker(name) for name in ("gpu", "interpreted", "slow")):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    for of_test in cases.values():
-        quick = {len(of_test) * i // QUICK for i in range(QUICK)}
-        for i, item in enumerate(of_test):
-            if i not in quick:
-                item.add_marker(pytest.mark.slow)
+        if not item.get_closest_marker("gpu"):  # which costs little, and has no other run
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        if has(cases[0], "each_value"):
+            # Interpreters skip what takes them too long, and one of them may not be there.
+            for kernels in ("triton", "pallas", None):
+                leave_to_the_night([case for case in cases if interpreter(case) == kernels])
+        if has(cases[0], "interpreted_nightly"):
+            for case in filter(interpreter, cases):
+                case.add_marker(pytest.mark.nightly)
+        leave_out_of_quick_runs(cases)
+
+
+def has(item, *names):
+    return any(item.get_closest_marker(name) for name in names)
+
+
+def interpreter(case):
+    """Of the kernels that it runs, or None."""
+    if not has(case, "interpreted"):
+        return None
+    return "triton" if has(case, "triton") else "pallas"
+
+
+def leave_to_the_night(cases):
+    """All but some in which every value of every parameter occurs."""
+    # Values by their names: what callspec.indices has are numbers of cases.
+    named = {c: c.callspec._idlist for c in cases if not has(c, "nightly")}
+    kept = sweeps.covering({case.nodeid: names for case, names in named.items()})
+    for case in named:
+        if case.nodeid not in kept:
+            case.add_marker(pytest.mark.nightly)
+
+
+def leave_out_of_quick_runs(cases):
+    """All but a few from all over the list of those that run by default."""
+    left = [case for case in cases if not has(case, "interpreted", "nightly", "slow")]
+    quick = [left[len(left) * i // QUICK] for i in range(QUICK)] if left else []
+    for case in cases:
+        if has(case, "nightly") or (case in left and case not in quick):
+            case.add_marker(pytest.mark.slow)
 
 
 # -- Memory -----------------------------------------------------------------------------------
@@ -61,15 +95,14 @@ def in_use():
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtest_teardown(item, nextitem):
+def pytest_runtest_teardown(item):
     """JAX keeps every program that it has compiled: gigabytes, over all files.
 
     glibc keeps what JAX then frees, in an arena for every thread that compiled, until it is told.
     """
     result = yield
     left = item.session.stash.setdefault(_left, in_use())
-    next_file = nextitem is None or nextitem.path != item.path
-    if sys.platform == "linux" and (next_file or in_use() > left + GROWTH):
+    if sys.platform == "linux" and in_use() > left + GROWTH:
         jax.clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)

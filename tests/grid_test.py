@@ -30,14 +30,15 @@ KEY = random.secure_key(bytes(range(32)))
 COEF = grid.round_coefs(toeplitz.optimal_max_error_strategy_coefs(5), 8)
 BANDED = toeplitz.inverse_as_streaming_matrix(COEF)
 MODEL = {"w": jnp.zeros((9, 700), jnp.int32), "b": jnp.zeros((), jnp.int32)}
+ONE_LEAF = {"w": MODEL["w"]}  # plain JAX takes seconds for every leaf that it compiles
 
 
 def privatizer(matrix=BANDED, **options):
     return grid.privatizer(matrix, **{"stddev": 1000.0, "prng_key": KEY, **options})
 
 
-def run(privatizer, grads, steps, state=None, donate=()):
-    update = jax.jit(privatizer.update, donate_argnums=donate)
+def run(privatizer, grads, steps, state=None, donate=(), update=None):
+    update = update or jax.jit(privatizer.update, donate_argnums=donate)
     state, outs = privatizer.init(grads) if state is None else state, []
     for _ in range(steps):
         out, state = update(grads, state)
@@ -297,9 +298,14 @@ def test_the_law_of_a_hundred_million_samples(stddev):
     assert abs(statistic - degrees) < 5 * np.sqrt(2 * degrees)
 
 
+@functools.cache  # it takes long to compile
+def update_in_jax():
+    return jax.jit(privatizer(implementation="jax").update)
+
+
 @functools.cache
 def run_in_jax():
-    return run(privatizer(implementation="jax"), MODEL, 10)
+    return run(privatizer(implementation="jax"), MODEL, 10, update=update_in_jax())
 
 
 @needs_cpp
@@ -319,12 +325,13 @@ def test_implementations_agree_donated_or_not(donate):
 @needs_cpp
 def test_a_state_goes_on_in_the_other_implementation():
     expected, _ = run(privatizer(implementation="cpp"), MODEL, 9)
-    first, state = run(privatizer(implementation="jax"), MODEL, 5)
+    first, state = run(privatizer(implementation="jax"), MODEL, 5, update=update_in_jax())
     restored = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
     second, _ = run(privatizer(implementation="cpp"), MODEL, 4, restored)
     assert_same([*first, *second], expected)
 
 
+@pytest.mark.each_value
 @each
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "automatic"])
 def test_meshes_give_the_same_integers(eight_devices, implementation, kind):
@@ -335,6 +342,8 @@ def test_meshes_give_the_same_integers(eight_devices, implementation, kind):
     }
     layouts = {"rows": P("x"), "thin": P(None, "x"), "odd": P()}
     steps = 6
+    if implementation == "jax":
+        model = {"rows": model["rows"]}
     expected, _ = run(privatizer(implementation=implementation), model, steps)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     spread = {k: jax.device_put(x, NamedSharding(mesh, layouts[k])) for k, x in model.items()}
@@ -354,10 +363,11 @@ def test_rings_are_as_large_as_those_of_floats():
 
 @each
 def test_x64_mode_changes_nothing(implementation):
-    expected, _ = run(privatizer(implementation=implementation), MODEL, 6)
+    model = ONE_LEAF if implementation == "jax" else MODEL
+    expected, _ = run(privatizer(implementation=implementation), model, 6)
     with jax.enable_x64(True):
-        actual, _ = run(privatizer(implementation=implementation), MODEL, 6)
-        wide = jax.tree.map(lambda x: x.astype(jnp.int64), MODEL)
+        actual, _ = run(privatizer(implementation=implementation), model, 6)
+        wide = jax.tree.map(lambda x: x.astype(jnp.int64), model)
         in_64_bits, state = run(privatizer(implementation=implementation), wide, 6)
     assert_same(actual, expected)
     assert_same(in_64_bits, expected)
@@ -437,11 +447,10 @@ def test_banded_inverses(implementation, slots):
 
 @each
 def test_dense_rows(implementation):
-    check_sums(privatizer(DENSE, implementation=implementation), DENSE)
     p = privatizer(DENSE, implementation=implementation)
-    _, state = run(p, {"w": jnp.zeros(50, jnp.int32)}, 8)
+    grads, state = check_sums(p, DENSE)
     with pytest.raises(ValueError, match="at most 8 steps, the rows of noising_matrix"):
-        p.update({"w": jnp.zeros(50, jnp.int32)}, state)
+        p.update(grads, state)
 
 
 def toeplitz_rows(n):
@@ -450,13 +459,16 @@ def toeplitz_rows(n):
 
 
 def check_sums(p, rows):
-    """Covariance over time, and the same integers by both implementations."""
-    outs, _ = run(p, {"w": jnp.zeros(20_000, jnp.int32)}, 8)
+    """The covariance over time; gives the gradients back, and the state after all steps."""
+    grads = {"w": jnp.zeros(20_000, jnp.int32)}
+    outs, state = run(p, grads, 8)
     x = np.stack([out["w"] for out in outs]).astype(np.float64)
     expected = 1e6 * rows @ rows.T
     np.testing.assert_allclose(np.cov(x), expected, atol=6 * expected.max() / np.sqrt(20_000))
+    return grads, state
 
 
+@pytest.mark.each_value
 @needs_cpp
 @pytest.mark.parametrize("slots", [None, 3])
 @pytest.mark.parametrize("stddev", [3.0, 2.0**38])

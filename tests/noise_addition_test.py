@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import sweeps
 
 from jax_privacy_kernels import noise_addition, random
 from jax_privacy_kernels.matrix_factorization import banded as banded_strategies
@@ -166,11 +167,29 @@ def theirs(reference):
 # -- The same noise as jax_privacy ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize(
+    "matrix",
+    sweeps.cases(
+        list(MATRICES),
+        [
+            "identity",
+            "banded",
+            "column-normalized",
+            "rows scaled",
+            "general banded",
+            "buffers",
+            "buffers, not inverted",
+            "prefix_sum",
+            "product",
+            "dense",
+        ],
+    ),
+)
 def test_noise_of_the_reference(theirs, matrix):
     assert_same_noise(run(build(Ours, matrix)), run(build(theirs, matrix)))
 
 
+@pytest.mark.each_value
 @pytest.mark.filterwarnings("ignore:column_normalize_for_n")
 @pytest.mark.parametrize("matrix", ["identity", "column-normalized", "product", "dense"])
 @pytest.mark.parametrize(
@@ -201,6 +220,7 @@ def test_float64_noise_of_the_reference(theirs):
             assert_same_noise(ours, expected, sample_rtol=1e-13)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     "key",
     [
@@ -233,6 +253,7 @@ def test_implementations_agree(implementation):
 FUSED = ["banded", "column-normalized", "general banded", "buffers", *BEYOND_THE_REFERENCE]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scale", [None, (0.5,), (1.0, 3.0, 0.2)])
 @pytest.mark.parametrize("matrix", FUSED)
 def test_fused_noise_is_that_of_the_streaming_matrix(matrix, scale):
@@ -668,6 +689,7 @@ def test_implementation_that_cannot_take_the_noise(matrix):
         privatizer.update(grads, privatizer.init(grads))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("matrix", [*KINDS, "prefix_sum"])
 @pytest.mark.parametrize("gradients", [jnp.float16, jnp.float32])
 def test_small_noise_of_16_bits_is_not_rounded_away(matrix, gradients):
@@ -772,6 +794,7 @@ def test_a_negative_step_gives_nan_in_the_compiled_kernel(matrix):
 # -- Noise that would vanish --------------------------------------------------------------------
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("stddev", [1e-42, -1.0, np.nan, np.inf])
 @pytest.mark.parametrize("matrix", KINDS)
 def test_a_traced_stddev_that_is_none_gives_nan(matrix, stddev):

@@ -91,7 +91,7 @@ def test_privatizers_are_ready(table):
     for row in table.rows:
         privatizer = row.privatizer(clip_norm=3.0, prng_key=jax.random.key(1))
         state = privatizer.init(gradients)
-        noise, state = privatizer.update(gradients, state)
+        noise, state = jax.jit(privatizer.update)(gradients, state)
         assert row.state_bytes == 4 * 1000 * round(row.state_bytes / 4000)
         # The first row of C^-1 has one entry.
         first = abs(float(row.noising_matrix().materialize(1)[0, 0]))

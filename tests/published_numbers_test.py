@@ -66,7 +66,14 @@ def test_zero_concentrated_privacy():
 
 # Mean squared errors of optimal dense factorizations of sensitivity 1:
 # https://arxiv.org/abs/2211.06530.
-@pytest.mark.parametrize(("epochs", "value"), [(1, 6.372668), (4, 27.164367), (16, 176.986808)])
+@pytest.mark.parametrize(
+    ("epochs", "value"),
+    [
+        (1, 6.372668),
+        (4, 27.164367),
+        pytest.param(16, 176.986808, marks=pytest.mark.nightly),  # takes more than a minute
+    ],
+)
 def test_optimal_factorization(epochs, value):
     C = dense.optimize(256, epochs=epochs)
     error = dense.per_query_error(strategy_matrix=C).mean()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import sweeps
 
 from jax_privacy_kernels import noise_addition, random, sharding_utils
 from jax_privacy_kernels.matrix_factorization import (
@@ -166,12 +167,18 @@ def collectives(hlo):
 
 
 def cases():
-    """Every mechanism and mesh compiled; a few in plain JAX, which takes long to compile."""
-    for matrix in MATRICES:
-        for axes in MESHES:
-            yield pytest.param("cpp", matrix, axes, marks=needs_cpp)
-    yield from (("jax", matrix, "xy") for matrix in ("banded", "inverse banded", "buffered"))
-    yield from (("jax", matrix, "x") for matrix in ("dense", "prefix"))
+    """Every mechanism and mesh compiled; a few in plain JAX, which takes long to compile.
+
+    By default every mechanism has one mesh.
+    """
+    for i, matrix in enumerate(MATRICES):
+        for j, axes in enumerate(MESHES):
+            nightly = () if j == i % len(MESHES) else (pytest.mark.nightly,)
+            yield pytest.param("cpp", matrix, axes, marks=(needs_cpp, *nightly))
+    yield from (("jax", matrix, "xy") for matrix in ("banded", "buffered"))
+    yield pytest.param("jax", "inverse banded", "xy", marks=pytest.mark.nightly)
+    yield pytest.param("jax", "prefix", "x", marks=pytest.mark.nightly)
+    yield "jax", "dense", "x"
 
 
 @pytest.mark.parametrize("strategy", ["DEFAULT", "ZERO"])
@@ -191,6 +198,7 @@ def test_lowering_for_a_mesh_that_is_not_here(strategy):
 class TestEightDevices:
     # -- The same noise -----------------------------------------------------------------------
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(("implementation", "matrix", "axes"), list(cases()))
     def test_noise_is_that_of_one_device(self, implementation, matrix, axes, kind):
@@ -211,6 +219,7 @@ class TestEightDevices:
         expected, _ = on_one_device("identity", "jax", tuple(SHAPES))
         jax.tree.map(np.testing.assert_array_equal, outs, expected[:2])
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
     def test_dtypes(self, dtype, kind):
@@ -232,6 +241,7 @@ class TestEightDevices:
             outs, _ = run(mechanism, on_mesh(model(SMALL), mesh, "xy"), 6)
         assert_same("jax", outs, expected)
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(
         ("implementation", "matrix"),
@@ -321,6 +331,7 @@ class TestEightDevices:
             out, _ = step(grads, state)
         jax.tree.map(np.testing.assert_array_equal, out, expected[0])
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("kind", [None, *KINDS])
     @pytest.mark.parametrize("matrix", ["banded", "dense"])
     def test_derivatives(self, matrix, kind):
@@ -376,7 +387,13 @@ class TestEightDevices:
         jax.tree.map(np.testing.assert_array_equal, steps(grads), expected)
 
     @needs_cpp
-    @pytest.mark.parametrize("matrix", ["banded", "by row", "inverse banded", "buffered", "dense"])
+    @pytest.mark.parametrize(
+        "matrix",
+        sweeps.cases(
+            ["banded", "by row", "inverse banded", "buffered", "dense"],
+            ["banded", "buffered", "dense"],
+        ),
+    )
     def test_state_moves_between_meshes(self, matrix):
         """In the middle of a cycle of the look-ahead, too: before, while and after all warm up."""
         mechanism = privatizer(matrix)
@@ -401,6 +418,7 @@ class TestEightDevices:
 
     # -- No more than is needed ---------------------------------------------------------------
 
+    @pytest.mark.each_value
     @needs_cpp
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("axes", MESHES)
@@ -472,6 +490,7 @@ class TestEightDevices:
 
     # -- ZeRO ---------------------------------------------------------------------------------
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("axes", MESHES)
     @pytest.mark.parametrize("matrix", MATRICES)
     def test_zero_is_the_same_noise_elsewhere(self, matrix, axes):
@@ -631,6 +650,7 @@ class TestEightDevices:
         with pytest.raises(ValueError, match=r"\['flat'\].*same over the axes \['x'\]"):
             jax.jit(local)(grads)
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("matrix", ["banded", "dense", "prefix"])
     @pytest.mark.parametrize("through", ["shard_map", "pmap"])
     def test_shards_that_would_share_their_noise_where_types_do_not_tell(self, through, matrix):

@@ -46,7 +46,18 @@ LAYOUTS = [
     ("xyz", (8, 1), P(("z", "x", "y"))),
 ]
 
+# Of every mesh those that are replicated, split along some dimension, and split along all axes.
+FEW = [LAYOUTS[i] for i in (1, 4, 5, 8, 10, 12, 15, 17)]
+
 layouts = pytest.mark.parametrize(("axes", "shape", "spec"), LAYOUTS, ids=str)
+few_layouts = pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        pytest.param(*layout, marks=() if layout in FEW else pytest.mark.nightly)
+        for layout in LAYOUTS
+    ],
+    ids=str,
+)
 
 
 def mesh_of(axes, kind=AxisType.Explicit):
@@ -287,6 +298,7 @@ class TestEightDevices:
         )
         assert like == expected
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("extra", [0, 8])
     @layouts
     def test_every_element_is_added_once(self, axes, shape, spec, extra, within):
@@ -312,7 +324,7 @@ class TestEightDevices:
             np.testing.assert_array_equal(compiled, z)
             assert compiled.sharding.is_equivalent_to(x.sharding, x.ndim)
 
-    @layouts
+    @few_layouts
     def test_adds_what_the_reference_adds(self, axes, shape, spec, reference):
         mesh = mesh_of(axes)
         with jax.set_mesh(mesh):
@@ -391,7 +403,7 @@ class TestEightDevices:
         assert np.unique(values).size == values.size
         assert set(values) <= drawn
 
-    @layouts
+    @few_layouts
     def test_samples_are_those_of_the_reference(self, axes, shape, spec, reference):
         mesh = mesh_of(axes)
         sharding = NamedSharding(mesh, spec)

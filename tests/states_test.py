@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import sweeps
 
 from jax_privacy_kernels import disabled_safety_checks, random
 from jax_privacy_kernels.matrix_factorization import (
@@ -75,6 +76,9 @@ MECHANISMS = {
 }
 ALL = {"identity": Mechanism(lambda x, b: streaming_matrix.identity()), **MECHANISMS}
 mechanisms = pytest.mark.parametrize("name", ALL)
+# Their states are those of others: of recurrences, of moving averages and of no filter.
+DERIVED = "column-normalized", "banded inverse", "product"
+few_mechanisms = pytest.mark.parametrize("name", sweeps.cases(list(ALL), set(ALL) - set(DERIVED)))
 
 
 @functools.cache
@@ -142,6 +146,7 @@ SECURE = "banded", "buffers", "dense"
 SECURE_KEY = random.secure_key(bytes(range(32)))
 
 
+@pytest.mark.each_value
 @savers
 @pytest.mark.parametrize(
     ("name", "secure"),
@@ -183,6 +188,7 @@ def test_state_of_a_stddev_that_changes(through, tmp_path):
     assert_equal(run([1.0, 2.0, 0.5, 4.0])[:2], once)
 
 
+@pytest.mark.each_value
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("name", ["identity", "banded", "dense", "product"])
 @savers
@@ -299,7 +305,7 @@ def test_states_of_one_key_in_a_vmap_are_refused(name):
             mapped()
 
 
-@mechanisms
+@few_mechanisms
 def test_states_of_one_key_that_a_branch_maps_make_no_noise(name):
     """A mapped predicate maps all operands of a cond, so that no key is seen to be shared."""
 
@@ -322,7 +328,7 @@ def test_states_of_one_key_that_a_branch_maps_make_no_noise(name):
     assert np.isfinite(out[1]).all()
 
 
-@mechanisms
+@few_mechanisms
 def test_states_of_their_own_keys_in_a_vmap(name):
     matrix = ALL[name].matrix()
 
@@ -385,7 +391,7 @@ def test_derivatives_of_zero(spec):
         assert (np.asarray(twice["w"]) == 2).all()
 
 
-@mechanisms
+@few_mechanisms
 def test_a_step_in_plain_jax_can_be_exported(name):
     mechanism = privatizer(name, implementation="jax")
     state = mechanism.init(grads())
@@ -414,7 +420,14 @@ def test_a_step_with_compiled_kernels_can_be_exported(name):
 
 @pytest.mark.parametrize(
     ("name", "prng_key"),
-    [*((name, 3) for name in ALL), ("identity", SECURE_KEY), ("dense", SECURE_KEY)],
+    [
+        *(
+            pytest.param(name, 3, marks=pytest.mark.nightly if name in DERIVED else ())
+            for name in ALL
+        ),
+        pytest.param("identity", SECURE_KEY, marks=pytest.mark.nightly),
+        ("dense", SECURE_KEY),
+    ],
 )
 def test_a_step_can_be_exported_for_any_size(name, prng_key):
     """What is exported knows the state of other sizes as well."""
@@ -441,13 +454,14 @@ def test_a_step_can_be_exported_for_any_size(name, prng_key):
             assert np.isnan(exported.call(g, other)[0]["w"]).all()
 
 
-@mechanisms
+@few_mechanisms
 def test_a_trace_leaks_nothing(name):
     fresh = matrix_factorization_privatizer(ALL[name].matrix(), stddev=1.0, prng_key=0)
     with jax.checking_leaks():
         jax.jit(lambda g: fresh.update(g, fresh.init(g)))(grads())
 
 
+@pytest.mark.each_value
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("strategy", SupportedStrategies)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
@@ -478,6 +492,7 @@ def samples(steps, d):
     return jax.lax.scan(sample, unit.init(jnp.zeros(d)), length=steps)[1]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", [name for name in ALL if name != "dense"])
 @pytest.mark.parametrize("start", ["traced", "known", "injected"])
 def test_a_stddev_that_changes_scales_the_samples(name, start):

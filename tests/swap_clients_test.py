@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import sweeps
 
 import jax_privacy_kernels
 
@@ -224,7 +225,16 @@ def swapped(swap):
     return jax_privacy_kernels.installed() if swap else contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.__name__)
+@pytest.mark.parametrize(
+    "client",
+    [
+        pytest.param(client, marks=pytest.mark.nightly)
+        if client in (column_normalized, planned)
+        else client
+        for client in CLIENTS
+    ],
+    ids=lambda client: client.__name__,
+)
 def test_the_same_with_and_without(client):
     results, seconds = [], []
     for swap in (False, True):
@@ -297,7 +307,19 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    "transform",
+    sweeps.cases(
+        list(TRANSFORMS),
+        [
+            "chain",
+            "MultiSteps",
+            "multi_transform",
+            "inject_hyperparams of a banded privatizer",
+            "apply_if_finite",
+        ],
+    ),
+)
 def test_the_same_in_optax(transform):
     def run():
         made = TRANSFORMS[transform]()

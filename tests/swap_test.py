@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import sweeps
 
 import jax_privacy_kernels as ours
 from jax_privacy_kernels import _swap
@@ -741,7 +742,14 @@ def test_python_m_runs_a_module_and_passes_its_errors_on(folder):
     assert "ArithmeticError: on purpose" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--", "a", "--"], ["-m", "--", "--force"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--", "a", "--"],
+        pytest.param(["-m", "--", "--force"], marks=pytest.mark.nightly),
+        pytest.param([], marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.subprocess
 def test_python_m_passes_all_arguments_on(tmp_path, arguments):
     (tmp_path / "show.py").write_text("import sys; print(sys.argv[1:])")
@@ -768,7 +776,11 @@ threading.Timer(0.2, late).start()
 
 
 @pytest.mark.parametrize(
-    "program", ["as_main.py", "folder", "-m as_main", "-m package", "packed.zip"]
+    "program",
+    sweeps.cases(
+        ["as_main.py", "folder", "-m as_main", "-m package", "packed.zip"],
+        ["as_main.py", "-m package", "packed.zip"],
+    ),
 )
 @pytest.mark.subprocess
 def test_a_program_is_main(tmp_path, program):

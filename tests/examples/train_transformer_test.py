@@ -28,14 +28,14 @@ def example():
 def test_clipped_gradients_are_within_the_clip_norm(example):
     windows = jnp.asarray(example.load_text()[0][:4])
     params = example.init_params(jax.random.key(0))
-    clipped = jax.vmap(example.clipped_gradient, in_axes=(None, 0))(params, windows)
+    clipped = jax.jit(jax.vmap(example.clipped_gradient, in_axes=(None, 0)))(params, windows)
     squared = sum(np.asarray(leaf, np.float64).reshape(4, -1) ** 2 @ np.ones(leaf[0].size)
                   for leaf in jax.tree.leaves(clipped))  # fmt: skip
     assert (squared <= example.CLIP_NORM**2).all()
     assert (squared > 0.5).all()  # at initialization they are larger than the norm
     # A gradient that is not finite takes no part, rather than all of it.
     params["bytes"] = params["bytes"].at[0, 0].set(jnp.nan)
-    clipped = example.clipped_gradient(params, windows[0])
+    clipped = jax.jit(example.clipped_gradient)(params, windows[0])
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(clipped))
 
 
@@ -47,7 +47,7 @@ def test_a_run_of_other_settings_is_not_continued(example, tmp_path, capsys):
     assert "holds a run with another epsilon, lr: use another folder" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # three runs of it, each in a process of its own
 @pytest.mark.subprocess
 def test_a_run_that_is_killed_goes_on(tmp_path):
     def run(name: str, *more: str) -> subprocess.CompletedProcess:

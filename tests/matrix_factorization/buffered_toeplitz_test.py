@@ -726,6 +726,7 @@ def test_closed_forms_agree_with_reference(reference):
     )
 
 
+@pytest.mark.each_value
 @in_x64
 @pytest.mark.parametrize("jit", [False, True], ids=["known", "traced"])
 @pytest.mark.parametrize(
@@ -829,6 +830,7 @@ def of_40_iterations(name):
     return lambda C: getattr(blts, name)(C, 40)
 
 
+@pytest.mark.each_value
 @in_x64
 @pytest.mark.parametrize("theta", [THETA, [0.999999, 0.99, 0.1]])
 @pytest.mark.parametrize("name", ["sensitivity_squared", "max_error", "max_loss"])

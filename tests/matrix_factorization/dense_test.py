@@ -537,6 +537,7 @@ def test_bound_by_hand():
     np.testing.assert_allclose([found.loss, found.lower_bound], 12, rtol=1e-10)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("epochs", "bands", "equal_norm"), [(1, None, False), (4, None, False), (1, 5, True)]
 )

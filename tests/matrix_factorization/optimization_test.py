@@ -378,6 +378,7 @@ def test_losses_of_equal_code_are_not_mixed_up():
         np.testing.assert_allclose(actual, target, rtol=1e-12)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("callback", CALLBACKS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_losses_can_be_garbage_collected(callback, grad):

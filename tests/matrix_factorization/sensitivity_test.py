@@ -449,6 +449,7 @@ def argument_of(name, C):
     return gram(C) if name in OF_GRAM else C
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", OF_MATRIX)
 @pytest.mark.parametrize("x64", [False, True])
 def test_agrees_with_reference(reference, name, x64):

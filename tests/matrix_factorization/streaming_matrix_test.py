@@ -124,6 +124,7 @@ def test_row_norms_squared_are_those_of_the_dense_matrix(case):
 WIDENING = ("product", "times_scalar", "scaled_both")
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [(case, "float32") for case in CASES]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import sweeps
 from support.sweeps import examples
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
@@ -186,6 +187,7 @@ def test_inverse_is_the_dense_inverse(coef, n, normalize):
         np.testing.assert_allclose(Cinv.materialize(n), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("n", [None, 3, 4, 10])
 @pytest.mark.parametrize("bands", [1, 2, 4])
 def test_inverse_agrees_with_reference(reference, bands, n):
@@ -283,6 +285,7 @@ def test_no_warning_without_reason():
 def test_inverse_gradient():
     g = np.array([1.0, -2.0, 3.0, 0.5, 1.0])
 
+    @functools.partial(jax.jit, static_argnums=1)
     def f(coef, n):
         return jnp.vdot(g, toeplitz.inverse_as_streaming_matrix(coef, n) @ jnp.arange(1.0, 6.0))
 
@@ -417,6 +420,7 @@ def test_half_precision_coefficients_are_squared_in_single():
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 @pytest.mark.parametrize("max_participations", [None, 1, 2, 3, 20])
 def test_minsep_sensitivity_by_brute_force(n, max_participations):
@@ -449,6 +453,7 @@ def test_minsep_sensitivity_bounds_other_coefficients(coef, min_sep, k):
     np.testing.assert_allclose(actual, projected, rtol=1e-12)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("max_participations", [None, 1, 3, 1000])
 @pytest.mark.parametrize("min_sep", [1, 7, 100, 150])
 def test_minsep_sensitivity_agrees_with_reference(reference, min_sep, max_participations):
@@ -782,6 +787,7 @@ FUNCTIONS_OF_COEF = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", FUNCTIONS_OF_COEF)
 @pytest.mark.parametrize("coef", [[1.1, -0.4, -0.2, -0.05], [1.1, -0.2, 0.4, 0.1]])
 def test_gradients(name, coef):
@@ -814,8 +820,8 @@ def test_jit_and_vmap(name):
     ("n", "bands", "reduction"),
     [
         (20, 4, "max"),
-        (20, 4, "custom"),
-        (24, 24, "mean"),
+        pytest.param(20, 4, "custom", marks=pytest.mark.nightly),
+        pytest.param(24, 24, "mean", marks=pytest.mark.nightly),
         (6, 9, "last"),
     ],
 )
@@ -1138,7 +1144,7 @@ def test_amplification_of_a_training_run(
     assert pld_accountant().compose(event).get_epsilon(1e-6) <= 2
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 8.0])
+@pytest.mark.parametrize("epsilon", sweeps.cases([0.5, 8.0], [0.5]))
 def test_privacy_loss_distributions_ask_for_less_noise(epsilon):
     errors = {}
     for accountant in ("pld", "rdp"):
@@ -1148,6 +1154,7 @@ def test_privacy_loss_distributions_ask_for_less_noise(epsilon):
     assert errors["pld"] < 0.945 * errors["rdp"]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 @pytest.mark.parametrize(
     ("size", "epsilon", "delta"),
@@ -1171,7 +1178,7 @@ def test_amplification_spends_no_more_than_epsilon(
     np.testing.assert_allclose(spent, epsilon, rtol=1e-4)
 
 
-@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize("accountant", sweeps.cases(["pld", "rdp"], ["rdp"]))
 def test_amplification_by_brute_force(accounting, rdp_accountant, pld_accountant, accountant):
     size, epsilon, delta = (8, 12, 2), 8.0, 1e-3
     candidates = {}

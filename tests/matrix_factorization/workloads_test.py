@@ -115,7 +115,10 @@ def test_loss_is_error_times_squared_sensitivity():
 
 @pytest.mark.parametrize(
     ("n", "bands", "k", "decay", "prefix", "square_root", "best"),
-    [(256, 32, 8, 1.0, 68.67, 62.16, 61.86), (980, 98, 10, 0.9999, 92.82, 86.06, 84.20)],
+    [
+        (256, 32, 8, 1.0, 68.67, 62.16, 61.86),
+        pytest.param(980, 98, 10, 0.9999, 92.82, 86.06, 84.20, marks=pytest.mark.nightly),
+    ],
 )
 def test_optimum_for_momentum(n, bands, k, decay, prefix, square_root, best):
     workload = toeplitz.momentum_sgd_coefs(n, momentum=0.9, decay=decay)
@@ -201,9 +204,9 @@ def inverse_rmse(coef, n, workload, min_sep, k):
 @pytest.mark.parametrize(
     ("n", "min_sep", "k", "p", "momentum", "decay", "best"),
     [
-        (1192, 149, 8, 5, 0.9, 0.9999, 77.17587),
+        pytest.param(1192, 149, 8, 5, 0.9, 0.9999, 77.17587, marks=pytest.mark.nightly),
         (980, 98, 10, 4, 0.0, 1.0, 13.355597),
-        pytest.param(2048, 512, 4, 8, 0.0, 1.0, 8.46663, marks=pytest.mark.slow),
+        pytest.param(2048, 512, 4, 8, 0.0, 1.0, 8.46663, marks=pytest.mark.nightly),
     ],
 )
 def test_banded_inverse_from_several_starts(n, min_sep, k, p, momentum, decay, best):

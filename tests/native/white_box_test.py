@@ -5,9 +5,11 @@ compiled once for each of the others, and every one that this machine can run is
 """
 
 import fcntl
+import functools
 import importlib.util
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 import scipy.special
 from jax.extend.random import threefry2x32_p
-from support import chacha20
+from support import chacha20, sweeps
 
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
@@ -36,6 +38,12 @@ V3 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"}
 V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 VARIANTS = {"clones": set(), "v1": set(), "v3": V3, "v4": V4}
 
+
+def variants():
+    """Those that there are for this processor."""
+    return VARIANTS if platform.machine() in ("x86_64", "AMD64") else ("clones",)
+
+
 FLOAT_TYPES = [np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)]
 NOISE_AND_RING = [("f4", "f4"), ("f4", "f8"), ("f8", "f8")]
 SIXTEEN_BITS = {"f16": FLOAT_TYPES[0], "bf16": FLOAT_TYPES[1]}
@@ -48,18 +56,26 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="session")
-def modules():
-    """The folder of the compiled modules. A compiler that is there must succeed."""
+@functools.cache
+def load(variant):
+    """The module of a variant, compiled. A compiler that is there must succeed."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    missing = VARIANTS[variant] - set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+    if missing:
+        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
+    if variant not in variants():
+        pytest.skip("compiled on x86-64 only")
     pytest.importorskip("pybind11")
     # Tools that pip has installed stand beside the interpreter.
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])
     for tool in ("cmake", os.environ.get("CXX", "c++").split()[0]):
         if not shutil.which(tool, path=path):
             pytest.skip(f"needs {tool}")
-    build = ROOT / "build" / "white_box" / sys.implementation.cache_tag
+    name = f"_white_box_{variant}"
+    # A folder for each, so that workers of pytest-xdist compile several of them at a time.
+    build = ROOT / "build" / "white_box" / sys.implementation.cache_tag / variant
     build.mkdir(parents=True, exist_ok=True)
-    with (build / "lock").open("w") as lock:  # workers of pytest-xdist share the folder
+    with (build / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for arguments in (
             [
@@ -70,7 +86,7 @@ def modules():
                 "-DJPK_WHITE_BOX=ON",
                 f"-DPython_EXECUTABLE={sys.executable}",
             ],
-            ["--build", build, "--parallel", "2"],
+            ["--build", build, "--target", name],
         ):
             done = subprocess.run(
                 [shutil.which("cmake", path=path), *arguments],
@@ -79,27 +95,17 @@ def modules():
                 text=True,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-    return build / "tests" / "native"
-
-
-@pytest.fixture(scope="session", params=VARIANTS)
-def kernels(request, modules):
-    return load(modules, request.param)
-
-
-def load(modules, variant):
-    name = f"_white_box_{variant}"
-    found = list(modules.glob(f"{name}.*"))
-    if not found:
-        pytest.skip("compiled on x86-64 only")
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    missing = VARIANTS[variant] - set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
-    if missing:
-        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
-    spec = importlib.util.spec_from_file_location(name, found[0])
+    (found,) = (build / "tests" / "native").glob(f"{name}.*")
+    spec = importlib.util.spec_from_file_location(name, found)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", params=sweeps.cases(list(VARIANTS), ["clones", "v1"]))
+def kernels(request):
+    """By default the clone that the loader picks, and what it would pick where there is no SIMD."""
+    return load(request.param)
 
 
 def pack(hi, lo):
@@ -341,10 +347,10 @@ def run(kernels, slots, accurate):
 
 
 @pytest.fixture(scope="session", params=[(0, False), (3, True), (9, False)], ids=str)
-def baseline(request, modules):
+def baseline(request):
     """Results of the variant with the least SIMD, which the others are compared with."""
-    name = "v1" if list(modules.glob("_white_box_v1.*")) else "clones"
-    return request.param, run(load(modules, name), *request.param)
+    name = "v1" if "v1" in variants() else "clones"
+    return request.param, run(load(name), *request.param)
 
 
 def test_variants_agree(kernels, baseline):

@@ -209,6 +209,7 @@ class TestImplementation:
 
     # -- Derivatives
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("n", SIZES)
     def test_derivatives(self, implementation, n):
         """Against JAX's of dense matrices, and central differences of the definition."""
@@ -225,6 +226,7 @@ class TestImplementation:
             error = 1e-8 * np.abs(numeric).max(initial=0)
             np.testing.assert_allclose(gradient, numeric.astype(float), rtol=1e-8, atol=error)
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize(
         ("n", "b", "momentum"),
         [(6, 1, 0.9), (2, 5, 0.3), (11, 2, 0.0), (7, 7, -0.4)],

@@ -450,6 +450,24 @@ CORNERS = {
         ((1030,),), f32, coef=rows_of_coefs(25, 20), steps=27
     ),
 }
+# Every filter, with and without slots, and every kind of leaf, of row and of dtype.
+FEW_CORNERS = (
+    "no history",
+    "one slot",
+    "empty tree",
+    "only empty leaves",
+    "rows without noise",
+    "16-bit gradients, float32 noise",
+    "coefficients by row, two bands",
+    "moving average without state",
+    "moving average, fewer slots than samples",
+    "moving average in float64",
+    "buffers of an inverse",
+    "buffers, looking ahead",
+    "float64",
+    "float32 noise and float64 coefficients",
+    "two groups of terms and a rest",
+)
 # What the interpreters of kernels can do in seconds.
 INTERPRETED_CORNERS = [
     CORNERS[name]
@@ -610,6 +628,7 @@ SHARDED = {
     "buffers": (BufferedFilter(True, 0, 1), [(0.9,), (0.3,)]),
     "buffers, looking ahead": (InverseBufferedFilter(True, 3, 1), [(0.9,), (0.3,)]),
 }
+FEW_SHARDED = "0 slots", "4 slots", "moving average", "buffers, looking ahead"
 CHACHA20_KEY = random.secure_key(bytes(range(32)))
 SHARDED_OF_KEYS = {
     **{name: (SMALL.key, *case) for name, case in SHARDED.items()},
@@ -666,13 +685,18 @@ def small(request, implementation):
 class TestImplementation:
     """What holds for every implementation."""
 
-    @pytest.mark.parametrize("case", CHACHA20.values(), ids=CHACHA20)
+    @pytest.mark.parametrize(
+        "case",
+        sweeps.cases(
+            CHACHA20, ("recurrence", "by row", "moving average", "buffers", "float64", "no history")
+        ),
+    )
     def test_chacha20(self, implementation, case):
         if is_slow(implementation):
             case = dataclasses.replace(case, shapes=((1100,),), steps=min(case.steps, 5))
         check(case, implementation)
 
-    @pytest.mark.parametrize("case", CORNERS.values(), ids=CORNERS)
+    @pytest.mark.parametrize("case", sweeps.cases(CORNERS, FEW_CORNERS))
     def test_corner(self, implementation, case):
         if is_interpreted(implementation) and case not in INTERPRETED_CORNERS:
             pytest.skip("too much for an interpreter")
@@ -694,6 +718,7 @@ class TestImplementation:
 
         sweep()
 
+    @pytest.mark.interpreted_nightly
     def test_many_leaves(self, implementation):
         # XLA takes seconds to compile ten leaves of plain JAX, and a minute for 300.
         count = 12 if implementation == "jax" or is_interpreted(implementation) else 300
@@ -704,6 +729,7 @@ class TestImplementation:
         expected.check_outputs(outs)
         expected.check_state(state)
 
+    @pytest.mark.interpreted_nightly
     def test_every_slot_holds_the_term_of_the_schedule(self, implementation):
         shapes = ((5 * 1024 + 3,), (1,), (0,), (2048,), (3, 1024))
         case = Case(shapes, f32 * 5, coef=(1.0, 0.5, -0.3, 0.2), steps=11)
@@ -716,6 +742,7 @@ class TestImplementation:
             _, state = update(case.grads_at(t), state)
         expected.check_state(state)
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("slots", [1, 2, 4])
     @pytest.mark.parametrize("first_tile", [0, 5])
     def test_visits_are_those_of_the_golden_table(self, implementation, slots, first_tile):
@@ -739,6 +766,8 @@ class TestImplementation:
             np.testing.assert_array_equal(changed[..., :1000].all(-1), expected)
             np.testing.assert_array_equal(changed[..., :1000].any(-1), expected)
 
+    @pytest.mark.interpreted_nightly
+    @pytest.mark.each_value
     def test_state_continues_in_another_implementation(self, implementation, small):
         slow = is_slow(implementation)
         sizes = ((1100,), (5,)) if slow else ((6000,), (5,))
@@ -766,6 +795,8 @@ class TestImplementation:
                 expected.check_outputs(stacked)
                 expected.check_state(state)
 
+    @pytest.mark.interpreted_nightly
+    @pytest.mark.each_value
     def test_eager_jit_and_scan_agree(self, implementation, small):
         case = dataclasses.replace(small, steps=5)
         update = case.update(implementation)
@@ -784,6 +815,8 @@ class TestImplementation:
         trees_allclose(eager_state, last, atol=1e-5)
         trees_allclose(jit_state, last, atol=1e-5)
 
+    @pytest.mark.interpreted_nightly
+    @pytest.mark.each_value
     def test_vmap_is_a_loop(self, implementation, small):
         case = dataclasses.replace(small, steps=3)
         update = case.update(implementation)
@@ -800,6 +833,7 @@ class TestImplementation:
             at = functools.partial(jax.tree.map, lambda v, i=i: v[i])
             trees_allclose(at((outs, new)), update(batch[i], states[i]), atol=1e-5)
 
+    @pytest.mark.interpreted_nightly
     def test_a_state_for_several_gradients_is_refused(self, implementation):
         """They would get the same noise, however the vmap is hidden."""
         update, state = SMALL.update(implementation), SMALL.init()
@@ -823,6 +857,7 @@ class TestImplementation:
         outs = jax.vmap(update, (None, 0))(one, states)[0]
         assert not np.array_equal(outs[0][0], outs[0][1])
 
+    @pytest.mark.interpreted_nightly
     def test_gradients_in_another_layout(self, implementation):
         case = Case(((40, 60),), f32, coef=(1.0, 0.5), steps=1)
         grads, state = case.grads_at(0), case.init()
@@ -830,6 +865,7 @@ class TestImplementation:
         transposed = jax.jit(lambda g, s: update([g.T], s)[0][0].T)(grads[0].T, state)
         np.testing.assert_allclose(transposed.T, update(grads, state)[0][0], atol=1e-5)
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # that is the point
     def test_extreme_values(self, implementation):
         """Rounding to 16 bits where it is delicate; inf and NaN pass through."""
@@ -848,6 +884,7 @@ class TestImplementation:
                 atol=float(info.smallest_subnormal),
             )
 
+    @pytest.mark.each_value
     def test_donated_state_is_updated_in_place(self, implementation, small):
         if is_interpreted(implementation):
             pytest.skip("interpreters work on copies; what is lowered is tested without them")
@@ -861,6 +898,7 @@ class TestImplementation:
             assert [b.unsafe_buffer_pointer() for b in jax.tree.leaves(state.inner)] == pointers
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
 
+    @pytest.mark.interpreted_nightly
     def test_state_that_is_not_donated_stays(self, implementation):
         case = dataclasses.replace(SMALL, steps=2)
         update = jax.jit(case.update(implementation))
@@ -887,10 +925,9 @@ class TestImplementation:
             copies = [line for line in hlo.splitlines() if " copy(" in line or "copy-start" in line]
             assert not [line for line in copies if any(ring in line for ring in rings)]
 
-    @pytest.mark.parametrize(
-        ("key", "filter", "coef"), SHARDED_OF_KEYS.values(), ids=SHARDED_OF_KEYS
-    )
-    def test_shards(self, implementation, key, filter, coef):
+    @pytest.mark.parametrize("name", sweeps.cases(list(SHARDED_OF_KEYS), FEW_SHARDED))
+    def test_shards(self, implementation, name):
+        key, filter, coef = SHARDED_OF_KEYS[name]
         if implementation not in implementations.INTERPRETERS:
             pytest.skip("kernels for GPUs are compared with it")
         refuse, stream = IMPLEMENTATIONS[implementation].refuse, str(jax.random.key_impl(key))
@@ -904,6 +941,8 @@ class TestImplementation:
 
     # -- Statistics: fixed keys, so these either always pass or always fail.
 
+    @pytest.mark.interpreted_nightly
+    @pytest.mark.each_value
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_samples_are_normal(self, implementation, dtype):
         stats = pytest.importorskip("scipy.stats")
@@ -920,6 +959,8 @@ class TestImplementation:
         beyond = z.size * 2 * stats.norm.sf(4)
         assert abs(np.sum(np.abs(z) > 4) - beyond) < 4 * math.sqrt(beyond)
 
+    @pytest.mark.interpreted_nightly
+    @pytest.mark.each_value
     def test_strategy_whitens_the_noise(self, implementation, small):
         d, steps, stddev = 12_000 if is_slow(implementation) else 100_000, 12, 1.5
         case = dataclasses.replace(
@@ -935,6 +976,7 @@ class TestImplementation:
             covariance, stddev**2 * np.eye(steps), atol=6 * stddev**2 * math.sqrt(2 / d)
         )
 
+    @pytest.mark.interpreted_nightly
     def test_nothing_repeats(self, implementation):
         """No tile of 1024 numbers looks like another, across tiles, leaves, steps and keys."""
         rows = []
@@ -1031,7 +1073,20 @@ LOWERED = {
 }
 
 
-@pytest.mark.parametrize("case", LOWERED.values(), ids=LOWERED)
+@pytest.mark.parametrize(
+    "case",
+    sweeps.cases(
+        LOWERED,
+        (
+            *FILTERS,
+            "no history",
+            "bfloat16 gradients, float32 noise",
+            "float64 gradients, float64 noise",
+            "float64 buffers",
+            "float64 moving average",
+        ),
+    ),
+)
 def test_pallas_lowers_for_cuda(case):
     """Without a GPU: one kernel for every leaf, in place, and nothing else as large as a leaf."""
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
@@ -1059,9 +1114,10 @@ def test_leaves_of_one_shape_share_a_kernel():
     assert lowered_for_cuda(case, "pallas").count(PALLAS_CALL) == 2
 
 
-@pytest.mark.parametrize(("filter", "coef"), SHARDED.values(), ids=SHARDED)
-def test_pallas_lowers_shards_for_cuda(filter, coef):
+@pytest.mark.parametrize("name", sweeps.cases(list(SHARDED), FEW_SHARDED))
+def test_pallas_lowers_shards_for_cuda(name):
     """One kernel for every leaf, of which each run has one program more than it has tiles."""
+    filter, coef = SHARDED[name]
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
         pytest.skip(reason)
     step, rings = step_on_parts("pallas", filter, coef)
@@ -1176,6 +1232,7 @@ PLAIN_CASES = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("case", PLAIN_CASES.values(), ids=PLAIN_CASES)
 @pytest.mark.parametrize("key_impl", ["rbg", "unsafe_rbg", "threefry2x32"])
 def test_plain_schedule(key_impl, case):
@@ -1245,6 +1302,7 @@ TRACED = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("look_ahead", [0, 2])
 @pytest.mark.parametrize(("filter", "coef"), TRACED.values(), ids=TRACED)
 def test_coefficients_that_a_trace_hides_are_seen(filter, coef, look_ahead):
@@ -1352,6 +1410,7 @@ CHANGING = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("key_impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("case", CHANGING.values(), ids=CHANGING)
 def test_a_stddev_that_changes_scales_the_samples(case, key_impl):
@@ -1413,6 +1472,7 @@ EXTREME = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("implementation", ["cpp", "jax"])
 @pytest.mark.parametrize(("filter", "size"), EXTREME.values(), ids=EXTREME)
 def test_coefficients_of_extreme_size(implementation, filter, size):

@@ -98,11 +98,13 @@ def check(implementation, dtypes, row, row_dtype="float32", noise_dtype=None, ke
 class TestImplementation:
     """What holds for every implementation."""
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_definition(self, implementation, row, dtype):
         check(implementation, (dtype, "float32", dtype, "float32"), row, dtype)
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("row", [(0.0, 0.5, 0.0, -2.0, 1.0), (3.0,)], ids=str)
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_chacha20(self, implementation, row, dtype):

@@ -162,6 +162,7 @@ class TestImplementation:
         with jax.enable_x64(True):
             check(both(op(n, 2, k, implementation))(coef), coef, n, 2, k)
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize(("min_sep", "k"), [(1, 3), (4, 2), (3, 9)])
     def test_rationals(self, implementation, min_sep, k):
         n, coef = 13, np.random.default_rng(0).standard_normal(11)
@@ -174,6 +175,7 @@ class TestImplementation:
 
     # -- Derivatives
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize(("n", "m", "min_sep", "k"), [(9, 7, 2, 2), (6, 8, 3, 5)])
     def test_derivative_of_decreasing_coefficients(self, implementation, n, m, min_sep, k):
         functions = both(op(n, min_sep, k, implementation)), both(plain(n, min_sep, k))
@@ -219,6 +221,7 @@ class TestImplementation:
 
     # -- Transformations
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_vmap(self, implementation, dtype):
         with jax.enable_x64(dtype == "float64"):
@@ -232,6 +235,7 @@ class TestImplementation:
                 ([(0,), (2,)], coef),
             )
 
+    @pytest.mark.interpreted_nightly
     def test_many_rows(self, implementation):
         rows = 30 if implementations.is_slow(IMPLEMENTATIONS, implementation) else 300
         coef = np.random.default_rng(0).standard_normal((rows, 30)).astype(np.float32)
@@ -239,6 +243,7 @@ class TestImplementation:
         for row in (0, 1, rows // 2, rows - 1):
             check((value[row], gradient[row]), coef[row], 40, 3, 4)
 
+    @pytest.mark.interpreted_nightly
     def test_scan(self, implementation):
         coef = jnp.asarray(numbers("decreasing", 6, 0), jnp.float32)
         functions = op(7, 2, 3, implementation), plain(7, 2, 3)
@@ -246,6 +251,7 @@ class TestImplementation:
 
     # -- Types
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize(("dtype", "x64", "out"), coefficients.DTYPES_OF_ONE)
     def test_dtypes(self, implementation, dtype, x64, out):
         with jax.enable_x64(x64):

@@ -152,6 +152,7 @@ def exported(mesh, grads):
         return export(grads).mlir_module()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("known_by", ["the arrays", "the context", "both"])
 @pytest.mark.parametrize("kinds", AXES.values(), ids=AXES)
 def test_export_for_a_mesh_that_is_not_here(kinds, known_by):

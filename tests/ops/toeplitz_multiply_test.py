@@ -156,6 +156,7 @@ class TestImplementation:
                 sums = np.asarray(sums[::-1] if transpose else sums)[2::3]
                 np.testing.assert_allclose(sums, expected.astype(np.float64), rtol=1e-6)
 
+    @pytest.mark.interpreted_nightly
     def test_gradients_are_made_in_float64(self, implementation):
         x = coefficients.cancelling(999)
         expected = np.cumsum(x, dtype=np.longdouble)[2::3].astype(np.float64)
@@ -167,6 +168,7 @@ class TestImplementation:
         for bar in (jax.grad(total, 0)(ones, x), jax.grad(total, 1)(x, ones)):
             np.testing.assert_allclose(bar[::-1][2::3], expected, rtol=1e-6)
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize("transpose", [False, True])
     def test_rationals(self, implementation, transpose):
         n, m, rng = 23, 11, np.random.default_rng(3)
@@ -192,6 +194,7 @@ class TestImplementation:
 
     # -- Long vectors, where blocks and transforms may come in
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("kind", LONG)
     @pytest.mark.parametrize(
         ("n", "m", "transpose", "rows"),
@@ -215,6 +218,7 @@ class TestImplementation:
             terms = coef[:lags] * v[row + 1 - lags : row + 1][::-1]
             coefficients.close(y[i], terms.sum(), 2e-13 * np.abs(terms).sum())
 
+    @pytest.mark.interpreted_nightly
     def test_gradients_of_long_vectors(self, implementation):
         if implementations.is_slow(IMPLEMENTATIONS, implementation):
             pytest.skip("too long for an interpreter")
@@ -242,24 +246,29 @@ class TestImplementation:
 
     # -- Derivatives
 
+    @pytest.mark.interpreted_nightly
     def test_numeric_derivatives(self, implementation):
         multiply, _, case = pair(implementation, 6, 4, transpose=True, rows=4)
         with jax.enable_x64(True):
             jax.test_util.check_grads(multiply, case.arrays(), 1, ["rev"], rtol=1e-6, atol=1e-8)
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize("case", DERIVATIVES, ids=str)
     def test_second_derivatives(self, implementation, case):
         coefficients.check_derivatives(*pair(implementation, *case), second=True)
 
+    @pytest.mark.interpreted_nightly
     def test_gradients_of_many_rows(self, implementation):
         coefficients.check_derivatives(*pair(implementation, 520, 530, (3,), rows=515))
 
     # -- Transformations
 
+    @pytest.mark.interpreted_nightly
     def test_vmap(self, implementation):
         multiply, reference, _ = pair(implementation, 6, 3, transpose=True, rows=4)
         coefficients.check_toeplitz_vmap(multiply, reference)
 
+    @pytest.mark.interpreted_nightly
     def test_scan(self, implementation):
         multiply, reference, case = pair(implementation, 300, 4, (2,))
         coef, rhs = (x.astype("float32") for x in case.arrays())
@@ -269,6 +278,7 @@ class TestImplementation:
 
     # -- Types
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize(("coef", "rhs", "x64", "out"), coefficients.DTYPES)
     def test_dtypes(self, implementation, coef, rhs, x64, out):
         function = functools.partial(toeplitz_multiply, implementation=implementation)
@@ -277,6 +287,7 @@ class TestImplementation:
                 function, (coef, rhs), out, [1.1, -2.3, 0.7], [[3.2], [4.1], [1.3], [-2.6]]
             )
 
+    @pytest.mark.interpreted_nightly
     def test_x64_mode_may_change(self, implementation):
         function = functools.partial(toeplitz_multiply, implementation=implementation)
         coefficients.check_x64_mode_may_change(function)

@@ -108,6 +108,7 @@ class TestImplementation:
         out = jax.vmap(function, (0, None))(jnp.ones((0, 3)), jnp.ones(5))
         assert out.shape == (0, 5)
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize("coef", [[0.0], [0.0, 1.0], [0.0, 0.0, 2.0]])
     def test_singular(self, implementation, coef):
         x = toeplitz_solve(jnp.array(coef), jnp.ones(4), implementation=implementation)
@@ -115,6 +116,7 @@ class TestImplementation:
 
     # -- Accuracy
 
+    @pytest.mark.each_value
     @pytest.mark.parametrize("echo", [None, 600])
     @pytest.mark.parametrize("transpose", [False, True])
     def test_sums_are_made_in_float64(self, implementation, transpose, echo):
@@ -135,6 +137,7 @@ class TestImplementation:
         assert np.abs(naive / expected[: naive.size] - 1).min() > 1e-3
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
+    @pytest.mark.interpreted_nightly
     def test_gradients_are_made_in_float64(self, implementation):
         weights = coefficients.cancelling(999)[::-1]
         sums = np.cumsum(weights[::-1], dtype=np.longdouble)[::-1].astype(np.float64)
@@ -148,6 +151,7 @@ class TestImplementation:
         coef_bar = jax.grad(weighted)(np.array([1, 0, 0, 0], np.float32), ones)
         np.testing.assert_allclose(coef_bar[0::3], -sums[[0, 3]], rtol=1e-6)
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize("transpose", [False, True])
     def test_rationals(self, implementation, transpose):
         n, rng = 23, np.random.default_rng(3)
@@ -186,24 +190,29 @@ class TestImplementation:
 
     # -- Derivatives
 
+    @pytest.mark.interpreted_nightly
     def test_numeric_derivatives(self, implementation):
         solve, _, case = pair(implementation, 6, 4, transpose=True)
         with jax.enable_x64(True):
             jax.test_util.check_grads(solve, case.arrays(), 1, ["rev"], rtol=1e-6, atol=1e-8)
 
+    @pytest.mark.interpreted_nightly
     def test_second_derivatives(self, implementation):
         case = pair(implementation, 5, 7, (2, 2), transpose=True)
         coefficients.check_derivatives(*case, second=True)
 
+    @pytest.mark.interpreted_nightly
     def test_gradients_of_many_rows(self, implementation):
         coefficients.check_derivatives(*pair(implementation, 300, 310, (3,), True))
 
     # -- Transformations
 
+    @pytest.mark.interpreted_nightly
     def test_vmap(self, implementation):
         solve, reference, _ = pair(implementation, 6, 3)
         coefficients.check_toeplitz_vmap(solve, reference)
 
+    @pytest.mark.interpreted_nightly
     def test_scan(self, implementation):
         solve, reference, case = pair(implementation, 300, 4, (2,))
         coef, rhs = (x.astype("float32") for x in case.arrays())
@@ -214,6 +223,7 @@ class TestImplementation:
 
     # -- Types
 
+    @pytest.mark.interpreted_nightly
     @pytest.mark.parametrize(("coef", "rhs", "x64", "out"), coefficients.DTYPES)
     def test_dtypes(self, implementation, coef, rhs, x64, out):
         solve = functools.partial(toeplitz_solve, implementation=implementation)
@@ -222,6 +232,7 @@ class TestImplementation:
                 solve, (coef, rhs), out, [2.1, -2.3, 1.7], [[3.2], [4.1], [1.3], [-2.6]]
             )
 
+    @pytest.mark.interpreted_nightly
     def test_x64_mode_may_change(self, implementation):
         function = functools.partial(toeplitz_solve, implementation=implementation)
         coefficients.check_x64_mode_may_change(function)

@@ -6,6 +6,7 @@ Only the samples come from JAX, from jax.random.normal on keys split as jax_priv
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax
@@ -26,23 +27,33 @@ def _split(key, steps, leaves):
     return jax.lax.scan(step, key, length=steps)[1]
 
 
+def _at_least(steps):
+    """A number of steps that many cases share, so that they share what XLA compiles."""
+    return next(n for n in itertools.count(16, 16) if n >= steps)
+
+
 def step_keys(key, steps):
     """Data of the key after each step, and of the key that each step's leaf keys are split from."""
-    after, of_step, _ = _split(key, steps, 1)
-    return np.asarray(jax.random.key_data(after)), np.asarray(jax.random.key_data(of_step))
+    found = _split(key, _at_least(steps), 1)[:2]
+    return tuple(np.asarray(jax.random.key_data(keys))[:steps] for keys in found)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(keys, shape, dtype):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(data, key_impl, shape, dtype):
     # A map and not a vmap, in which keys of type rbg give other bits.
+    keys = jax.random.wrap_key_data(data, impl=key_impl)
     return jax.lax.map(lambda key: jax.random.normal(key, shape, dtype), keys)
 
 
 def independent(key, shapes, dtypes, steps):
     """Z of every leaf, of standard deviation 1, ``[steps, *shape]``."""
-    keys = _split(key, steps, max(len(shapes), 1))[2]
+    key_impl = jax.random.key_impl(key)
+    keys = _split(key, _at_least(steps), max(len(shapes), 1))[2]
+    data = np.asarray(jax.random.key_data(keys))
     return [
-        np.asarray(_normal(keys[:, i], shape, jnp.dtype(dtype).name)).astype(np.float64)
+        np.asarray(_normal(data[:, i], key_impl, shape, jnp.dtype(dtype).name))[:steps].astype(
+            np.float64
+        )
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
 

@@ -1,14 +1,19 @@
-"""How many examples hypothesis makes: the profiles `dev`, `ci` and `nightly`.
+"""Which cases run by default, and how many examples hypothesis makes.
 
-The profile `dev` makes a fifth of the examples that a test asks for, `ci` half of them, `nightly`
-ten times as many and others every time. The option `--hypothesis-profile` chooses one, or the
-environment variable HYPOTHESIS_PROFILE; else it is `dev`.
+Of the profiles `dev`, `ci` and `nightly`, `dev` makes a fifth of the examples that a test asks
+for, `ci` half of them, `nightly` ten times as many and others every time. The option
+`--hypothesis-profile` chooses one, or the environment variable HYPOTHESIS_PROFILE. The default is
+`dev`.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 # In per cent of what tests ask for.
@@ -35,3 +40,36 @@ def compiling(count: int) -> settings:
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
+
+
+def cases(values: Mapping[str, Any] | Iterable[Any], by_default: Iterable[Any]) -> list[Any]:
+    """Parameters, of which those that are not in ``by_default`` are nightly.
+
+    Of a mapping, ``by_default`` are keys, which are the names of the cases as well.
+    """
+    named = values if isinstance(values, Mapping) else {value: value for value in values}
+    default = set(by_default)
+    if unknown := default - set(named):
+        raise ValueError(f"expected some of {list(named)}, found {unknown}")
+    ids = {name: str(name) if isinstance(values, Mapping) else None for name in named}
+    return [
+        pytest.param(value, id=ids[name], marks=() if name in default else pytest.mark.nightly)
+        for name, value in named.items()
+    ]
+
+
+def covering(cases: Mapping[str, Sequence[str]]) -> set[str]:
+    """Some of the cases, in which every value of every parameter occurs.
+
+    Args:
+      cases: from names to the values of the parameters, one each.
+    """
+    left = {name: set(enumerate(values)) for name, values in cases.items()}
+    missing = set().union(*left.values())
+    kept = set()
+    while missing:
+        # Where several cases would do, another test takes another.
+        best = max(left, key=lambda name: (len(missing & left[name]), zlib.crc32(name.encode())))
+        missing -= left.pop(best)
+        kept.add(best)
+    return kept

@@ -212,6 +212,15 @@ def test_balls_in_bins_by_monte_carlo():
     assert [row.stddev for row in again.rows] == [row.stddev for row in table.rows]
 
 
+@pytest.mark.parametrize("bands", [1, 5])
+def test_no_more_is_spent_than_the_target(bands):
+    """Of tiny deltas too, for which rounding counts."""
+    target = _amplification.Target(64, 6000, 60, 2.0, 1e-12)
+    multiplier, epsilon = target.amplified(bands)
+    assert 2 * 0.999 < epsilon <= 2
+    assert multiplier == pytest.approx({1: 1.11, 5: 1.5027}[bands], rel=1e-4)
+
+
 def test_epochs_are_participations():
     assert planning._participation(32, 80, 10, 4, None) == (8, 4)
     # 33 steps of 8 or more between participations have room for five.

@@ -169,6 +169,7 @@ def _next_buffered(
     squared = toeplitz.minsep_sensitivity_squared(
         coef, problem.min_sep, n=n, max_participations=problem.participations
     )
+    errors: Any
     if problem.A is None:
         errors = toeplitz.per_query_error(strategy_coef=coef, n=n, workload_coef=problem.workload)
     else:
@@ -196,6 +197,7 @@ def _banded_inverse(problem: Problem, bands: int) -> Mechanism:
     squared = toeplitz.compute_banded_inverse_sensitivity_squared(
         n, wide, problem.min_sep, problem.participations
     )
+    errors: Any
     if problem.A is None:
         errors = toeplitz.per_query_error(noising_coef=wide, n=n, workload_coef=problem.workload)
     else:

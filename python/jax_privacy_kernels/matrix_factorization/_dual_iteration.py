@@ -168,7 +168,8 @@ def _iterate(problem: _Problem, at: _Multipliers) -> _Iterate | None:
     inverse_R = (vectors / roots) @ vectors.T
     most = np.diagonal(L, axis1=1, axis2=2)
     volume = most.sum() / k if by_column else most.max(axis=1).sum()
-    margin = rounding_margin(A, np.abs(L).sum(axis=2).max())
+    # Half of it: products with blocks have few terms, so that M alone is a product of n of them.
+    margin = rounding_margin(A, np.abs(L).sum(axis=2).max()) / 2
 
     X_blocks = inverse_root @ _blocks(R, k) @ inverse_root
     root_X, inverse_root_X = _functions(X_blocks, np.sqrt, lambda w: 1 / np.sqrt(w))

@@ -61,6 +61,17 @@ def test_nobody_reads_on():
     assert (run.returncode, run.stderr) == (1, "")
 
 
+def test_interrupts_end_without_a_word(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_bench_command, "main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["bench"])
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_privacy_kernels import _plan_command, _step_times, planning
+from jax_privacy_kernels import _plan_command, _plan_privacy, _step_times, monte_carlo, planning
 from jax_privacy_kernels.__main__ import main
-from jax_privacy_kernels.matrix_factorization import toeplitz
+from jax_privacy_kernels.matrix_factorization import _amplification, streaming_matrix, toeplitz
 
 TARGET = {"steps": 32, "dataset_size": 80, "batch_size": 10, "epsilon": 2.0, "delta": 1e-3}
 
@@ -54,7 +55,10 @@ def test_epsilon_is_what_an_accountant_says(table):
     pld = pytest.importorskip("dp_accounting.pld")
     for row in table.rows:
         assert row.epsilon <= 2
-        assert f"noise multiplier {row.noise_multiplier:.6g}" in row.guarantee
+        # Numbers in sentences are no better than those that hold.
+        stated = float(row.guarantee.rpartition("noise multiplier ")[2].rstrip("."))
+        assert row.noise_multiplier <= stated <= row.noise_multiplier * (1 + 1e-5)
+        assert row.epsilon <= float(row.guarantee.split("(")[1].split(",")[0]) <= 2
     events = {row.noise_multiplier: row.event for row in table.rows}
     for event in events.values():
         accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
@@ -111,6 +115,30 @@ def test_the_table_is_shown(table, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+def test_wide_numbers_fit(table):
+    row = dataclasses.replace(
+        table.rows[0],
+        mechanism="banded Toeplitz, 128 bands",
+        noise_multiplier=12345.6,
+        rmse=1.23456e-5,
+        rmse_last=1.23456e-5,
+        state_bytes=1000 * 1024**2,
+        milliseconds=123456.0,
+        seconds=1234.5,
+    )
+    text = str(planning.Plan((row,), table.target))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "1000 MiB" in text
+
+
+def test_guarantees_are_rounded_to_the_safe_side():
+    target = _amplification.Target(32, 80, 10, 1.2345634, 1.2345678e-5)
+    assert _plan_privacy._claim(target, 1.2345633) == "The run is (1.2345634, 1.2345678e-05)-DP"
+    assert _plan_privacy._claim(target, 1.2) == "The run is (1.2, 1.2345678e-05)-DP"
+    assert _plan_privacy._up(8.333331) == "8.33334"
+    assert _plan_privacy._down(0.0083333399) == "0.00833333"
+
+
 def test_times_are_measured_once(table, monkeypatch):
     def fails(*_):
         raise AssertionError
@@ -131,6 +159,66 @@ def test_a_budget_leaves_out_what_does_not_fit(monkeypatch, tmp_path):
     assert [row.state_bytes for row in small.rows] == [4000, 0]
     none = planning.plan(**TARGET, **options, memory_budget=3999)
     assert [row.mechanism for row in none.rows] == ["independent noise"]
+    all_of_them = planning.plan(**TARGET, **options, memory_budget=math.inf)
+    assert max(row.state_bytes for row in all_of_them.rows) == 4 * 1000 * 7
+
+
+def test_workloads_that_are_matrices():
+    """Learning rates that fall: errors are those of the matrices, and banded ones are optimal."""
+    rates = np.linspace(1, 0.1, 32)
+    A = streaming_matrix.momentum_sgd_matrix(0.5, rates)
+    table = planning.plan(**TARGET, workload=A, sampling="fixed")
+    full = np.asarray(A.materialize(32), np.float64)
+    for row in table.rows:
+        noising = np.asarray(row.noising_matrix().materialize(32), np.float64)
+        error = np.sum((full @ noising) ** 2, axis=1)
+        expected = row.stddev / TARGET["batch_size"] * math.sqrt(error.mean())
+        np.testing.assert_allclose(row.rmse, expected, rtol=1e-5)
+    by_name = {row.mechanism: row for row in table.rows}
+    best = by_name["banded Toeplitz, 8 bands"]
+    with jax.enable_x64(True):
+        coef = toeplitz.optimize_banded_toeplitz(32, 8, A=A)
+        least = math.sqrt(toeplitz.loss(coef, 32, A=A) * 4) / TARGET["batch_size"]
+    np.testing.assert_allclose(best.rmse, best.noise_multiplier * least, rtol=1e-6)
+
+
+def test_balls_in_bins_by_monte_carlo():
+    """With a large delta, for which few samples are enough."""
+    pld = pytest.importorskip("dp_accounting.pld")
+    target = TARGET | {"steps": 16, "delta": 0.05, "epsilon": 1.0}
+    table = planning.plan(**target, sampling="bins", accountant="monte_carlo", seed=3)
+    assert [row.sampling for row in table.rows] == ["bins"] * 3
+    for row in table.rows:
+        assert (row.epsilon, row.delta) == (1.0, 0.05)
+        assert row.guarantee.startswith("The run is (1, 0.05)-DP if one example is replaced")
+        noising = np.asarray(row.noising_matrix().materialize(16), np.float64)
+        c = np.linalg.inv(noising)[:, 0]
+        np.testing.assert_allclose(row.sensitivity, np.linalg.norm(c), rtol=1e-6)
+        bound = monte_carlo.delta(
+            monte_carlo.BallsInBins(iterations=16, cycle_length=8),
+            np.maximum(c, 0),
+            noise_multiplier=row.stddev,
+            epsilon=1.0,
+            num_samples=20_000,
+            seed=4,
+        )
+        assert bound.delta <= 0.05
+        accountant = pld.PLDAccountant()
+        assert not accountant.supports(row.event)
+        # Less noise than without sampling at random.
+        fixed = _amplification.Target(16, 80, 10, 1.0, 0.05).unamplified()[0]
+        assert row.noise_multiplier < fixed * math.sqrt(2)
+    again = planning.plan(**target, sampling="bins", accountant="monte_carlo", seed=3)
+    assert [row.stddev for row in again.rows] == [row.stddev for row in table.rows]
+
+
+@pytest.mark.parametrize("bands", [1, 5])
+def test_no_more_is_spent_than_the_target(bands):
+    """Of tiny deltas too, for which rounding counts."""
+    target = _amplification.Target(64, 6000, 60, 2.0, 1e-12)
+    multiplier, epsilon = target.amplified(bands)
+    assert 2 * 0.999 < epsilon <= 2
+    assert multiplier == pytest.approx({1: 1.11, 5: 1.5027}[bands], rel=1e-4)
 
 
 def test_epochs_are_participations():
@@ -144,7 +232,7 @@ def test_epochs_are_participations():
     ("changed", "message"),
     [
         ({"steps": 0}, "expected steps >= 1"),
-        ({"batch_size": 100}, "expected_batch_size <= dataset_size"),
+        ({"batch_size": 100}, "expected batch_size <= dataset_size=80, found batch_size=100"),
         ({"epsilon": 0.0}, "0 < epsilon < inf"),
         ({"epsilon": 1e-9, "delta": 1e-9}, "an epsilon that Renyi accounting can certify"),
         ({"delta": 1.0}, "0 < delta < 1"),
@@ -158,11 +246,26 @@ def test_epochs_are_participations():
         ({"parameters": 0}, "parameters >= 1"),
         ({"workload": [1.0, np.inf]}, "workload to be finite"),
         ({"workload": np.ones((3, 3))}, "found shape"),
+        ({"workload": np.ones(31)}, r"workload of shape \(32,\), found \(31,\)"),
+        ({"workload": np.ones(33)}, r"workload of shape \(32,\), found \(33,\)"),
+        ({"accountant": "gdp"}, "accountant to be one of"),
+        ({"sampling": "bins"}, "expected accountant='monte_carlo' with sampling='bins'"),
+        ({"epsilon": math.nan}, "0 < epsilon < inf, found epsilon=nan"),
+        ({"memory_budget": math.nan, "parameters": 10}, "memory_budget to be at least 0"),
     ],
 )
 def test_bad_input_is_told(changed, message):
     with pytest.raises(ValueError, match=message):
         planning.plan(**(TARGET | changed))
+
+
+@pytest.mark.parametrize("value", [True, "3", None, [1], 1j])
+@pytest.mark.parametrize("name", ["steps", "dataset_size", "batch_size", "epsilon", "delta"])
+def test_bad_types_are_told(name, value):
+    with pytest.raises(TypeError, match=f"expected {name} to be"):
+        planning.plan(**(TARGET | {name: value}))
+    with pytest.raises(TypeError, match="expected progress to be True, False or None"):
+        planning.plan(**TARGET, progress=3)
 
 
 def test_the_command(capsys, tmp_path, monkeypatch):

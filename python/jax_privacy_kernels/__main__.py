@@ -92,10 +92,12 @@ def _print(text: str) -> None:
 
 
 def _piped(call: Callable[..., None], *arguments: Any) -> None:
-    """Calls, and ends without a word where nobody reads what is printed any more."""
+    """Calls, and ends without a word at Ctrl-C, or where nobody reads what is printed any more."""
     try:
         call(*arguments)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells count it: 128 + SIGINT
     except BrokenPipeError:
         # Python flushes once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -62,11 +62,13 @@ def promote_types(first: Any, second: Any) -> Any:
 def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be positive") -> int:
     """Returns ``value`` as an ``int``: TypeError if it is not one, ValueError below ``minimum``.
 
-    Arrays without dimensions and floats that are whole, 1e6 for instance, count as integers.
-    ``rule`` is how the error begins if the minimum is 1.
+    Arrays without dimensions and floats that are whole, 1e6 for instance, count as integers; True
+    and False do not. ``rule`` is how the error begins if the minimum is 1.
     """
     try:
         scalar = value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value
+        if isinstance(scalar, bool):
+            raise TypeError
         whole = isinstance(scalar, float) and scalar.is_integer()
         result = int(scalar) if whole else operator.index(scalar)
     except (TypeError, ValueError) as error:  # ValueError: a ragged list has no dimension
@@ -113,7 +115,7 @@ def check_scalar(
     ``expected`` describes numbers that pass.
     """
     try:
-        if np.ndim(value) != 0 or isinstance(value, str | bytes):
+        if np.ndim(value) != 0 or isinstance(value, str | bytes | bool | np.bool_):
             raise TypeError
         number = float(value)
     except OverflowError as error:

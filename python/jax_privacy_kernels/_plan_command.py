@@ -36,7 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--parameters", type=float, help="the size of the model, e.g. 1e8")
     parser.add_argument("--memory-budget", type=float, help="the most bytes of state, e.g. 4e9")
-    parser.add_argument("--sampling", choices=("any", "fixed", "poisson"), default="any")
+    parser.add_argument("--sampling", choices=("any", "fixed", "poisson", "bins"), default="any")
+    parser.add_argument(
+        "--accountant",
+        choices=("pld", "monte_carlo"),
+        default="pld",
+        help="monte_carlo, which takes minutes, for balls in bins too",
+    )
+    parser.add_argument("--seed", type=int, help="of Monte Carlo, chosen beforehand")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--markdown", action="store_true", help="print Markdown")
@@ -69,6 +76,8 @@ def main(args: argparse.Namespace) -> None:
             parameters=args.parameters,
             memory_budget=args.memory_budget,
             sampling=args.sampling,
+            accountant=args.accountant,
+            seed=args.seed,
         )
         if args.plot:
             table.plot(args.plot)

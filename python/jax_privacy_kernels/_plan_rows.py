@@ -35,7 +35,8 @@ class Problem:
       steps: n.
       min_sep: The least number of steps between two participations of one example.
       participations: The most of them.
-      workload: ``[n]`` coefficients, float64; None for prefix sums.
+      workload: ``[n]`` coefficients, float64; None for prefix sums, unless there is
+      A: a StreamingMatrix. Banded strategies are optimized for it, others for prefix sums.
       slots: The most numbers of state that there may be for every parameter.
     """
 
@@ -43,7 +44,13 @@ class Problem:
     min_sep: int
     participations: int
     workload: Any
+    A: streaming_matrix.StreamingMatrix | None
     slots: float
+
+    def errors_of(self, noising_matrix: streaming_matrix.StreamingMatrix) -> np.ndarray:
+        """Errors ``[n]`` for A, in O(n^2)."""
+        assert self.A is not None
+        return np.asarray((self.A @ noising_matrix).row_norms_squared(self.steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Mechanism:
       noising_matrix: Makes ``C^-1``.
       squared_sensitivity: For all participations, or one of them where sampling amplifies.
       errors: ``[n]``, of independent noise of variance 1.
+      strategy_coef: ``[b]`` coefficients of C, float64, if it is Toeplitz and banded.
     """
 
     name: str
@@ -63,6 +71,7 @@ class Mechanism:
     noising_matrix: Callable[[], Any]
     squared_sensitivity: float
     errors: np.ndarray
+    strategy_coef: np.ndarray | None = None
 
 
 def independent(problem: Problem, participations: int) -> Mechanism:
@@ -75,13 +84,16 @@ def banded(problem: Problem, coef: Any, squared: float | None = None, name: str 
 
     Columns that are at least as many steps apart as there are bands are orthogonal.
     """
+    wide = coef.astype(np.float64)
     errors = toeplitz.per_query_error(
-        strategy_coef=coef.astype(np.float64), n=problem.steps, workload_coef=problem.workload
+        strategy_coef=wide, n=problem.steps, workload_coef=problem.workload, A=problem.A
     )
     if squared is None:
         assert coef.size <= problem.min_sep
-        norm = float(np.sum(coef.astype(np.float64) ** 2))
-        squared = problem.participations * norm * (1 + 1e-12)
+        exact = toeplitz.minsep_sensitivity_squared(
+            wide, problem.min_sep, n=problem.steps, max_participations=problem.participations
+        )
+        squared = float(exact) * (1 + 1e-12)
     matrix: Callable[[], Any] = functools.partial(toeplitz.inverse_as_streaming_matrix, coef)
     if coef.size == 1:
         matrix = streaming_matrix.identity
@@ -91,7 +103,18 @@ def banded(problem: Problem, coef: Any, squared: float | None = None, name: str 
         matrix,
         squared,
         np.asarray(errors),
+        wide,
     )
+
+
+def for_one_participation(problem: Problem, bands: int) -> Mechanism:
+    """A banded strategy whose sensitivity is that of one participation, for amplification."""
+    if bands == 1:
+        return independent(problem, 1)
+    coef = optimized_bands(problem.steps, bands, problem.workload, problem.A)
+    # Negative coefficients, of which there hardly are any, would make its analysis another one.
+    coef = np.maximum(coef, 0).astype(np.float32)
+    return banded(problem, coef, float(np.sum(coef.astype(np.float64) ** 2)) * (1 + 1e-12))
 
 
 def in_fixed_order(problem: Problem) -> Iterator[Callable[[], Mechanism]]:
@@ -116,7 +139,7 @@ def _sizes(most: float) -> list[int]:
 
 
 def _optimized(problem: Problem, bands: int) -> Mechanism:
-    coef = optimized_bands(problem.steps, bands, problem.workload)
+    coef = optimized_bands(problem.steps, bands, problem.workload, problem.A)
     return banded(problem, coef.astype(np.float32))
 
 
@@ -146,7 +169,11 @@ def _next_buffered(
     squared = toeplitz.minsep_sensitivity_squared(
         coef, problem.min_sep, n=n, max_participations=problem.participations
     )
-    errors = toeplitz.per_query_error(strategy_coef=coef, n=n, workload_coef=problem.workload)
+    errors: Any
+    if problem.A is None:
+        errors = toeplitz.per_query_error(strategy_coef=coef, n=n, workload_coef=problem.workload)
+    else:
+        errors = problem.errors_of(wide.inverse_as_streaming_matrix())
     return Mechanism(
         f"BLT, {buffers} buffer" + "s" * (buffers > 1),
         buffers,
@@ -170,10 +197,14 @@ def _banded_inverse(problem: Problem, bands: int) -> Mechanism:
     squared = toeplitz.compute_banded_inverse_sensitivity_squared(
         n, wide, problem.min_sep, problem.participations
     )
-    errors = toeplitz.per_query_error(noising_coef=wide, n=n, workload_coef=problem.workload)
+    errors: Any
+    if problem.A is None:
+        errors = toeplitz.per_query_error(noising_coef=wide, n=n, workload_coef=problem.workload)
+    else:
+        errors = problem.errors_of(toeplitz.noising_coef_as_streaming_matrix(wide))
     slots = bands - 1 if bands - 1 <= problem.slots else 0
     return Mechanism(
-        f"banded inverse, {bands} coefficients",
+        f"banded inverse, {bands} coefs",
         slots,
         functools.partial(toeplitz.noising_coef_as_streaming_matrix, coef, look_ahead=slots),
         float(squared),
@@ -196,6 +227,8 @@ def _lambda_cgd(problem: Problem) -> Mechanism:
     found = {lam: made(lam) for lam in grid}
     lam = min(found, key=lambda lam: found[lam][0] * found[lam][1].mean())
     squared, errors = found[lam]
+    if problem.A is not None:
+        errors = problem.errors_of(toeplitz.lambda_cgd_as_streaming_matrix(problem.steps, lam))
     return Mechanism(
         f"lambda-CGD, lambda = {lam:.2g}",
         0,

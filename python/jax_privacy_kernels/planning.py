@@ -8,39 +8,41 @@
     banded Toeplitz, 2 bands: 0.29
 
 Every row of the table is ready to run: it has its privatizer, its event for dp-accounting, and a
-sentence that states its guarantee. An accountant of dp-accounting computed the epsilon of every
-row, and every sensitivity is exact or an upper bound.
+sentence that states its guarantee. An accountant computed the epsilon of every row, and every
+sensitivity is exact or an upper bound.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import math
 import os
 import pathlib
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from jax_privacy_kernels import _plan_rows, _step_times
+from jax_privacy_kernels import _step_times
 from jax_privacy_kernels._checks import check_int, check_scalar
-from jax_privacy_kernels._plan_rows import Mechanism, Problem
-from jax_privacy_kernels.matrix_factorization import _amplification
-from jax_privacy_kernels.matrix_factorization._toeplitz_optimization import optimized_bands
+from jax_privacy_kernels._plan_privacy import BallsInBins, FixedOrder, Job, Poisson, Private
+from jax_privacy_kernels._plan_rows import Problem
+from jax_privacy_kernels.matrix_factorization._amplification import Target
 from jax_privacy_kernels.matrix_factorization._workloads import known_workload
+from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix
 from jax_privacy_kernels.noise_addition import matrix_factorization_privatizer
 
 __all__ = ["Plan", "Row", "plan"]
 
-_SAMPLINGS = ("any", "fixed", "poisson")
+_SAMPLINGS = ("any", "fixed", "poisson", "bins")
+_ACCOUNTANTS = ("pld", "monte_carlo")
 _BYTES = 4  # of a number of state
+_WIDTH = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,12 @@ class Row:
     Attributes:
       mechanism: Its name.
       sampling: How examples have to be sampled: "fixed" is a fixed order, so that an example takes
-        part at least ``min_sep`` steps apart; "poisson" is block-cyclic Poisson sampling.
-      noise_multiplier: That of the Gaussian mechanism in `event`.
-      sensitivity: Of the strategy, for gradients clipped to norm 1.
+        part at least ``min_sep`` steps apart; "poisson" is block-cyclic Poisson sampling; "bins" is
+        balls in bins, one random batch of an epoch for every example, the same in all epochs.
+      noise_multiplier: Standard deviation of the noise over the sensitivity: that of the Gaussian
+        mechanism in `event`, if there is one.
+      sensitivity: Of the strategy, for gradients clipped to norm 1: to all participations in a
+        fixed order, to one of them where sampling amplifies.
       stddev: Standard deviation of the independent noise, ``noise_multiplier * sensitivity``, for
         sums of gradients that are clipped to norm 1.
       rmse: Root of the mean squared error that noise makes in every coordinate of an iterate, over
@@ -65,7 +70,8 @@ class Row:
       epsilon: As the accountant computed it for `event`, at most the target's.
       delta: The target's.
       guarantee: The guarantee in a sentence.
-      event: The `dp_accounting.DpEvent` of the whole run.
+      event: The `dp_accounting.DpEvent` of the whole run. With "bins" it is an
+        ``UnsupportedDpEvent``, which accountants refuse: dp-accounting has none for that sampling.
     """
 
     mechanism: str
@@ -129,30 +135,28 @@ class Plan:
         """Returns the table as a dict that `json.dumps` takes."""
         return {"target": self.target, "rows": [row.to_dict() for row in self.rows]}
 
-    def _cells(self) -> Iterator[tuple[str, ...]]:
-        yield "mechanism", "sampling", "noise", "rmse", "last", "state", "ms"
+    def _cells(self, digits: int = 4) -> Iterator[tuple[str, ...]]:
+        yield "mechanism", "sampling", "noise", "rmse", "last", "state", "ms", "s"
         for row in self.rows:
-            ms = "" if row.milliseconds is None else f"{row.milliseconds:.3g}"
+            ms = "" if row.milliseconds is None else f"{row.milliseconds:.{min(digits, 3)}g}"
             yield (
                 row.mechanism,
                 row.sampling,
-                f"{row.noise_multiplier:.4g}",
-                f"{row.rmse:.4g}",
-                f"{row.rmse_last:.4g}",
+                f"{row.noise_multiplier:.{digits}g}",
+                f"{row.rmse:.{digits}g}",
+                f"{row.rmse_last:.{digits}g}",
                 _size(row.state_bytes),
                 ms,
+                f"{row.seconds:.1f}",
             )
 
     def __str__(self) -> str:
         """The table in at most 80 columns, and the guarantee of the best row."""
-        cells = list(self._cells())
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = []
-        for row in cells:
-            first = row[0].ljust(widths[0])
-            rest = [x.rjust(width) for x, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append(" ".join([first, *rest]).rstrip())
-        return "\n".join([*lines, "", *textwrap.wrap(self.best().guarantee, 80)])
+        for digits in (4, 3, 2, 1):
+            lines = _aligned(list(self._cells(digits)))
+            if max(map(len, lines)) <= _WIDTH:
+                break
+        return "\n".join([*lines, "", *textwrap.wrap(self.best().guarantee, _WIDTH)])
 
     def to_markdown(self) -> str:
         """Returns the table in Markdown."""
@@ -172,7 +176,7 @@ class Plan:
             raise ImportError("expected matplotlib, for a plot, found none installed") from error
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        for sampling, marker in (("fixed", "o"), ("poisson", "s")):
+        for sampling, marker in (("fixed", "o"), ("poisson", "s"), ("bins", "^")):
             rows = [row for row in self.rows if row.sampling == sampling]
             if rows:
                 x = [row.state_bytes for row in rows]
@@ -196,11 +200,23 @@ class Plan:
         file.write_bytes(drawn.getvalue())
 
 
+def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        rest = [x.rjust(width) for x, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(" ".join([first, *rest]).rstrip())
+    return lines
+
+
 def _size(size: int) -> str:
     if size == 0:
         return "0"
-    power = min(int(math.log2(size) // 10), 4)
-    return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    power = min((size.bit_length() - 1) // 10, 6)
+    number = size / 1024**power
+    unit = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")[power]
+    return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
 
 
 def plan(
@@ -216,6 +232,8 @@ def plan(
     parameters: int | None = None,
     memory_budget: float | None = None,
     sampling: str = "any",
+    accountant: str = "pld",
+    seed: int | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Compares the mechanisms that fit a run, each with the noise for a privacy target.
@@ -232,19 +250,25 @@ def plan(
     Args:
       steps: n, the number of steps.
       dataset_size: The number of examples.
-      batch_size: The number of examples in a step; the expected number with Poisson sampling.
+      batch_size: The number of examples in a step; the expected number with random sampling.
       epsilon: The privacy target is (epsilon, delta)-DP; positive and finite.
       delta: Strictly between 0 and 1.
-      epochs: How often an example takes part, in a fixed order; by default as often as fits:
-        ``min_sep`` is then ``steps // epochs``. Not with ``min_sep``.
-      min_sep: The least number of steps between two participations of one example, by default
-        ``dataset_size // batch_size``, the most there can be.
-      workload: Coefficients of the workload, by default ones: prefix sums. See
-        `toeplitz.momentum_sgd_coefs`.
+      epochs: How many passes over the examples the steps are, in a fixed order: ``min_sep`` is then
+        ``steps // epochs``. Steps that are left over count as one more. Not with ``min_sep``.
+      min_sep: The least number of steps between two participations of one example, in a fixed
+        order. By default ``dataset_size // batch_size``, the most there can be.
+      workload: ``[n]`` coefficients of the workload, by default ones: prefix sums. See
+        `toeplitz.momentum_sgd_coefs`. Or a `StreamingMatrix`, such as that of
+        `streaming_matrix.momentum_sgd_matrix` with learning rates: banded strategies are optimized
+        for it, the others for prefix sums; errors are its own for all, in O(n^2).
       parameters: The size of the model. Without it there are no times, and state is that of one
         parameter.
-      memory_budget: The most bytes that the noise state may take, with ``parameters``.
-      sampling: "fixed", "poisson", or "any" for both: see `Row`.
+      memory_budget: The most bytes that the noise state may take, with ``parameters``. Beyond it
+        there are keys and counters, some bytes for every slot and leaf of the model.
+      sampling: "fixed", "poisson", "bins", or "any" for all that the accountant knows: see `Row`.
+      accountant: "pld", or "monte_carlo" for "bins" too, by `monte_carlo.calibrate`. That takes
+        minutes for every strategy, and 10 times as long for a tenth of delta.
+      seed: Of Monte Carlo samples, chosen beforehand; None for one of the system's.
       progress: Whether to show a progress bar on standard error; None does so on a terminal, after
         two seconds.
 
@@ -259,15 +283,25 @@ def plan(
     n = check_int("steps", steps)
     dataset_size = check_int("dataset_size", dataset_size)
     batch_size = check_int("batch_size", batch_size)
-    target = _amplification.Target(n, dataset_size, batch_size, epsilon, delta)
-    if sampling not in _SAMPLINGS:
-        raise ValueError(f"expected sampling to be one of {_SAMPLINGS}, found {sampling!r}")
+    if batch_size > dataset_size:
+        raise ValueError(
+            f"expected batch_size <= dataset_size={dataset_size}, found batch_size={batch_size}"
+        )
+    target = Target(n, dataset_size, batch_size, epsilon, delta)
+    _check_choice("sampling", sampling, _SAMPLINGS)
+    _check_choice("accountant", accountant, _ACCOUNTANTS)
+    if sampling == "bins" and accountant != "monte_carlo":
+        raise ValueError(
+            f"expected accountant='monte_carlo' with sampling='bins', found {accountant!r}"
+        )
+    if not (progress is None or isinstance(progress, bool)):
+        raise TypeError(f"expected progress to be True, False or None, found {progress!r}")
     if parameters is not None:
         parameters = check_int("parameters", parameters)
     slots = _slots(parameters, memory_budget)
-    coefs = known_workload(workload, n, "workload")
+    coefs, A = _workload(workload, n)
     apart, participations = _participation(n, dataset_size, batch_size, epochs, min_sep)
-    problem = Problem(n, apart, participations, coefs, slots)
+    problem = Problem(n, apart, participations, coefs, A, slots)
     arguments = {
         "steps": n,
         "dataset_size": dataset_size,
@@ -279,20 +313,40 @@ def plan(
         "parameters": parameters,
         "memory_budget": memory_budget,
         "sampling": sampling,
+        "accountant": accountant,
     }
-    jobs: list[Callable[[], Row]] = []
-    if sampling != "poisson":
-        privacy = _Fixed(target, apart, participations)
-        for make in _plan_rows.in_fixed_order(problem):
-            jobs.append(functools.partial(privacy.row, make, parameters))
-    if sampling != "fixed":
-        amplified = _Amplified(target, problem)
-        for bands in amplified.bands():
-            jobs.append(functools.partial(amplified.row, bands, parameters))
-    rows = [job() for job in _shown(jobs, progress)]
-    rows = [row for row in rows if math.isfinite(row.rmse)]
+    jobs: list[Job] = []
+    if sampling in ("any", "fixed"):
+        jobs += FixedOrder(target, problem).jobs()
+    if sampling in ("any", "poisson"):
+        jobs += Poisson(target, problem).jobs()
+    if accountant == "monte_carlo" and sampling in ("any", "bins"):
+        jobs += BallsInBins(target, problem, seed).jobs()
+    rows = []
+    for job in _shown(jobs, progress):
+        began = time.monotonic()
+        row = _row(job(), target, parameters, began)
+        if math.isfinite(row.rmse):
+            rows.append(row)
+    if not rows:
+        raise ValueError("expected a workload of finite errors, found none of any mechanism")
     rows.sort(key=lambda row: row.rmse)
     return Plan(tuple(rows), arguments)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"expected {name} to be one of {choices}, found {value!r}")
+
+
+def _workload(workload: Any, n: int) -> tuple[np.ndarray | None, StreamingMatrix | None]:
+    """Coefficients of a workload, or the matrix that it is."""
+    if isinstance(workload, StreamingMatrix):
+        return None, workload
+    coefs = known_workload(workload, n, "workload")
+    if coefs is not None and np.shape(workload) != (n,):
+        raise ValueError(f"expected workload of shape ({n},), found {np.shape(workload)}")
+    return coefs, None
 
 
 def _slots(parameters: int | None, memory_budget: float | None) -> float:
@@ -306,7 +360,7 @@ def _slots(parameters: int | None, memory_budget: float | None) -> float:
         lambda x: x >= 0,
         "at least 0, which independent noise and lambda-CGD need",
     )
-    return budget // (_BYTES * parameters)
+    return math.inf if math.isinf(budget) else budget // (_BYTES * parameters)
 
 
 def _participation(
@@ -341,17 +395,10 @@ def _shown(jobs: list[Any], progress: bool | None) -> Any:
     return tqdm(jobs, desc="planning", delay=2, disable=disable, leave=False)
 
 
-def _row(
-    mechanism: Mechanism,
-    parameters: int | None,
-    began: float,
-    batch_size: float,
-    noise_multiplier: float,
-    **fields: Any,
-) -> Row:
+def _row(private: Private, target: Target, parameters: int | None, began: float) -> Row:
+    mechanism = private.mechanism
     sensitivity = math.sqrt(mechanism.squared_sensitivity) * (1 + 2.0**-50)
-    stddev = noise_multiplier * sensitivity
-    size = parameters or 1
+    stddev = private.noise_multiplier * sensitivity
     milliseconds = None
     if parameters is not None:
         with jax.enable_x64(False):
@@ -360,99 +407,21 @@ def _row(
             milliseconds = _step_times.milliseconds(key, matrix, parameters)
     return Row(
         mechanism=mechanism.name,
-        noise_multiplier=noise_multiplier,
+        sampling=private.sampling,
+        noise_multiplier=private.noise_multiplier,
         sensitivity=sensitivity,
         stddev=stddev,
-        rmse=stddev * math.sqrt(float(mechanism.errors.mean())) / batch_size,
-        rmse_last=stddev * math.sqrt(float(mechanism.errors[-1])) / batch_size,
-        state_bytes=_BYTES * mechanism.slots * size,
+        rmse=stddev * math.sqrt(float(mechanism.errors.mean())) / target.batch_size,
+        rmse_last=stddev * math.sqrt(float(mechanism.errors[-1])) / target.batch_size,
+        state_bytes=_BYTES * mechanism.slots * (parameters or 1),
         milliseconds=milliseconds,
         seconds=time.monotonic() - began,
+        epsilon=private.epsilon,
+        delta=target.delta,
+        guarantee=private.guarantee,
+        event=private.event,
         noising_matrix=mechanism.noising_matrix,
-        **fields,
     )
-
-
-class _Fixed:
-    """Examples in a fixed order: one Gaussian mechanism, of the sensitivity of the strategy."""
-
-    def __init__(self, target: _amplification.Target, min_sep: int, participations: int) -> None:
-        import dp_accounting
-
-        self.target, self.min_sep, self.participations = target, min_sep, participations
-        self.noise_multiplier, self.epsilon = target.unamplified()
-        self.event = dp_accounting.GaussianDpEvent(self.noise_multiplier)
-
-    def row(self, make: Callable[[], Mechanism], parameters: int | None) -> Row:
-        began = time.monotonic()
-        mechanism = _plan_rows.in_float64(make)
-        target = self.target
-        return _row(
-            mechanism,
-            parameters,
-            began,
-            target.batch_size,
-            self.noise_multiplier,
-            sampling="fixed",
-            epsilon=self.epsilon,
-            delta=target.delta,
-            event=self.event,
-            guarantee=(
-                f"The run is ({self.epsilon:.6g}, {target.delta:g})-DP if one example is replaced "
-                f"by a zero gradient: an example takes part at most {self.participations} times, "
-                f"at least {self.min_sep} steps apart, clipped to norm 1, and the noise makes it a "
-                f"Gaussian mechanism with noise multiplier {self.noise_multiplier:.6g}."
-            ),
-        )
-
-
-class _Amplified:
-    """Block-cyclic Poisson sampling: DP-SGD on every part of the data."""
-
-    def __init__(self, target: _amplification.Target, problem: Problem) -> None:
-        self.target, self.problem = target, problem
-
-    def bands(self) -> list[int]:
-        """Independent noise, and a few numbers of bands, from few to as many as fit."""
-        all_bands = [b for b in self.target.candidates() if b - 1 <= self.problem.slots]
-        wanted = [1, 2, 4, 8, 16, 32, 64, 128]
-        return sorted({max((b for b in all_bands if b <= w), default=1) for w in wanted})
-
-    def row(self, bands: int, parameters: int | None) -> Row:
-        began = time.monotonic()
-        target = self.target
-        mechanism = _plan_rows.in_float64(functools.partial(self._mechanism, bands))
-        noise_multiplier, epsilon = target.amplified(bands)
-        probability, rounds = target.sampling(bands)
-        parts = "every step samples every example"
-        if bands > 1:
-            parts = (
-                f"the data are cut into {bands} equal parts, and step t samples every example of "
-                f"part t mod {bands}"
-            )
-        return _row(
-            mechanism,
-            parameters,
-            began,
-            target.batch_size,
-            noise_multiplier,
-            sampling="poisson",
-            epsilon=epsilon,
-            delta=target.delta,
-            event=target.event(bands, noise_multiplier),
-            guarantee=(
-                f"The run is ({epsilon:.6g}, {target.delta:g})-DP if one example is added or "
-                f"removed: {parts} with probability {probability:.6g}, at {rounds} steps at most, "
-                f"clipped to norm 1, with noise multiplier {noise_multiplier:.6g}."
-            ),
-        )
-
-    def _mechanism(self, bands: int) -> Mechanism:
-        if bands == 1:
-            return _plan_rows.independent(self.problem, 1)
-        coef = optimized_bands(self.problem.steps, bands, self.problem.workload)
-        norm = float(np.sum(np.asarray(coef, np.float64) ** 2)) * (1 + 1e-12)
-        return _plan_rows.banded(self.problem, np.asarray(coef, np.float32), norm)
 
 
 def __dir__() -> list[str]:  # for completion: no imported names

@@ -93,6 +93,16 @@ def test_loss_by_row(bench):
     assert bench.loss(case, params.reshape(-1)) == pytest.approx((B**2).sum() / n, rel=1e-12)
 
 
+def test_loss_of_a_dense_strategy(bench):
+    case = bench.CASES["dense"].smaller()
+    n, epochs = case.steps, case.arguments["epochs"]
+    C = np.eye(n) + np.tril(np.random.default_rng(0).uniform(size=(n, n)))
+    B = np.tri(n) @ np.linalg.inv(C)
+    rounds = C.T @ C
+    user = max(rounds[i :: n // epochs, i :: n // epochs].sum() for i in range(n // epochs))
+    assert bench.loss(case, C.reshape(-1)) == pytest.approx((B**2).sum() / n * user, rel=1e-12)
+
+
 def test_loss_of_buffers(bench):
     case = bench.CASES["buffers"].smaller()
     n, min_sep = case.steps, case.arguments["min_sep"]

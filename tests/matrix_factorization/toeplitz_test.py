@@ -4,6 +4,8 @@ import functools
 import inspect
 import itertools
 import logging
+import math
+import re
 import warnings
 from fractions import Fraction
 
@@ -16,7 +18,10 @@ from hypothesis import strategies as st
 from support import sweeps
 from support.sweeps import examples
 
-from jax_privacy_kernels.matrix_factorization import toeplitz
+from jax_privacy_kernels.matrix_factorization import streaming_matrix, toeplitz
+
+# Of coefficients that are not ordered, which many tests have.
+pytestmark = pytest.mark.filterwarnings("ignore:the bound on the sensitivity may be")
 
 
 def dense(coef, n):
@@ -449,8 +454,55 @@ def test_minsep_sensitivity_bounds_other_coefficients(coef, min_sep, k):
         actual = toeplitz.minsep_sensitivity_squared(coef, min_sep, n=n, max_participations=k)
     attained = brute_force_sensitivity_squared(dense(magnitudes, n), min_sep, k)
     assert float(actual) >= attained * (1 - 1e-12)
+    is_orthogonal = np.trim_zeros(magnitudes[:n], "b").size <= min_sep
     projected = brute_force_sensitivity_squared(dense(majorant, n), min_sep, k)
-    np.testing.assert_allclose(actual, projected, rtol=1e-12)
+    np.testing.assert_allclose(actual, attained if is_orthogonal else projected, rtol=1e-12)
+
+
+def test_minsep_sensitivity_of_columns_that_do_not_overlap():
+    coef = np.array([1.0, -0.2, 0.7, 0.5, 0.0])
+    squared = {"min_sep": 4, "n": 12}
+    assert toeplitz.minsep_sensitivity_squared(coef, **squared) == pytest.approx(3 * coef @ coef)
+    one = toeplitz.minsep_sensitivity_squared(coef, 1, n=12, max_participations=1)
+    assert one == pytest.approx(coef @ coef)
+    with jax.enable_x64(True):
+        traced = jax.jit(lambda c: toeplitz.minsep_sensitivity_squared(c, **squared))
+        np.testing.assert_allclose(traced(coef[:4]), 3 * coef @ coef, rtol=1e-12)
+        gradient = jax.grad(traced)(coef[:4])
+        np.testing.assert_allclose(gradient, 6 * coef[:4], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("coef", "min_sep", "k"),
+    [
+        ([1.0, 0.3, 0.2, 0.1], 2, None),  # ordered, so that it is exact
+        ([1.0, -0.3, -0.2, 0.1], 4, None),  # without overlap
+        ([0.1, 0.9, 0.2, 0.1], 1, 1),  # one participation
+        ([1.0, 1.001, 0.2, 0.1], 2, None),  # hardly loose
+    ],
+)
+def test_tight_sensitivities_do_not_warn(coef, min_sep, k, recwarn):
+    toeplitz.minsep_sensitivity_squared(coef, min_sep, n=9, max_participations=k)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("k", [None, 2, 3])
+@pytest.mark.parametrize("coef", [[0.1, 0.9, 0.2, 0.1], [1.0, 0.1, -0.2, 0.8, 0.0]])
+def test_a_loose_sensitivity_warns(coef, k):
+    """By no less than it is loose."""
+    n, min_sep = 9, 2
+    with pytest.warns(UserWarning, match="4 coefficients overlap for min_sep=2") as record:
+        bound = toeplitz.minsep_sensitivity_squared(coef, min_sep, n=n, max_participations=k)
+    (warning,) = record.list
+    assert warning.filename == __file__
+    told = float(re.search(r"up to (\S+) % too large", str(warning.message))[1])
+    C = dense(coef, n)
+    attained = max(
+        np.sum((C[:, rounds] @ signs) ** 2)
+        for rounds in patterns(n, min_sep, k)
+        for signs in itertools.product([-1, 1], repeat=len(rounds))
+    )
+    assert 1 + 0.01 * told >= 0.99 * math.sqrt(float(bound) / attained) > 1
 
 
 @pytest.mark.each_value
@@ -1255,6 +1307,31 @@ def test_amplification_shows_its_progress():
     hidden = toeplitz.optimize_coefs_for_amplifications(8, progress=None, **SMALL)
     np.testing.assert_array_equal(shown[0], hidden[0])
     assert shown[1] == hidden[1]
+
+
+def test_amplification_reports_what_it_reached():
+    reports = []
+    with jax.enable_x64(True):
+        coef, _ = toeplitz.optimize_coefs_for_amplifications(8, **SMALL, report=reports.append)
+        (report,) = reports
+        np.testing.assert_allclose(report.loss, toeplitz.loss(coef, 8), rtol=1e-9)
+    assert report.stopped == "converged"
+    assert report.steps > 0
+    assert 0 <= report.gap < 0.5
+    with pytest.raises(TypeError, match="report to be a function or None, found 3"):
+        toeplitz.optimize_coefs_for_amplifications(8, **SMALL, report=3)
+
+
+def test_amplification_of_a_workload_that_is_a_matrix():
+    rates = np.linspace(1, 0.2, 8)
+    A = streaming_matrix.momentum_sgd_matrix(0.5, rates)
+    found = []
+    with jax.enable_x64(True):
+        coef, _ = toeplitz.optimize_coefs_for_amplifications(8, **SMALL, A=A, report=found.append)
+        least = toeplitz.loss(toeplitz.optimize_banded_toeplitz(8, coef.size, A=A), 8, A=A)
+    np.testing.assert_allclose(found[0].loss, least, rtol=1e-9)
+    with pytest.raises(ValueError, match="expected workload_coef or A, found both"):
+        toeplitz.optimize_coefs_for_amplifications(8, **SMALL, A=A, workload_coef=np.ones(8))
 
 
 def test_amplification_takes_numpy_numbers():

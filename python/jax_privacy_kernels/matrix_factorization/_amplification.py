@@ -105,6 +105,9 @@ class Target:
         with _without_dropped_orders():
             multiplier = self._lowered(b, self._calibrate(b), _FINE, 2e-5)
             spent = min(self._spent(b, multiplier), self._spent_of_losses(b, multiplier, _FINE))
+            if spent > self.epsilon:
+                # For tiny deltas the rounding of many fine losses may count for more than grids.
+                spent = min(spent, self._spent_of_losses(b, multiplier, _COARSE))
         return multiplier, spent
 
     def unamplified(self) -> tuple[float, float]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import warnings
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -372,9 +374,11 @@ def minsep_sensitivity_squared(
 
     For non-negative, non-increasing coefficients the worst user takes part in rounds
     ``0, min_sep, 2 min_sep, ...`` as often as allowed, and the result is exact: the squared norm of
-    the sum of these columns (https://arxiv.org/abs/2405.13763, Theorem 2). Other coefficients are
-    first replaced by the least such sequence that is nowhere below their absolute values, and the
-    result is an upper bound.
+    the sum of these columns (https://arxiv.org/abs/2405.13763, Theorem 2). So it is for one
+    participation, and for at most ``min_sep`` coefficients of any kind, whose columns are
+    orthogonal; in a trace only in float64. Other coefficients are first replaced by the least
+    non-increasing sequence that is nowhere below their absolute values, and the result is an upper
+    bound.
 
     Cost: O(n) time and memory. Only non-negative numbers are added, so no digits cancel.
 
@@ -394,19 +398,73 @@ def minsep_sensitivity_squared(
         infinite.
       TypeError: if n, ``min_sep`` or ``max_participations`` is not an integer, or the coefficients
         are not real.
+
+    Warns:
+      UserWarning: if there are more coefficients than steps between participations, known and not
+        non-increasing, and the bound on the sensitivity may be more than 1 % too large.
     """
     coef, n = reconcile(strategy_coef, n, name="strategy_coef")
     values, scale = scaled(coef)
     norm = min_sep_norm(values, n, min_sep, max_participations)
+    if isinstance(values, np.ndarray):
+        _warn_of_a_loose_bound(values, float(norm), n, min_sep, max_participations)
     return _squared_sensitivity(norm, scale, coef.dtype)
 
 
 def min_sep_norm(coef: Array, n: int, min_sep: int, max_participations: int | None) -> jax.Array:
-    # Beyond n all separations mean one participation.
-    min_sep = min(check_int("min_sep", min_sep), n)
-    k = sensitivity.participations(n, min_sep, max_participations)
+    min_sep, k = _pattern(n, min_sep, max_participations)
     with in_float64(isinstance(coef, np.ndarray)):
-        return ops.min_sep_norm(jnp.asarray(coef), n=n, min_sep=min_sep, max_participations=k)
+        c = jnp.asarray(coef)
+        # In float64: a sum in float32 might be lower by its rounding.
+        if c.dtype == jnp.float64 and (k == 1 or _bands(coef) <= min_sep):
+            # Columns are orthogonal, and the first are not cut off.
+            last = np.minimum(n - 1 - min_sep * np.arange(k), c.size - 1)
+            return jnp.cumsum(c * c)[last].sum()
+        return ops.min_sep_norm(c, n=n, min_sep=min_sep, max_participations=k)
+
+
+def _pattern(n: int, min_sep: int, max_participations: int | None) -> tuple[int, int]:
+    """``min_sep`` and the most participations; beyond n all separations mean one of them."""
+    min_sep = min(check_int("min_sep", min_sep), n)
+    return min_sep, sensitivity.participations(n, min_sep, max_participations)
+
+
+def _bands(coef: Array) -> int:
+    return np.trim_zeros(coef, "b").size if isinstance(coef, np.ndarray) else coef.size
+
+
+_LOOSE = 1.01  # the ratio of a bound on a sensitivity to what it may be, from which on to tell
+
+
+def _warn_of_a_loose_bound(
+    coef: np.ndarray, bound: float, n: int, min_sep: int, max_participations: int | None
+) -> None:
+    """Of a squared sensitivity, where coefficients overlap and are not ordered."""
+    min_sep, k = _pattern(n, min_sep, max_participations)
+    if k == 1 or _bands(coef) <= min_sep or _is_ordered(np.abs(coef)):
+        return
+    # By a participation every min_sep steps. Some signs make of the columns at least what they
+    # would make if they were orthogonal; besides, signs that are all the same, or alternate.
+    first = np.zeros(n)
+    first[: coef.size] = coef
+    attained = float(np.cumsum(first**2)[n - 1 :: -min_sep][:k].sum())
+    for sign in (1, -1):
+        total = np.zeros(-(-n // min_sep) * min_sep)
+        total[:n] = first
+        rows = total.reshape(-1, min_sep)
+        signs = float(sign) ** np.arange(len(rows))[:, None]
+        sums = np.cumsum(rows * signs, axis=0)
+        sums[k:] -= sums[:-k].copy()
+        attained = max(attained, float(np.sum(sums.reshape(-1)[:n] ** 2)))
+    looseness = math.sqrt(bound / attained)
+    if looseness > _LOOSE:
+        warnings.warn(
+            f"the bound on the sensitivity may be up to {100 * (looseness - 1):.3g} % too large: "
+            f"{_bands(coef)} coefficients overlap for min_sep={min_sep}, and are not ordered. "
+            "sensitivity.get_min_sep_sensitivity_upper_bound of the matrix may be tighter; "
+            "toeplitz.optimize_banded_toeplitz(..., min_sep=...) optimizes for it.",
+            stacklevel=3,
+        )
 
 
 _MOST_ROWS = 2048  # of a matrix that a bound is computed for unasked: a second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -94,10 +95,7 @@ def optimize_banded_toeplitz(
     check_pattern(min_sep, max_participations)
     optimization.check_report(report)
     workload = known_workload(workload_coef, n)
-    if A is not None:
-        check_instance("A", A, StreamingMatrix)
-        if workload is not None:
-            raise ValueError("expected workload_coef or A, found both")
+    _check_one_workload(workload, A)
     few = bands if min_sep is None else min(min_sep, bands)
     if strategy_coef is None:
         dtype = jnp.dtype(jnp.result_type(float))
@@ -138,6 +136,13 @@ def optimize_banded_toeplitz(
             steps = sum(taken for _, taken, _ in found)
             report(optimization.Report(float(cost(jnp.asarray(best))), steps, stopped, bound))
         return jnp.asarray(best / np.linalg.norm(best)).astype(dtype)
+
+
+def _check_one_workload(workload: np.ndarray | None, A: Any) -> None:
+    if A is not None:
+        check_instance("A", A, StreamingMatrix)
+        if workload is not None:
+            raise ValueError("expected workload_coef or A, found both")
 
 
 @optimization.compiled_once
@@ -332,7 +337,9 @@ def optimize_coefs_for_amplifications(
     reduction_fn: Callable[[jax.Array], jax.Array] = jnp.mean,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = _progress_bar,
     workload_coef: jax.Array | None = None,
+    A: StreamingMatrix | None = None,
     accountant: str = "pld",
+    report: optimization.ReportFnType | None = None,
 ) -> tuple[jax.Array, float]:
     """Chooses bands and coefficients of the least error at a privacy target, with amplification.
 
@@ -356,8 +363,11 @@ def optimize_coefs_for_amplifications(
         shows nothing.
       workload_coef: Coefficients of the workload, by default ones: prefix sums. See
         :func:`momentum_sgd_coefs`.
+      A: In their place, a workload that need not be Toeplitz; see :func:`per_query_error`.
       accountant: Of dp-accounting: "pld", by privacy loss distributions, or "rdp", by Renyi
-        divergences, which asks for 6 to 7 % more noise as a rule.
+        divergences, which asks for about 6 % more noise.
+      report: Called with an `optimization.Report` at the end: the loss of the coefficients chosen,
+        the steps for all b together, and a lower bound as of :func:`optimize_banded_toeplitz`.
 
     Returns:
       coef: ``[b]`` coefficients of L2 norm 1, of the default float dtype; b is the number of bands
@@ -366,33 +376,42 @@ def optimize_coefs_for_amplifications(
         each is clipped to norm 1. The sensitivity of C is part of it.
 
     Raises:
-      ValueError: if an argument is out of range, ``expected_batch_size > dataset_size``, or no
-        noise reaches the target.
-      TypeError: if an integer argument is not one.
+      ValueError: if an argument is out of range, or does not go with another,
+        ``expected_batch_size > dataset_size``, or no noise reaches the target.
+      TypeError: if an integer argument is not one, or A is not a `StreamingMatrix`.
     """
     target = _amplification.Target(n, dataset_size, expected_batch_size, epsilon, delta, accountant)
+    optimization.check_report(report)
     workload = known_workload(workload_coef, target.n)
-    coefs, errors = {}, {}
+    _check_one_workload(workload, A)
+    found = {}
     bands = target.candidates()
     root = square_root(min(max(bands), target.n), workload)
+    reduced = reduction(reduction_fn) if A is None else reduction_fn
     with jax.enable_x64(True):
         for b in progress(bands) if progress else bands:
-            coefs[b], error_squared = _optimize_few_bands(
-                target.n, root[:b], b, max_optimizer_steps, reduction(reduction_fn), workload
+            found[b] = _optimize_few_bands(
+                target.n, root[:b], b, max_optimizer_steps, reduced, workload, A
             )
-            errors[b] = error_squared**0.5
-    b, noise_multiplier = target.best(errors)
-    coef = jnp.asarray(coefs[b] / np.linalg.norm(coefs[b]), jnp.result_type(float))
+    b, noise_multiplier = target.best({b: reached.loss**0.5 for b, (_, reached) in found.items()})
+    best, reached = found[b]
+    if report is not None:
+        bound = dense_bound(target.n, b, reduction_fn, workload, A, None, None)
+        steps = sum(of_b.steps for _, of_b in found.values())
+        report(dataclasses.replace(reached, steps=steps, lower_bound=bound))
+    coef = jnp.asarray(best / np.linalg.norm(best), jnp.result_type(float))
     # Of the coefficients as they are given out, rounded.
     norm = float(np.linalg.norm(np.asarray(coef, np.float64)))
     return coef, noise_multiplier * norm
 
 
-def optimized_bands(n: int, b: int, workload: np.ndarray | None) -> np.ndarray:
+def optimized_bands(
+    n: int, b: int, workload: np.ndarray | None, A: StreamingMatrix | None = None
+) -> np.ndarray:
     """Coefficients ``[b]`` of L2 norm 1, of one compiled loop for many b, which may exceed n."""
     root = square_root(min(b, n), workload)
     with jax.enable_x64(True):
-        coef, _ = _optimize_few_bands(n, root, b, 250, reduction(jnp.mean), workload)
+        coef, _ = _optimize_few_bands(n, root, b, 250, reduction(jnp.mean), workload, A)
     return coef / np.linalg.norm(coef)
 
 
@@ -403,33 +422,39 @@ def _optimize_few_bands(
     steps: int,
     reduction_fn: Callable[[jax.Array], jax.Array],
     workload: np.ndarray | None,
-) -> tuple[np.ndarray, float]:
-    """Optimized coefficients ``[b]`` and their loss, without compiling for every b anew."""
+    A: StreamingMatrix | None = None,
+) -> tuple[np.ndarray, optimization.Report]:
+    """Optimized coefficients ``[b]`` and their report, without compiling for every b anew.
+
+    With A every b is compiled for: what is masked would cost too much.
+    """
     free = min(b, n)
-    size = 128
+    size = 128 if A is None else free
     while size < free:
         size *= 4
     size = min(size, n)
-    loss_fn = _masked_loss(n, reduction_fn, None if workload is None else workload.tobytes())
+    loss_fn = _masked_loss(n, reduction_fn, None if workload is None else workload.tobytes(), A)
     coef = np.zeros(size)
     coef[:free] = init
     params = {"coef": jnp.asarray(coef), "mask": jnp.asarray(np.arange(size) < free)}
-    params = optimization.optimize(loss_fn, params, max_optimizer_steps=steps)
-    error = loss_fn(params)
+    params, taken, stopped = optimization.minimized(loss_fn, params, max_optimizer_steps=steps)
     result = np.zeros(b)
     result[:free] = np.asarray(params["coef"])[:free]
-    return result, float(error)
+    return result, optimization.Report(float(loss_fn(params)), taken, stopped)
 
 
 @optimization.compiled_once
 def _masked_loss(
-    n: int, reduction_fn: Callable[[jax.Array], jax.Array], workload: bytes | None
+    n: int,
+    reduction_fn: Callable[[jax.Array], jax.Array],
+    workload: bytes | None,
+    A: StreamingMatrix | None,
 ) -> Callable[[dict[str, jax.Array]], jax.Array]:
     """The loss of the coefficients that a mask of ones and zeros lets through."""
     workload_coef: Any = None if workload is None else np.frombuffer(workload)
 
     def loss_fn(params: dict[str, jax.Array]) -> jax.Array:
         coef = params["coef"] * jax.lax.stop_gradient(params["mask"])
-        return loss(coef, n, reduction_fn, workload_coef=workload_coef)
+        return loss(coef, n, reduction_fn, workload_coef=workload_coef, A=A)
 
     return loss_fn

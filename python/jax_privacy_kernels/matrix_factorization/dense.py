@@ -36,9 +36,9 @@ from jax_privacy_kernels.matrix_factorization import checks, optimization, sensi
 from jax_privacy_kernels.matrix_factorization._dual import (
     Certificate,
     Found,
-    least_for_one,
     lower_bound,
 )
+from jax_privacy_kernels.matrix_factorization._dual_iteration import least
 from jax_privacy_kernels.matrix_factorization._scaling import exponent_of_small, restored, scaled
 
 __all__ = [
@@ -243,8 +243,9 @@ def certificate(
 
     The loss is the mean of :func:`per_query_error` times the squared sensitivity for the
     participation of :func:`optimize`. The bound is that of a dual problem: it holds for every
-    strategy, and is near the optimum if the strategy is. Of a strategy that is not, it is weak.
-    Also for banded strategies of any other module, at sizes for which O(n^3) is no matter.
+    strategy. Without limits on the bands the dual is solved, whatever the strategy; with them the
+    bound is near the optimum if the strategy is, and weak if it is not. Also for strategies of any
+    other module, at sizes for which O(n^3), some twenty times, is no matter.
 
     Args:
       strategy_matrix: ``[n, n]`` C, lower-triangular and invertible.
@@ -276,8 +277,15 @@ def certificate(
             squared = float(sensitivity.fixed_epoch_sensitivity(wide, epochs)) ** 2
         error = per_query_error(strategy_matrix=wide, workload_matrix=workload).mean()
         X = jnp.matmul(wide.T, wide, precision="highest") / squared
-        bound = lower_bound(X, workload, mask, int(epochs), bool(equal_norm))
-        return Certificate(float(error) * squared, float(bound))
+        bound = float(lower_bound(X, workload, mask, int(epochs), bool(equal_norm)))
+        # That of strategies without limits on their bands holds for all, and is near for these.
+        found = least(workload, int(epochs), bool(equal_norm), 2e-6, _BOUND_STEPS, near=X)
+        if found is not None:
+            bound = max(bound, found.lower_bound)
+        return Certificate(float(error) * squared, bound)
+
+
+_BOUND_STEPS = 60
 
 
 def _problem(
@@ -311,9 +319,10 @@ def optimize(
 ) -> jax.Array:
     """Minimizes the error over strategies C of sensitivity 1.
 
-    In float64, with the Gram matrix ``X = C^T C`` as parameters. For one participation and the mean
-    error the optimum is a fixed point, which is iterated (https://arxiv.org/abs/2202.08312);
-    otherwise it is found by L-BFGS, with the gradient projected to what leaves the sensitivity at 1
+    In float64, with the Gram matrix ``X = C^T C`` as parameters. For the mean error, and without
+    limits on the bands, the optimum is a fixed point, which some ten to forty eigenvalue problems
+    come near to (https://arxiv.org/abs/2202.08312, for one participation); otherwise it is found by
+    L-BFGS, with the gradient projected to what leaves the sensitivity at 1
     (https://arxiv.org/abs/2211.06530). The participation it is 1 for:
 
     * one (the default), https://arxiv.org/abs/2202.08312;
@@ -322,8 +331,8 @@ def optimize(
       root of their number (https://arxiv.org/abs/2306.08153);
     * amplified by sampling: ``bands`` below the separation, with ``equal_norm``.
 
-    With the default ``callback`` steps are compiled loops, and end once the mean error is proved to
-    be near the least: see :func:`certificate`.
+    With the default ``callback`` steps are compiled, and end once the mean error is proved to be
+    near the least: see :func:`certificate`.
 
     Args:
       n: The number of rounds.
@@ -331,7 +340,7 @@ def optimize(
       bands: The most bands of C, or None for all.
       equal_norm: Whether all columns of C have the same norm. With one epoch they always do.
       A: ``[n, n]`` workload, by default prefix sums.
-      max_optimizer_steps: The most steps of L-BFGS.
+      max_optimizer_steps: The most steps, of either kind.
       reduction_fn: Makes a scalar of the errors ``[n]`` of the queries: `jax.numpy.mean`, for which
         this was tuned, or another differentiable function.
       callback: As for `optimization.optimize`. The default stands for what ``rtol`` says.
@@ -357,22 +366,16 @@ def optimize(
     is_default, is_mean = callback is pg_tol_termination_fn, reduction_fn is jnp.mean
     with jax.enable_x64(True):
         objective = _Objective(workload, mask, epochs, equal_norm, reduction_fn)
-        start = jnp.eye(n, dtype=jnp.float64) / epochs
-        if is_default:  # other callbacks see losses as they are
-            exponent = exponent_of_small(float(objective.loss_and_gradient(start)[0]))
-            objective = dataclasses.replace(objective, factor=2.0**-exponent)
         found: Found | None = None
-        if is_default and is_mean and epochs == 1 and bands is None and steps:
-            found = least_for_one(workload, rtol, steps)
-            if found is not None:
-                found = found._replace(lower_bound=found.lower_bound * objective.factor)
-        if found is None and is_default:
-            found = _until_proved(objective, start, rtol, steps)
+        if is_default and is_mean and bands is None:
+            found = least(workload, epochs, equal_norm, rtol, steps)
+        if is_default and (found is None or found.stopped == "max_optimizer_steps"):
+            found = _until_proved(objective, found or Found(_start(n, epochs), 0, ""), rtol, steps)
         if found is None:
             found = Found(
                 *optimization.minimized(
                     objective.loss_and_gradient,
-                    start,
+                    _start(n, epochs),
                     max_optimizer_steps=steps,
                     grad=True,
                     callback=callback,
@@ -381,9 +384,12 @@ def optimize(
         if report is not None:
             loss = float(objective.loss_and_gradient(found.X)[0])
             bound = max(found.lower_bound, objective.lower_bound(found.X))
-            loss, bound = loss / objective.factor, bound / objective.factor
             report(optimization.Report(loss, found.steps, found.stopped, bound or None))
         return strategy_from_X(found.X).astype(dtype)
+
+
+def _start(n: int, epochs: int) -> jax.Array:
+    return jnp.eye(n, dtype=jnp.float64) / epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,9 +426,13 @@ class _Objective:
 _TURN = 100  # steps of L-BFGS between two bounds, each of which takes as long as a few
 
 
-def _until_proved(objective: _Objective, X: jax.Array, rtol: float, steps: int) -> Found:
+def _until_proved(objective: _Objective, found: Found, rtol: float, steps: int) -> Found:
     """Steps of L-BFGS until the loss is near its lower bound, or steps hardly lower it any more."""
-    bound, before, taken = 0.0, math.inf, 0
+    X, taken, _, bound = found
+    # Only here, as other callbacks see losses as they are.
+    exponent = exponent_of_small(float(objective.loss_and_gradient(X)[0]))
+    objective, bound = dataclasses.replace(objective, factor=2.0**-exponent), bound * 2.0**-exponent
+    before = math.inf
     while taken < steps:
         X, count, stopped = optimization.minimized(
             objective.loss_and_gradient,
@@ -433,12 +443,14 @@ def _until_proved(objective: _Objective, X: jax.Array, rtol: float, steps: int) 
         taken += count
         loss = float(objective.loss_and_gradient(X)[0])
         bound = max(bound, objective.lower_bound(X))
-        if loss <= bound * (1 + rtol):
-            return Found(X, taken, "proved", bound)
-        if stopped == "converged" or before - loss <= 1e-3 * rtol * loss:
-            return Found(X, taken, "converged", bound)
+        is_proved = loss <= bound * (1 + rtol)
+        if is_proved or stopped == "converged" or before - loss <= 1e-3 * rtol * loss:
+            stopped = "proved" if is_proved else "converged"
+            break
         before = loss
-    return Found(X, taken, "max_optimizer_steps", bound)
+    else:
+        stopped = "max_optimizer_steps"
+    return Found(X, taken, stopped, bound * 2.0**exponent)
 
 
 def _loss_and_projected_gradient(

@@ -87,15 +87,19 @@ def kernels(request, modules):
     return load(modules, request.param)
 
 
+def missing(variant):
+    """What this machine lacks to run a variant."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    return VARIANTS[variant] - set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+
+
 def load(modules, variant):
     name = f"_white_box_{variant}"
     found = list(modules.glob(f"{name}.*"))
     if not found:
         pytest.skip("compiled on x86-64 only")
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    missing = VARIANTS[variant] - set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
-    if missing:
-        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
+    if missing(variant):
+        pytest.skip(f"this CPU has no {', '.join(sorted(missing(variant)))}")
     spec = importlib.util.spec_from_file_location(name, found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -246,6 +250,20 @@ def test_normal_blocks_with_tails(kernels, accurate):
         want = erf_inv(uniform(words), accurate)
         assert (np.abs(want).reshape(blocks, -1) > 3.3).any(0).all()
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("accurate", [False, True])
+def test_samples_of_clones(modules, accurate):
+    """Bit for bit those of the best instruction set: tails are compiled for it, too."""
+    clones = load(modules, "clones")
+    best = load(modules, next(name for name in ("v4", "v3", "v1") if not missing(name)))
+    for name in ("normal_f32", "normal_f64"):
+        blocks = [
+            [getattr(module, name)(1, 2, first * clones.BLOCK, accurate) for first in range(20_000)]
+            for module in (clones, best)
+        ]
+        assert np.abs(blocks[0]).max() > 4.5
+        np.testing.assert_array_equal(*blocks)
 
 
 EVERY_16_BITS = np.arange(2**16).astype(np.uint16)

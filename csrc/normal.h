@@ -76,7 +76,7 @@ struct Gaussian<float> {
     return horner(p, w - 2.5f) * u * 1.41421356f;
   }
 
-  static float any(float u, bool accurate) {
+  static JPK_INLINE float any(float u, bool accurate) {
     const float p[] = {-0.000200214257f, 0.000100950558f, 0.00134934322f,
                        -0.00367342844f,  0.00573950773f,  -0.0076224613f,
                        0.00943887047f,   1.00167406f,     2.83297682f};
@@ -127,7 +127,7 @@ struct Gaussian<double> {
     return horner(p, w - 3.125) * u * 1.4142135623730951;
   }
 
-  static double any(double u, bool accurate) {
+  static JPK_INLINE double any(double u, bool accurate) {
     const double p[] = {
         2.2137376921775787049e-09, 9.0756561938885390979e-08, -2.7517406297064545428e-07,
         1.8239629214389227755e-08, 1.5027403968909827627e-06, -4.013867526981545969e-06,

@@ -250,6 +250,11 @@ def test_what_is_no_strategy(coef, message):
             function(coef)
 
 
+def test_coefficients_of_a_toeplitz_strategy_are_told_where_they_belong():
+    with pytest.raises(ValueError, match=r"found \(3,\): .* toeplitz.inverse_as_streaming_matrix"):
+        grid.inverse_as_streaming_matrix([1.0, 0.5, 0.25])
+
+
 def test_a_strategy_that_a_trace_hides_is_refused():
     for function in (lambda c: grid.round_coefs(c, 8), grid.inverse_as_streaming_matrix):
         with pytest.raises(TypeError, match="coef that is known, found one that is traced"):

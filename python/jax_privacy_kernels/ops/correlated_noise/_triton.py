@@ -77,7 +77,7 @@ def _recurrence(
     tiles = _gpu_noise.tiles_of_run(leaf)
     # Of every S tiles that have all phases; the first of them may begin before the run.
     groups = -(-(tiles + (0 if leaf.whole else slots - 1)) // slots)
-    part, warps = _part(slots, stream, weights.shape[0], leaf.shard.size)
+    part, warps = _part(slots, stream, weights.shape[0], leaf)
     others = -(-tiles // groups) if slots > 1 else 0
     group = TILE // part + others
     programs = groups * group
@@ -137,13 +137,13 @@ def _group(slots: int, stream: str) -> int:
     return -(-slots // -(-slots // most))
 
 
-def _part(slots: int, stream: str, rows: int, size: int) -> tuple[int, int]:
+def _part(slots: int, stream: str, rows: int, leaf: Leaf) -> tuple[int, int]:
     """The elements of a part, and the warps of a program.
 
     Args:
       slots, stream: as they are.
       rows: of the weights.
-      size: how many elements of the leaf are here.
+      leaf: the one that is launched for.
     """
     if stream == "chacha20":
         # A block of 16 elements to each thread, of the keys of a group, which are drawn at once.
@@ -152,10 +152,21 @@ def _part(slots: int, stream: str, rows: int, size: int) -> tuple[int, int]:
         return part, _gpu_noise.warps(part * keys, stream)
     if slots == 1:
         part = TILE  # all tiles are refreshed, and there is no other work for parts to hide
-    elif slots > 2 * GROUP and rows == 1 and size >= 2 * PART * PROGRAMS * slots:
+    elif slots > 2 * GROUP and rows == 1 and _is_wide(slots, leaf):
         # Weights and places in the ring, which all terms before a group need, serve more elements.
         # With fewer groups they cost little. More registers leave room for fewer programs.
         part = 2 * PART
     else:
         part = PART
     return part, _gpu_noise.warps(part, stream)
+
+
+def _is_wide(slots: int, leaf: Leaf) -> bool:
+    """Whether a leaf has work for a GPU in parts of twice the size, and kernels for it no spills.
+
+    A part of a shard needs more registers, and so do accesses of single elements, and places in the
+    ring of 64 bits.
+    """
+    size = leaf.shard.size
+    plain = leaf.whole and _jax_triton.divisor(size) > 1 and slots * size < 2**34
+    return plain and size >= 2 * PART * PROGRAMS * slots

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,19 +48,21 @@ class _Step(NamedTuple):
 
     def noise(self) -> jax.Array:
         """``[bundle.size]``, the part of x_t that is of samples alone."""
-        make = functools.partial(
-            VISITS[type(self.filter)].noise,
-            self.filter,
-            self.bundle,
-            self.step,
-            self.keys,
-            self.coef,
-            self.stddevs,
-        )
-        none = functools.partial(jnp.full, self.bundle.size, jnp.nan, self.bundle.dtype)
-        # XLA would fuse samples into what is done with them, and compile them for every leaf; but
-        # it does not know that there is always a step after this one.
-        return jax.lax.cond(self.step < jnp.iinfo(jnp.int32).max, make, none)
+        filter, dtype = self.filter, self.bundle.dtype
+        make = functools.partial(VISITS[type(filter)].noise, filter, self.bundle)
+        arguments = self.step, self.keys, self.coef, self.stddevs
+        return self.in_memory(make, (self.bundle.size,), dtype, *arguments)
+
+    def in_memory(
+        self, make: Callable[..., jax.Array], shape: tuple[int, ...], dtype: jnp.dtype, *args: Any
+    ) -> jax.Array:
+        """``make(*args)``, which XLA must not fuse into what is done with it.
+
+        It would compile samples for every leaf, and be slow at making them in another order. It
+        does not know that there is always a step after this one.
+        """
+        none = lambda *_: jnp.full(shape, jnp.nan, dtype)  # noqa: E731
+        return jax.lax.cond(self.step < jnp.iinfo(jnp.int32).max, make, none, *args)
 
     def turn(self, first_phase: jax.Array, group: jax.Array) -> jax.Array:
         """The tile of a group of S whose turn it is."""
@@ -221,7 +223,9 @@ def _refresh(this: _Step, matrices: Matrices, rings: _Rings) -> _Rings:
     if rests is not None:
         leaf = jnp.concatenate([leaf, jnp.asarray(rests.leaves, jnp.int32)[rests.chosen]])
         start = jnp.concatenate([start, rests.start[rests.chosen]])
-    z = this.bundle.sample_tiles(this.keys, leaf, start)
+    shape = this.keys.shape[0], leaf.shape[0], TILE
+    sample = this.bundle.sample_tiles
+    z = this.in_memory(sample, shape, this.bundle.dtype, this.keys, leaf, start)
     columns = None if matrices[1] is None else _read(this, groups, rests, rings, leaf.shape[0])
     new = visited(matrices, z, columns)
     rings = _write_groups(this, groups, new, rings)

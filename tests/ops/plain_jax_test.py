@@ -137,3 +137,17 @@ def test_two_hundred_leaves_lower_for_tpus():
         if any(ring in result for ring in rings):
             assert not any(f"stablehlo.{op}" in line for op in ("transpose", "concatenate", "pad"))
     assert text.count("erf_inv") < 10
+
+
+@pytest.mark.parametrize("name", ["recurrence", "buffers"])
+def test_noise_is_the_same_inside_and_outside_of_jit(name):
+    """Bit for bit, for leaves that are sampled together."""
+    grads = [jnp.ones(shape) for shape in ((3, 5), (1500,), (4 * TILE + 7,), (1500,))]
+    matrix = MATRICES[name]()
+    update, _ = correlated(matrix, grads)
+    eager = jitted = init_correlated_noise(grads, matrix, key=KEY)
+    jit = jax.jit(update)
+    for _ in range(4):
+        outs, eager = update(grads, eager)
+        expected, jitted = jit(grads, jitted)
+        jax.tree.map(np.testing.assert_array_equal, (outs, eager), (expected, jitted))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_privacy_kernels.ops import _chacha20, _counter_prng, _shards
+from jax_privacy_kernels.ops._jax_bundles import Bundle
 from jax_privacy_kernels.ops._leaves import TILE, Leaf, tile_of
 from jax_privacy_kernels.ops._shards import Shard, Words
 
@@ -103,7 +104,7 @@ class Here(NamedTuple):
 
 
 def weighted_samples(
-    here: Here, key_of: Callable[[jax.Array], jax.Array], weights: jax.Array
+    here: Here | Bundle, key_of: Callable[[jax.Array], jax.Array], weights: jax.Array
 ) -> jax.Array:
     """sum_j weights[j] z_j, one sample after the other; zeros at both ends are not sampled."""
     used = weights != 0

@@ -13,15 +13,24 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_privacy_kernels.ops import _jax_noise, _shards
+from jax_privacy_kernels.ops._jax_bundles import Bundle, bundles
 from jax_privacy_kernels.ops._jax_noise import Here
 from jax_privacy_kernels.ops._leaves import TILE, Leaf
 from jax_privacy_kernels.ops._noise import NoiseOutputs
 from jax_privacy_kernels.ops._shards import Shard, Words
 from jax_privacy_kernels.ops.correlated_noise._contract import Inputs
 from jax_privacy_kernels.ops.correlated_noise._filters import Filter
-from jax_privacy_kernels.ops.correlated_noise._jax_filters import VISITS, Matrices
+from jax_privacy_kernels.ops.correlated_noise._jax_bundle import bundle_step
+from jax_privacy_kernels.ops.correlated_noise._jax_filters import (
+    VISITS,
+    Matrices,
+    put,
+    read,
+    visited,
+)
 
 __all__ = ["refuse", "run"]
 
@@ -44,28 +53,47 @@ def run(inputs: Inputs) -> NoiseOutputs:
     if filter.slots and filter.ahead:
         dtype = jnp.result_type(coef, *(leaf.dtype for leaf in inputs.leaves))
         matrices = VISITS[type(filter)].matrices(filter, inputs.step, coef.astype(dtype))
-    outs, rings = [], []
-    for i, (leaf, first, grad) in enumerate(zip(inputs.leaves, base, inputs.grads, strict=True)):
-        out, ring = _leaf_step(
+    outs, rings = list(inputs.grads), list(inputs.rings)
+    for group in bundles(inputs.leaves, filter.counted):
+        shared = coef, inputs.stddevs, matrices, scale
+        if len(group) == 1:
+            (i,) = group
+            leaf = inputs.leaves[i]
+            outs[i], ring = _leaf_step(
+                filter,
+                leaf.noise_dtype,
+                leaf.dtype,
+                None if leaf.whole else leaf.shard,
+                0 if filter.counted else leaf.size,
+                inputs.step,
+                jnp.asarray(leaf.first_tile % max(filter.slots, 1), jnp.int32),
+                (base[i, 0], base[i, 1]),
+                leaf_keys[:, leaf.index],
+                *shared,
+                inputs.grads[i],
+                inputs.rings[i] if inputs.rings else None,
+            )
+            if rings:
+                rings[i] = ring
+            continue
+        leaves = [inputs.leaves[i] for i in group]
+        bundle = Bundle.of(leaves, filter.counted)
+        first_tiles = np.array([leaf.first_tile % max(filter.slots, 1) for leaf in leaves])
+        results = bundle_step(
             filter,
-            leaf.noise_dtype,
-            leaf.dtype,
-            None if leaf.whole else leaf.shard,
-            0 if filter.counted else leaf.size,
+            bundle,
+            first_tiles.astype(np.int32),
             inputs.step,
-            jnp.asarray(leaf.first_tile % max(filter.slots, 1), jnp.int32),
-            (first[0], first[1]),
-            leaf_keys[:, leaf.index],
-            coef,
-            inputs.stddevs,
-            matrices,
-            scale,
-            grad,
-            inputs.rings[i] if inputs.rings else None,
+            leaf_keys[:, np.array([leaf.index for leaf in leaves])],
+            *shared,
+            [inputs.grads[i] for i in group],
+            [inputs.rings[i] for i in group if inputs.rings],
         )
-        outs.append(out)
-        rings.append(ring)
-    return NoiseOutputs(outs, rings if inputs.rings else [])
+        for place, i in enumerate(group):
+            outs[i] = results[0][place]
+            if rings:
+                rings[i] = results[1][place]
+    return NoiseOutputs(outs, rings)
 
 
 # Jitted, so that leaves of one shape are traced once.
@@ -90,19 +118,16 @@ def _leaf_step(
     """A step of one leaf; shard is None if all of it is here, ring if it has no rows."""
     here = Here(shard, first, leaf_size, grad.size, noise_dtype, dtype)
     flat = jnp.zeros((0, grad.size), dtype) if ring is None else ring.reshape(-1, grad.size)
-    one_step = functools.partial(
-        VISITS[type(filter)].one_step,
-        filter,
-        here,
-        step,
-        keys,
-        coef.astype(dtype),
-        jnp.ones(keys.shape, dtype) if stddevs is None else stddevs.astype(dtype),
-        flat,
-    )
+    visits, coef = VISITS[type(filter)], coef.astype(dtype)
+    stddevs = jnp.ones(keys.shape, dtype) if stddevs is None else stddevs.astype(dtype)
+
+    def one_step() -> tuple[jax.Array, jax.Array]:
+        noise = visits.noise(filter, here, step, keys, coef, stddevs)
+        return visits.term(filter, step, coef, noise, flat)
+
     if matrices is None:
         x, buffers = one_step()
-        flat = _put(filter, step, flat, x, buffers)
+        flat = put(filter, step, flat, x, buffers)
     else:
         slots, now = filter.slots, step % filter.slots
         if slots > 1:
@@ -123,17 +148,6 @@ def _leaf_step(
 # -- One step of all elements -----------------------------------------------------------------
 
 
-def _put(
-    filter: Filter, step: jax.Array, ring: jax.Array, x: jax.Array, buffers: jax.Array
-) -> jax.Array:
-    """The ring with these buffers, and x in the slot of the step."""
-    if filter.buffers:
-        ring = ring.at[: filter.buffers].set(buffers)
-    if filter.slots:
-        ring = ring.at[filter.buffers + step % filter.slots].set(x)
-    return ring
-
-
 def _warm_up(
     filter: Filter,
     one_step: Callable[[], tuple[jax.Array, jax.Array]],
@@ -149,7 +163,7 @@ def _warm_up(
         return jnp.where(phase > step, new[0], old[0]), jnp.where(phase > step, new[1], old[1])
 
     x, buffers = jax.lax.cond(step < filter.slots - 1, compute, lambda: old)
-    return _put(filter, step, ring, x, buffers)
+    return put(filter, step, ring, x, buffers)
 
 
 # -- The look-ahead of some tiles -------------------------------------------------------------
@@ -199,10 +213,10 @@ def _refresh_tiles(
     begin = tiles * TILE - here.shift
     # A tile may be short at either end: its window reaches into the next, which stays.
     start = jnp.clip(begin, 0, size - width)
-    old = _read(ring, start, width)  # [rows, tiles, width]
+    old = read(ring, start, width)  # [rows, tiles, width]
     index = _shards.plus(here.first, (jnp.zeros_like(start, jnp.uint32), start.astype(jnp.uint32)))
     z = here.sample_windows(keys, index, width)
-    new = _visited(matrices, z, old)
+    new = visited(matrices, z, old)
     if size % TILE or here.shard is not None:
         place = start[:, None] + jnp.arange(width)[None, :] - begin[:, None]
         new = jnp.where((place >= 0) & (place < TILE), new, old)
@@ -227,7 +241,7 @@ def _refresh_any_size(
     sample = functools.partial(here.sample_from, size=TILE)
     start = jnp.zeros_like(turn, jnp.uint32), turn.astype(jnp.uint32) * TILE
     z = jax.vmap(lambda key: jax.vmap(lambda hi, lo: sample(key, (hi, lo)))(*start))(keys)
-    new = _visited(matrices, z, padded.at[:, turn].get(mode="clip"))
+    new = visited(matrices, z, padded.at[:, turn].get(mode="clip"))
     return padded.at[:, turn].set(new, mode="drop").reshape(rows, tiles * TILE)[:, :size]
 
 
@@ -246,37 +260,11 @@ def _refresh_elements(
         index = hi.at[at].get(mode="clip"), lo.at[at].get(mode="clip")
         z = jax.vmap(lambda key: here.sample_at(key, index))(keys)[:, None]
         old = ring.at[:, at].get(mode="clip")[:, None]
-        new = _visited(matrices, z, old)[:, 0]
+        new = visited(matrices, z, old)[:, 0]
         return ring.at[:, at].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
 
     count = (jnp.count_nonzero(due) + width - 1) // width
     return jax.lax.fori_loop(0, count, some, ring)
-
-
-def _visited(matrices: Matrices, z: jax.Array, ring: jax.Array) -> jax.Array:
-    """P z + Q x, of samples and rings ``[.., tiles, width]``."""
-    of_noise, of_ring = matrices
-    new = _matmul(of_noise.astype(ring.dtype), z)
-    return new if of_ring is None else new + _matmul(of_ring.astype(ring.dtype), ring)
-
-
-def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.einsum("ij,jtw->itw", matrix, x, precision=jax.lax.Precision.HIGHEST)
-
-
-def _read(ring: jax.Array, start: jax.Array, width: int) -> jax.Array:
-    """Columns start[t] .. start[t] + width - 1 of the ring, as ``[rows, t, width]``."""
-    return jax.lax.gather(
-        ring,
-        start[:, None],
-        jax.lax.GatherDimensionNumbers(
-            offset_dims=(0, 2), collapsed_slice_dims=(), start_index_map=(1,)
-        ),
-        slice_sizes=(ring.shape[0], width),
-        indices_are_sorted=True,
-        unique_indices=True,
-        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-    )
 
 
 def _write(ring: jax.Array, start: jax.Array, columns: jax.Array) -> jax.Array:

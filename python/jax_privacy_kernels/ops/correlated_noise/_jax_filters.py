@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 
+from jax_privacy_kernels.ops._jax_bundles import Bundle
 from jax_privacy_kernels.ops._jax_noise import Here, weighted_samples
 from jax_privacy_kernels.ops.correlated_noise._filters import (
     BufferedFilter,
@@ -18,28 +19,37 @@ from jax_privacy_kernels.ops.correlated_noise._filters import (
     RecurrenceFilter,
 )
 
-__all__ = ["VISITS", "Matrices", "Visits"]
+__all__ = ["VISITS", "Matrices", "Visits", "put", "read", "visited"]
 
 Matrices = tuple[jax.Array, jax.Array | None]  # P, and Q unless it is zero
 
 
-class OneStep(Protocol):
-    """Makes x_t of all elements: gives x_t ``[size]`` and the buffers after the step.
+class Noise(Protocol):
+    """Makes the part of x_t that is of samples alone, ``[size]``, of all elements.
 
-    ``stddevs`` are those of the samples of ``keys``. ``ring`` is ``[rows, size]``; terms of steps
-    before step 0 are zero.
+    ``stddevs`` are those of the samples of ``keys``.
     """
 
     def __call__(
         self,
         filter: Any,
-        here: Here,
+        here: Here | Bundle,
         step: jax.Array,
         keys: jax.Array,
         coef: jax.Array,
         stddevs: jax.Array,
-        ring: jax.Array,
         /,
+    ) -> jax.Array: ...
+
+
+class Term(Protocol):
+    """Makes x_t of that part and a ring: gives x_t ``[size]`` and the buffers after the step.
+
+    ``ring`` is ``[rows, size]``; terms of steps before step 0 are zero.
+    """
+
+    def __call__(
+        self, filter: Any, step: jax.Array, coef: jax.Array, noise: jax.Array, ring: jax.Array, /
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -50,31 +60,37 @@ class VisitMatrices(Protocol):
 
 
 class Visits(NamedTuple):
-    """The two ways of making the terms of a filter."""
+    """The two ways of making the terms of a filter: one of all elements, or some of a tile."""
 
-    one_step: OneStep
+    noise: Noise
+    term: Term
     matrices: VisitMatrices
 
 
 # -- Recurrences ------------------------------------------------------------------------------
 
 
-def _recurrence_step(
-    filter: RecurrenceFilter,
-    here: Here,
+def _this_sample(
+    filter: Filter,
+    here: Here | Bundle,
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
     stddevs: jax.Array,
-    ring: jax.Array,
+) -> jax.Array:
+    del filter, step, coef
+    return stddevs[0] * here.sample(keys[0])
+
+
+def _recurrence_term(
+    filter: RecurrenceFilter, step: jax.Array, coef: jax.Array, noise: jax.Array, ring: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    z = stddevs[0] * here.sample(keys[0])
-    past = jnp.zeros_like(z)
+    past = jnp.zeros_like(noise)
     if filter.slots:
         # Slot m holds the term of lag (now - m) mod S, and of lag S if m = now.
         lags = jnp.roll(coef[0, 1:][::-1], step % filter.slots)
         past = jnp.einsum("s,sn->n", lags, ring, precision=jax.lax.Precision.HIGHEST)
-    return (z - past) / coef[0, 0], ring[:0]
+    return (noise - past) / coef[0, 0], ring[:0]
 
 
 def _recurrence_matrices(filter: RecurrenceFilter, step: jax.Array, coef: jax.Array) -> Matrices:
@@ -96,17 +112,27 @@ def _recurrence_matrices(filter: RecurrenceFilter, step: jax.Array, coef: jax.Ar
 # -- Moving averages --------------------------------------------------------------------------
 
 
-def _moving_average_step(
+def _moving_average(
     filter: MovingAverageFilter,
-    here: Here,
+    here: Here | Bundle,
     step: jax.Array,
     keys: jax.Array,
     coef: jax.Array,
     stddevs: jax.Array,
+) -> jax.Array:
+    weights = filter.happened(step, coef[0]) * stddevs[: filter.samples]
+    return weighted_samples(here, lambda j: keys[j], weights)
+
+
+def _moving_average_term(
+    filter: MovingAverageFilter,
+    step: jax.Array,
+    coef: jax.Array,
+    noise: jax.Array,
     ring: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    weights = filter.happened(step, coef[0]) * stddevs[: filter.samples]
-    return weighted_samples(here, lambda j: keys[j], weights), ring[:0]
+    del filter, step, coef
+    return noise, ring[:0]
 
 
 def _moving_average_matrices(
@@ -132,18 +158,11 @@ def _advance_buffers(
     return x, decay[:, None] * buffers + (x if inverse else z)
 
 
-def _buffered_step(
-    filter: BufferedFilter,
-    here: Here,
-    step: jax.Array,
-    keys: jax.Array,
-    coef: jax.Array,
-    stddevs: jax.Array,
-    ring: jax.Array,
+def _buffered_term(
+    filter: BufferedFilter, step: jax.Array, coef: jax.Array, noise: jax.Array, ring: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     del step
-    z = stddevs[0] * here.sample(keys[0])
-    return _advance_buffers(filter, coef, z, ring[: filter.buffers])
+    return _advance_buffers(filter, coef, noise, ring[: filter.buffers])
 
 
 def _buffered_matrices(filter: BufferedFilter, step: jax.Array, coef: jax.Array) -> Matrices:
@@ -164,8 +183,51 @@ def _buffered_matrices(filter: BufferedFilter, step: jax.Array, coef: jax.Array)
 
 
 VISITS: Mapping[type[Filter], Visits] = {
-    RecurrenceFilter: Visits(_recurrence_step, _recurrence_matrices),
-    MovingAverageFilter: Visits(_moving_average_step, _moving_average_matrices),
-    BufferedFilter: Visits(_buffered_step, _buffered_matrices),
-    InverseBufferedFilter: Visits(_buffered_step, _buffered_matrices),
+    RecurrenceFilter: Visits(_this_sample, _recurrence_term, _recurrence_matrices),
+    MovingAverageFilter: Visits(_moving_average, _moving_average_term, _moving_average_matrices),
+    BufferedFilter: Visits(_this_sample, _buffered_term, _buffered_matrices),
+    InverseBufferedFilter: Visits(_this_sample, _buffered_term, _buffered_matrices),
 }
+
+
+# -- Rings ------------------------------------------------------------------------------------
+
+
+def put(
+    filter: Filter, step: jax.Array, ring: jax.Array, x: jax.Array, buffers: jax.Array
+) -> jax.Array:
+    """The ring with these buffers, and x in the slot of the step."""
+    if filter.buffers:
+        ring = jax.lax.dynamic_update_slice(ring, buffers, (0, 0))
+    if filter.slots:
+        row = filter.buffers + step % filter.slots
+        ring = jax.lax.dynamic_update_index_in_dim(ring, x, row, 0)
+    return ring
+
+
+def visited(matrices: Matrices, z: jax.Array, ring: jax.Array | None) -> jax.Array:
+    """P z + Q x, of samples and rings ``[.., tiles, width]``; no ring is needed if Q is None."""
+    of_noise, of_ring = matrices
+    new = _matmul(of_noise.astype(z.dtype), z)
+    if of_ring is None or ring is None:
+        return new
+    return new + _matmul(of_ring.astype(z.dtype), ring)
+
+
+def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.einsum("ij,jtw->itw", matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def read(ring: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    """Columns start[t] .. start[t] + width - 1 of the ring, as ``[rows, t, width]``."""
+    return jax.lax.gather(
+        ring,
+        start[:, None],
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(0, 2), collapsed_slice_dims=(), start_index_map=(1,)
+        ),
+        slice_sizes=(ring.shape[0], width),
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )

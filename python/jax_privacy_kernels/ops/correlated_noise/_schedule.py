@@ -28,7 +28,8 @@ The schedule is stated here and computed in every implementation. These are all 
 test checks each against the golden table in tests/support/golden_schedule.csv:
 
 * ``phase``, ``terms`` and ``slot`` below, which bench/ uses, too;
-* ``Here.phase`` in ops/_jax_noise.py, ``_refresh`` and ``_warm_up`` in _jax.py;
+* ``Here.phase`` in ops/_jax_noise.py, ``_refresh`` and ``_warm_up`` in _jax.py; ``_Step.turn``,
+  ``_advance`` and ``_rests`` in _jax_bundle.py;
 * ``Visits::take`` in csrc/visits.h;
 * ``phase`` in kernels/_noise_pallas.py and ``_tile`` in kernels/correlated_noise_pallas.py;
 * ``_phase`` and ``recurrence`` in kernels/correlated_noise_triton.py;

@@ -1029,6 +1029,18 @@ LOWERED = {
         FILTERS["moving average"], coef_dtype="float64", noise_dtype="float64"
     ),
 }
+LOWERED |= {
+    f"{name}, chacha20": dataclasses.replace(LOWERED[name], key_impl=random.chacha20)
+    for name in (
+        "recurrence",
+        "by row",
+        "moving average",
+        "buffers without slots",
+        "no history",
+        "64 bands",
+        "float16 gradients, float64 noise",
+    )
+}
 
 
 @pytest.mark.parametrize("case", LOWERED.values(), ids=LOWERED)
@@ -1059,13 +1071,13 @@ def test_leaves_of_one_shape_share_a_kernel():
     assert lowered_for_cuda(case, "pallas").count(PALLAS_CALL) == 2
 
 
-@pytest.mark.parametrize(("filter", "coef"), SHARDED.values(), ids=SHARDED)
-def test_pallas_lowers_shards_for_cuda(filter, coef):
+@pytest.mark.parametrize(("key", "filter", "coef"), SHARDED_OF_KEYS.values(), ids=SHARDED_OF_KEYS)
+def test_pallas_lowers_shards_for_cuda(key, filter, coef):
     """One kernel for every leaf, of which each run has one program more than it has tiles."""
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
         pytest.skip(reason)
     step, rings = step_on_parts("pallas", filter, coef)
-    keys = jax.random.split(SMALL.key, filter.behind + filter.steps)
+    keys = jax.random.split(key, filter.behind + filter.steps)
     text = jax.jit(step).trace(jnp.int32(0), keys, rings).lower(lowering_platforms=("cuda",))
     calls = [line for line in text.as_text().splitlines() if PALLAS_CALL in line]
     programs = [int(re.search(r"grid_x = (\d+)", call)[1]) for call in calls]

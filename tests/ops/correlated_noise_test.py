@@ -1031,15 +1031,7 @@ LOWERED = {
 }
 LOWERED |= {
     f"{name}, chacha20": dataclasses.replace(LOWERED[name], key_impl=random.chacha20)
-    for name in (
-        "recurrence",
-        "by row",
-        "moving average",
-        "buffers without slots",
-        "no history",
-        "64 bands",
-        "float16 gradients, float64 noise",
-    )
+    for name in ("recurrence", "moving average", "no history", "float16 gradients, float64 noise")
 }
 
 

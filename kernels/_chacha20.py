@@ -6,7 +6,7 @@ ops/_chacha20.py says what each block of a key is for, and where bits stand in b
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,25 +24,31 @@ _COLUMNS = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
 _DIAGONALS = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
 
 
-def chacha20(key: Sequence[jax.Array], nonce: Sequence[jax.Array]) -> list[jax.Array]:
+def chacha20(
+    key: Sequence[jax.Array],
+    nonce: Sequence[Any],
+    *,
+    barrier: Callable[[Any], Any] = jax.lax.optimization_barrier,
+) -> list[jax.Array]:
     """The 16 words of blocks.
 
     Args:
       key: words 4 to 11 of the input of each block, 8 uint32 arrays.
       nonce: words 12 to 15, 4 of them; all broadcast against each other.
+      barrier: keeps XLA from fusing two rounds, of which it would compute most words four times
+        over. Pallas has none.
     """
     shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *nonce)))
     words: list[Any] = [*map(np.uint32, CONSTANTS), *key, *nonce]
     # Rounds mix all words. In a shard_map, a loop wants them to vary over the same axes before.
     zero = functools.reduce(jnp.bitwise_or, (*key, *nonce)) & np.uint32(0)
     start = tuple(jnp.broadcast_to(word | zero, shape) for word in words)
-    end = jax.lax.fori_loop(0, 10, lambda _, x: _two_rounds(x), start)
+
+    def two_rounds(_: Any, x: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return _round(_DIAGONALS, barrier(_round(_COLUMNS, x)))
+
+    end = jax.lax.fori_loop(0, 10, two_rounds, start)
     return [x + y for x, y in zip(start, end, strict=True)]
-
-
-def _two_rounds(x: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    # XLA would fuse both rounds for each word, and compute most of them four times over.
-    return _round(_DIAGONALS, jax.lax.optimization_barrier(_round(_COLUMNS, x)))
 
 
 def _round(

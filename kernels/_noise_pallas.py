@@ -1,7 +1,6 @@
-"""What the noise kernels in Pallas share: samples, and the elements that a program works on.
+"""What the noise kernels in Pallas share beside samples: the elements that a program works on.
 
-Kernels know the parts of a leaf that are here as ``runs`` (_runs.py). A program works on THREADS
-elements at a time, one for each of its threads.
+Kernels know the parts of a leaf that are here as ``runs`` (_runs.py).
 """
 
 from __future__ import annotations
@@ -17,25 +16,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jax_privacy_kernels.kernels._runs import HIGH, LOW, PHASE, PLACE
-from jax_privacy_kernels.kernels._threefry import threefry2x32
 
 __all__ = [
-    "THREADS",
-    "WARPS",
     "Elements",
     "Place",
-    "blocks",
     "emit",
     "loop",
     "phase",
     "place",
     "programs",
-    "sample",
+    "visit",
     "weighted_samples",
 ]
-
-WARPS = 8
-THREADS = 32 * WARPS
 
 
 class Place(NamedTuple):
@@ -43,17 +35,21 @@ class Place(NamedTuple):
 
     Attributes:
       phase: the phase of the tile.
-      here: where the first element is here.
+      here: where its first element is here, or would be.
       in_leaf: and in the leaf, the high and the low word.
-      left: the number of elements from it on, also in other tiles.
-      unit: a number that divides ``left``.
+      begin: how many of its elements are before those that are here.
+      end: how many are before those behind them; more than the tile has if they go on in the next.
+      unit: a number that divides ``end``.
+      whole: whether all of the leaf is here, so that ``begin`` is 0. Static.
     """
 
     phase: jax.Array
     here: jax.Array
     in_leaf: tuple[Any, jax.Array]
-    left: jax.Array
+    begin: Any
+    end: jax.Array
     unit: int
+    whole: bool
 
 
 def programs(size: int, count: int, tile: int, whole: bool) -> int:
@@ -72,7 +68,8 @@ def _in_leaf(slots: int, size_of_tile: int, runs: Any, size: int) -> Place:
     tile = pl.program_id(0)
     first = tile * size_of_tile
     of_tile = phase(slots, runs[0, PHASE], tile)
-    return Place(of_tile, first, (np.uint32(0), first.astype(jnp.uint32)), size - first, size)
+    index = np.uint32(0), first.astype(jnp.uint32)
+    return Place(of_tile, first, index, 0, size - first, size, whole=True)
 
 
 def _in_run(slots: int, size_of_tile: int, runs: Any, size: int) -> Place:
@@ -81,13 +78,13 @@ def _in_run(slots: int, size_of_tile: int, runs: Any, size: int) -> Place:
     tiles = pl.cdiv(length + size_of_tile - 1, size_of_tile)
     run, tile = pl.program_id(0) // tiles, pl.program_id(0) % tiles
     high, low, first_phase, before = (runs[run, i] for i in (HIGH, LOW, PHASE, PLACE))
-    start = tile * size_of_tile - (low % size_of_tile).astype(jnp.int32)  # of the tile, in the run
-    offset = jnp.maximum(start, 0)
-    index_low = low + offset.astype(jnp.uint32)
-    index_high = high + (index_low < low).astype(jnp.uint32)
+    cut = low % size_of_tile  # off the first tile
+    start = tile * size_of_tile - cut.astype(jnp.int32)
+    index_low = low - cut + (tile * size_of_tile).astype(jnp.uint32)
+    index = high + (index_low < low - cut).astype(jnp.uint32), index_low
     of_tile = phase(slots, first_phase, tile + before.astype(jnp.int32))
-    left = jnp.minimum(length - offset, start - offset + size_of_tile)
-    return Place(of_tile, run * length + offset, (index_high, index_low), left, 1)
+    begin = jnp.maximum(-start, 0)
+    return Place(of_tile, run * length + start, index, begin, length - start, 1, whole=False)
 
 
 def phase(slots: int, first_phase: jax.Array, tile: jax.Array) -> jax.Array:
@@ -106,33 +103,50 @@ class Elements:
 
     @property
     def index(self) -> tuple[Any, jax.Array]:
-        """In the leaf, the high and the low word: a tile has one high word."""
-        hi, lo = self.place.in_leaf
-        lane = jnp.arange(self.count, dtype=jnp.int32)
-        return hi, lo + (self.offset + lane).astype(jnp.uint32)
-
-    def mask(self) -> jax.Array | None:
-        if self.place.unit % self.count == 0:
-            return None
-        return jnp.arange(self.count, dtype=jnp.int32) < self.place.left - self.offset
+        """Of the first of them in the leaf, the high and the low word."""
+        high, low = self.place.in_leaf
+        return high, low + self.offset.astype(jnp.uint32)
 
     def load(self, array: Any, *row: Any) -> jax.Array:
-        part, mask = self._part(array, *row), self.mask()
+        where, mask = self._where()
+        part = array.at[(*row, where)]
         return plgpu.load(part, mask=mask, other=None if mask is None else 0)
 
     def store(self, values: jax.Array, array: Any, *row: Any) -> None:
-        plgpu.store(self._part(array, *row), values, mask=self.mask())
+        where, mask = self._where()
+        plgpu.store(array.at[(*row, where)], values, mask=mask)
 
-    def _part(self, array: Any, *row: Any) -> Any:
-        return array.at[(*row, pl.ds(self.place.here + self.offset, self.count))]
+    def _where(self) -> tuple[Any, jax.Array | None]:
+        """Which elements of an array these are, and which of them there are."""
+        place, first = self.place, self.place.here + self.offset
+        lane = jnp.arange(self.count, dtype=jnp.int32)
+        if place.whole:
+            mask = lane < place.end - self.offset
+            return pl.ds(first, self.count), mask if place.unit % self.count else None
+        mask = (lane >= place.begin - self.offset) & (lane < place.end - self.offset)
+        # What is before an array has no index.
+        return jnp.where(mask, first + lane, np.int32(2**31 - 1)), mask
 
 
-def blocks(place: Place, tile: int) -> Any:
-    """How many times THREADS elements there are in the tile, the last time perhaps fewer."""
-    most: Any = pl.cdiv(tile, THREADS)
+def visit(
+    place: Place, tile: int, count: int, read_count: Any, body: Callable[[Elements], None]
+) -> None:
+    """``body(elements)`` for all elements of a tile, ``count`` of them at a time.
+
+    ``read_count()`` is ``count``, too, from memory, so that LLVM cannot know it. If it knows that
+    indices of elements go up by a constant from one time to the next, it takes apart the sums that
+    the rounds of threefry2x32 make of them, and twice as many additions come of it.
+    """
+    if tile == count:
+        return body(Elements(place, np.int32(0), tile))
+    stop: Any = pl.cdiv(tile, count)
     if place.unit % tile:
-        return jnp.minimum(most, (place.left + THREADS - 1) // THREADS)
-    return most
+        stop = jnp.minimum(stop, (place.end + count - 1) // count)
+
+    def block(i: jax.Array, _: None) -> None:
+        body(Elements(place, i * read_count(), count))
+
+    jax.lax.fori_loop(place.begin // count, stop, block, None)
 
 
 def emit(at: Elements, scale: jax.Array, x: jax.Array, grad: Any, out: Any) -> None:
@@ -140,36 +154,18 @@ def emit(at: Elements, scale: jax.Array, x: jax.Array, grad: Any, out: Any) -> N
     at.store((at.load(grad) + scale * x).astype(out.dtype), out)
 
 
-def sample(keys: Any, key: int | jax.Array, at: Elements, noise_dtype: Any) -> jax.Array:
-    """The elements of ``jax.random.normal(keys[key], ..)``."""
-    high, low = at.index
-    x0, x1 = threefry2x32(keys[key, 0], keys[key, 1], high, low)
-    return _normal(x0, x1, noise_dtype)
-
-
-def _normal(x0: jax.Array, x1: jax.Array, dtype: Any) -> jax.Array:
-    """What jax.random.normal makes of the two words of a counter."""
-    if dtype == jnp.float32:
-        bits = ((x0 ^ x1) >> 9) | np.uint32(0x3F800000)
-    else:
-        bits = (x0.astype(jnp.uint64) << 32) | x1.astype(jnp.uint64)
-        bits = (bits >> 12) | np.uint64(0x3FF0000000000000)
-    one, lowest = np.ones((), dtype), np.nextafter(np.array(-1, dtype), np.zeros((), dtype))
-    unit = jax.lax.bitcast_convert_type(bits, dtype) - one
-    uniform = jnp.maximum(lowest, unit * (one - lowest) + lowest)
-    return jax.lax.erf_inv(uniform) * np.array(np.sqrt(2), dtype)
-
-
 def loop(start: Any, stop: Any, body: Callable[..., Any], *carry: jax.Array) -> Any:
     """``carry = body(i, *carry)`` for i from start to stop, a tuple of arrays."""
     return jax.lax.fori_loop(start, stop, lambda i, carry: tuple(body(i, *carry)), carry)
 
 
-def weighted_samples(weights: Any, draw: Callable[[Any], jax.Array]) -> jax.Array:
-    """sum_j weights[j] draw(j). Samples without weight are not made."""
+def weighted_samples(weights: Any, x: jax.Array, draw: Callable[[Any], jax.Array]) -> jax.Array:
+    """x + sum_j weights[j] draw(j). Of several samples, those without weight are not made."""
+    if weights.shape[0] == 1:
+        return x + weights[0] * draw(0)
 
     def add(key: Any, x: jax.Array) -> list[jax.Array]:
         weight = weights[key]
         return [jax.lax.cond(weight != 0, lambda: x + weight * draw(key), lambda: x)]
 
-    return loop(0, weights.shape[0], add, jnp.zeros(THREADS, weights.dtype))[0]
+    return loop(0, weights.shape[0], add, x)[0]

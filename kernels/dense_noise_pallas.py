@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jax_privacy_kernels.kernels import _pallas
 from jax_privacy_kernels.kernels._noise_pallas import (
-    THREADS,
-    WARPS,
     Elements,
-    blocks,
     place,
     programs,
-    sample,
     weighted_samples,
 )
+from jax_privacy_kernels.kernels._streams_pallas import samples, width
 
 __all__ = ["dense_noise"]
 
 
 def dense_noise(
+    stream: str,
     tile: int,
     noise_dtype: Any,
     whole: bool,
@@ -33,31 +33,29 @@ def dense_noise(
     """grad + sum_j w_j z_j, by a program for every tile.
 
     Args:
+      stream: the type of the keys, static.
       tile: how many elements a program takes, static.
       noise_dtype: float32 or float64, the dtype that is sampled, static.
       whole: whether all of the leaf is here, static.
       runs: see _runs.py.
-      keys: ``[samples, 2]`` uint32, those of the leaf.
+      keys: ``[samples, words]`` uint32, those of the leaf.
       weights: ``[samples]`` w, float32 or float64.
       grad: ``[size]``, size >= 1, of any floating dtype.
     """
 
     def dense_noise(runs: Any, keys: Any, weights: Any, grad: Any, out: Any) -> None:
-        at_tile = place(0, tile, whole, runs, grad.shape[0])
+        at = Elements(place(0, tile, whole, runs, grad.shape[0]), np.int32(0), tile)
 
-        def block(i: jax.Array, _: None) -> None:
-            at = Elements(at_tile, i * THREADS, THREADS)
+        def draw(j: Any) -> jax.Array:
+            (z,) = samples(stream, keys, j, 1, at.index, tile, noise_dtype)
+            return z.astype(weights.dtype)
 
-            def draw(j: Any) -> jax.Array:
-                return sample(keys, j, at, noise_dtype).astype(weights.dtype)
-
-            x = weighted_samples(weights, draw)
-            at.store((at.load(grad) + x).astype(out.dtype), out)
-
-        jax.lax.fori_loop(0, blocks(at_tile, tile), block, None)
+        x = weighted_samples(weights, jnp.zeros(tile, weights.dtype), draw)
+        at.store((at.load(grad) + x).astype(out.dtype), out)
 
     outs = [jax.ShapeDtypeStruct(grad.shape, grad.dtype)]
     grid = (programs(grad.size, runs.shape[0], tile, whole),)
     arrays = [runs, keys, weights, grad]
-    (out,) = _pallas.call(dense_noise, outs, grid, *arrays, warps=WARPS)
+    warps = width(stream, 1, noise_dtype, tile).warps
+    (out,) = _pallas.call(dense_noise, outs, grid, *arrays, warps=warps)
     return out

@@ -628,12 +628,18 @@ SHARDED = {
     "buffers": (BufferedFilter(True, 0, 1), [(0.9,), (0.3,)]),
     "buffers, looking ahead": (InverseBufferedFilter(True, 3, 1), [(0.9,), (0.3,)]),
 }
-FEW_SHARDED = "0 slots", "4 slots", "moving average", "buffers, looking ahead"
 CHACHA20_KEY = random.secure_key(bytes(range(32)))
 SHARDED_OF_KEYS = {
     **{name: (SMALL.key, *case) for name, case in SHARDED.items()},
     **{f"{name}, chacha20": (CHACHA20_KEY, *SHARDED[name]) for name in ("0 slots", "4 slots")},
 }
+FEW_SHARDED = (
+    "0 slots",
+    "4 slots",
+    "4 slots, chacha20",
+    "moving average",
+    "buffers, looking ahead",
+)
 
 
 def step_on_parts(implementation, filter, coef):
@@ -1071,6 +1077,10 @@ LOWERED = {
         FILTERS["moving average"], coef_dtype="float64", noise_dtype="float64"
     ),
 }
+LOWERED |= {
+    f"{name}, chacha20": dataclasses.replace(LOWERED[name], key_impl=random.chacha20)
+    for name in ("recurrence", "moving average", "no history", "float16 gradients, float64 noise")
+}
 
 
 @pytest.mark.parametrize(
@@ -1114,14 +1124,14 @@ def test_leaves_of_one_shape_share_a_kernel():
     assert lowered_for_cuda(case, "pallas").count(PALLAS_CALL) == 2
 
 
-@pytest.mark.parametrize("name", sweeps.cases(list(SHARDED), FEW_SHARDED))
+@pytest.mark.parametrize("name", sweeps.cases(list(SHARDED_OF_KEYS), FEW_SHARDED))
 def test_pallas_lowers_shards_for_cuda(name):
     """One kernel for every leaf, of which each run has one program more than it has tiles."""
-    filter, coef = SHARDED[name]
+    key, filter, coef = SHARDED_OF_KEYS[name]
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
         pytest.skip(reason)
     step, rings = step_on_parts("pallas", filter, coef)
-    keys = jax.random.split(SMALL.key, filter.behind + filter.steps)
+    keys = jax.random.split(key, filter.behind + filter.steps)
     text = jax.jit(step).trace(jnp.int32(0), keys, rings).lower(lowering_platforms=("cuda",))
     calls = [line for line in text.as_text().splitlines() if PALLAS_CALL in line]
     programs = [int(re.search(r"grid_x = (\d+)", call)[1]) for call in calls]

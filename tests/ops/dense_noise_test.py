@@ -23,6 +23,7 @@ SAMPLE_RTOL = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6, "float64":
 PALLAS_CALL = implementations.CUDA_CALLS["pallas"]
 KEY = jax.random.key(3)
 CHACHA20_KEY = random.secure_key(bytes(range(32)))
+KEYS = {"threefry2x32": KEY, "chacha20": CHACHA20_KEY}
 ROWS = {
     "zeros among others": (0.0, 0.5, 0.0, -2.0, 0.0),
     "zeros alone": (0.0, 0.0),
@@ -130,21 +131,22 @@ class TestImplementation:
         ):
             assert np.isnan(out).all()
 
-    def test_shards(self, implementation):
+    @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+    def test_shards(self, implementation, key):
         if implementation not in implementations.INTERPRETERS:
             pytest.skip("kernels for GPUs are compared with it")
         leaves = leaves_of(PARTS)
         refuse = IMPLEMENTATIONS[implementation].refuse
-        if any(refuse(leaf, True, "threefry2x32") for leaf in leaves):
+        if any(refuse(leaf, True, str(jax.random.key_impl(key))) for leaf in leaves):
             pytest.skip("it leaves them to others")
         on_cpu = jax.config.jax_default_device.platform == "cpu"
         oracle = "cpp" if on_cpu and not IMPLEMENTATIONS["cpp"].unavailable() else "jax"
-        actual, expected = (jax.jit(on_parts(name))() for name in (implementation, oracle))
+        actual, expected = (jax.jit(on_parts(name, key))() for name in (implementation, oracle))
         for a, b in zip(actual, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=5e-5)
 
 
-def on_parts(implementation):
+def on_parts(implementation, key):
     """() -> the outputs of shards of leaves."""
     leaves = leaves_of(PARTS)
 
@@ -155,7 +157,7 @@ def on_parts(implementation):
             grads=[jnp.ones(leaf.shard.size) for leaf in leaves],
             rings=[],
             ahead=True,
-            key=KEY,
+            key=key,
             row=jnp.array([0.5, 0.0, -2.0]),
         )
         return IMPLEMENTATIONS[implementation].run(inputs).outs
@@ -163,7 +165,7 @@ def on_parts(implementation):
     return run
 
 
-@pytest.mark.parametrize("key", [KEY, CHACHA20_KEY], ids=["threefry2x32", "chacha20"])
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
 def test_implementations_agree_on_shards(key):
     if reason := IMPLEMENTATIONS["cpp"].unavailable():
         pytest.skip(reason)
@@ -194,17 +196,19 @@ def test_noise_of_16_bits():
     check(None, ("bfloat16", "float16", "float32", "bfloat16"), (0.5, 1.0))
 
 
-def test_pallas_lowers_for_cuda():
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_pallas_lowers_for_cuda(key):
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
         pytest.skip(reason)
-    function = functools.partial(dense_noise, key=KEY, implementation="pallas")
+    function = functools.partial(dense_noise, key=key, implementation="pallas")
     grads = gradients(("float32",) * 4)
     lowered = jax.jit(function).trace(grads, jnp.ones(50)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count(PALLAS_CALL) == 3  # the fourth leaf is empty
 
 
-def test_pallas_lowers_shards_for_cuda():
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_pallas_lowers_shards_for_cuda(key):
     if reason := IMPLEMENTATIONS["pallas"].unavailable():
         pytest.skip(reason)
-    lowered = jax.jit(on_parts("pallas")).trace().lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(on_parts("pallas", key)).trace().lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count(PALLAS_CALL) == 3

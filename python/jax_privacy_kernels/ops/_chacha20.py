@@ -14,8 +14,8 @@ two uses of a key share:
 in row-major order. Group g of 64 bits are the blocks 16 g .. 16 g + 15: element e of it has word
 e // 16 of block 16 g + e % 16 as its low word, and word e // 16 + 8 as its high one. Group g of at
 most 32 bits are the blocks 8 g .. 8 g + 7: element e has word e // 8 of block 8 g + e % 8, or its
-low bits. So lanes of a vector, a block each, hold neighbours. csrc/streams.h and
-kernels/_streams_triton.py do the same.
+low bits. So lanes of a vector, a block each, hold neighbours. csrc/streams.h,
+kernels/_streams_triton.py and kernels/_streams_pallas.py do the same.
 """
 
 from __future__ import annotations

@@ -44,10 +44,9 @@ def refuse_triton(leaf: Leaf, ahead: bool, stream: str) -> str | None:
 
 def refuse_pallas(leaf: Leaf, ahead: bool, stream: str) -> str | None:
     """Why no kernel in Pallas takes what is here of the leaf, or None."""
+    del stream  # as in Triton
     if reason := _refuse(leaf, ahead):
         return reason
-    if stream != "threefry2x32":
-        return f"it samples by threefry2x32 keys, not {stream}"
     if leaf.noise_dtype not in (jnp.float32, jnp.float64):
         return f"it samples float32 and float64, not {leaf.noise_dtype}"
     if leaf.shard.size > 2**31 - TILE:

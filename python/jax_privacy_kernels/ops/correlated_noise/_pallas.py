@@ -43,6 +43,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
     outs, rings = [], []
     for i, (leaf, first, grad) in enumerate(zip(leaves, base, inputs.grads, strict=True)):
         out, ring = _leaf_step(
+            inputs.stream,
             filter,
             leaf.noise_dtype,
             leaf.dtype,
@@ -61,8 +62,9 @@ def run(inputs: Inputs) -> NoiseOutputs:
 
 
 # Jitted, so that leaves of one shape are traced once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _leaf_step(
+    stream: str,
     filter: Filter,
     noise_dtype: jnp.dtype,
     dtype: jnp.dtype,
@@ -77,8 +79,18 @@ def _leaf_step(
 ) -> tuple[jax.Array, jax.Array | None]:
     from jax_privacy_kernels.kernels.correlated_noise_pallas import Static, correlated_noise
 
+    static = Static(
+        filter=filter.name,
+        tile=TILE,
+        slots=filter.slots,
+        buffers=filter.buffers,
+        behind=filter.behind,
+        noise_dtype=noise_dtype,
+        whole=whole,
+        stream=stream,
+    )
     out, new_ring = correlated_noise(
-        Static(filter.name, TILE, filter.slots, filter.buffers, filter.behind, noise_dtype, whole),
+        static,
         step,
         runs,
         jax.random.key_data(keys),

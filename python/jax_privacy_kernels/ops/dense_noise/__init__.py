@@ -63,7 +63,7 @@ IMPLEMENTATIONS: Mapping[str, _dispatch.Implementation[Run]] = {
         unavailable=_jax_pallas.unavailable,
         refuse=_pallas.refuse,
         run=_pallas.run,
-        limits="to jax: as cpp, chacha20 keys, and more than 2^31 - 1024 elements on a device, "
+        limits="to jax: as cpp, and more than 2^31 - 1024 elements on a device, "
         "shards in runs of less than 256",
     ),
     "jax": _dispatch.Implementation(

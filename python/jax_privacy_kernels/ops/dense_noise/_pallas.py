@@ -23,6 +23,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
     leaf_keys = jax.random.split(inputs.key, inputs.leaves[0].count)
     outs = [
         _leaf(
+            inputs.stream,
             leaf.noise_dtype,
             leaf.dtype,
             leaf.whole,
@@ -37,8 +38,9 @@ def run(inputs: Inputs) -> NoiseOutputs:
 
 
 # Jitted, so that leaves of one shape are traced once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _leaf(
+    stream: str,
     noise_dtype: jnp.dtype,
     dtype: jnp.dtype,
     whole: bool,
@@ -52,5 +54,5 @@ def _leaf(
     keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(jnp.arange(row.size, dtype=jnp.uint32))
     words = jax.random.key_data(keys)
     flat = grad.reshape(-1)
-    out = dense_noise(TILE, noise_dtype, whole, runs, words, row.astype(dtype), flat)
+    out = dense_noise(stream, TILE, noise_dtype, whole, runs, words, row.astype(dtype), flat)
     return out.reshape(grad.shape)

@@ -803,8 +803,10 @@ def test_a_traced_stddev_that_is_none_gives_nan(matrix, stddev):
         privatizer = build(Ours, matrix, stddev=stddev)
         return privatizer.update(jnp.zeros(50), privatizer.init(jnp.zeros(50)))[0]
 
-    assert np.isnan(first(jnp.float32(stddev))).all()
-    assert np.isfinite(first(jnp.float32(2.0))).all()
+    for x64 in (False, True):  # where the stddev is converted
+        with jax.enable_x64(x64):
+            assert np.isnan(first(jnp.float32(stddev))).all()
+            assert np.isfinite(first(jnp.float32(2.0))).all()
 
 
 def test_dense_noise_that_vanishes_is_seen():
@@ -837,6 +839,15 @@ def test_strict_ranks(matrix):
     privatizer, grads = build(Ours, matrix), {"w": jnp.zeros((3, 1500))}
     with jax.numpy_rank_promotion("raise"):
         jax.jit(privatizer.update)(grads, privatizer.init(grads))
+
+
+@pytest.mark.parametrize("matrix", KINDS)
+def test_debug_modes(matrix):
+    privatizer, grads = build(Ours, matrix), {"w": jnp.zeros((3, 40))}
+    expected, _ = privatizer.update(grads, privatizer.init(grads))
+    with jax.debug_nans(True), jax.disable_jit():
+        out, _ = privatizer.update(grads, privatizer.init(grads))
+    assert_same_noise(out, expected)
 
 
 @pytest.mark.parametrize("matrix", KINDS)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import sweeps
@@ -307,6 +308,7 @@ class TestEightDevices:
         try:
             for name, value in config.items():
                 jax.config.update(name, value)
+            compilation_cache.reset_cache()  # JAX opens one directory, and stays there
             for dtype in ("float32", "bfloat16") * 2:
                 jax.clear_caches()
                 mechanism = privatizer(dtype=dtype)
@@ -316,6 +318,7 @@ class TestEightDevices:
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
+            compilation_cache.reset_cache()
             jax.clear_caches()
 
     @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # Small enough for a laptop.
 ARGUMENTS = {
-    "distributed_noise_generation.py": [["--model=toy", "--bands=8", "--steps=3"]],
+    "distributed_noise_generation.py": [  # by itself, with 32 GiB of state
+        ["--model=toy", "--hidden_size=64", "--bands=8", "--steps=3"]
+    ],
     "dpmf_strategy_optimization.py": [
         [f"--strategy={strategy}", "--iterations=128"]
         for strategy in (

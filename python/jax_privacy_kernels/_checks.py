@@ -32,6 +32,7 @@ __all__ = [
     "is_concrete",
     "is_tracing",
     "leaf_name",
+    "nan_unless",
     "owned",
     "promote_types",
     "type_of",
@@ -46,6 +47,15 @@ def is_concrete(x: Any) -> bool:
 def is_tracing() -> bool:
     """Whether what is computed now becomes part of a program."""
     return isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
+
+
+def nan_unless(valid: Any, x: Any) -> jax.Array:
+    """x where it is valid, and NaN elsewhere: what a trace does where it cannot refuse.
+
+    Where JAX looks for NaN, in its debug mode, only one that is taken is a fault.
+    """
+    with jax.debug_nans(False):
+        return jnp.where(valid, x, jnp.nan)
 
 
 def leaf_name(path: Any) -> str:

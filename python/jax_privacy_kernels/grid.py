@@ -51,6 +51,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     is_tracing,
     leaf_name,
+    nan_unless,
     owned,
     promote_types,
 )
@@ -175,7 +176,7 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
             )
         dtype: Any = jnp.float32 if x.dtype == jnp.int32 else jnp.float64
         step = jnp.asarray(l2_clip_norm, dtype) / scale
-        return jnp.where(x == jnp.iinfo(x.dtype).min, jnp.nan, x.astype(dtype) * step)
+        return nan_unless(x != jnp.iinfo(x.dtype).min, x.astype(dtype) * step)
 
     return jax.tree_util.tree_map_with_path(convert, tree)
 

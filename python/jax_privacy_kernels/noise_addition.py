@@ -47,6 +47,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     is_tracing,
     leaf_name,
+    nan_unless,
     owned,
     promote_types,
 )
@@ -343,7 +344,7 @@ def _streaming(
         check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
         once &= check_devices(sum_of_clipped_grads, noise_state.clock.keys)
         scale = jnp.asarray(stddev, jnp.result_type(float))
-        scale = jnp.where(is_usable_stddev(scale) & once, scale, jnp.nan)
+        scale = nan_unless(is_usable_stddev(scale) & once, scale)
         z = jax.tree.map(lambda u: scale * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
         x, inner = matrix.multiply_next(z, noise_state.inner)
         return jax.tree.map(_add, sum_of_clipped_grads, x), _owned(noise, own)._replace(inner=inner)
@@ -491,7 +492,7 @@ def _zero_redundancy(
             lambda like: zeros_on_mesh(like.shape, like.dtype, like.sharding), likes
         )
         noise, state = privatizer.update(zeros, inner)
-        noise = jax.tree.map(lambda x: jnp.where(once, x, jnp.nan), noise)
+        noise = jax.tree.map(lambda x: nan_unless(once, x), noise)
         noisy = jax.tree.map(sharding_utils.local_reshape_add, sum_of_clipped_grads, noise)
         return noisy, _renamed(state, lambda name: name + ending)
 
@@ -623,6 +624,8 @@ def _check_stddev(stddev: Any) -> Any:
                 f"expected stddev to be a real number, found dtype {stddev.dtype}, "
                 f"shape {stddev.shape}"
             )
+        if stddev.dtype == jnp.float32:  # converted to float64, a subnormal one would be 0
+            return nan_unless(is_usable_stddev(stddev), stddev)
         return stddev
     value = np.asarray(stddev)
     kinds = (jnp.floating, jnp.integer)

@@ -215,3 +215,37 @@ def test_forward_and_reverse_derivatives_agree(name):
         step = 1e-5 * jnp.array([1.0, -1.0, 0.5])
         change = grad(c + step) - grad(c - step)
         np.testing.assert_allclose(2 * hessian @ step, change, rtol=1e-4, atol=1e-9)
+
+
+# -- JAX's debug mode -------------------------------------------------------------------------
+
+DEBUGGED = LOSSES | {
+    "sensitivity_squared": toeplitz.sensitivity_squared,
+    "per_query_error": lambda c: toeplitz.per_query_error(noising_coef=c, n=9).sum(),
+    "sensitivity of a BLT": lambda c: buffered_toeplitz.sensitivity_squared(
+        BUILD(c[1:], c[1:] / 9), jnp.inf
+    ),
+    "inverse": lambda c: (toeplitz.inverse_as_streaming_matrix(c) @ jnp.arange(5.0)).sum(),
+    "normalized": lambda c: (toeplitz.inverse_as_streaming_matrix(c, 5) @ jnp.arange(5.0)).sum(),
+    "solve": lambda c: toeplitz.solve_banded(c, jnp.arange(1.0, 6.0)).sum(),
+    "product": lambda c: (
+        streaming_matrix.prefix_sum()
+        @ banded.ColumnNormalizedBanded(jnp.broadcast_to(c, (5, 3))).inverse_as_streaming_matrix()
+        @ jnp.arange(5.0)
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", DEBUGGED)
+def test_where_jax_looks_for_nan_it_finds_none(name, compiled):
+    """A NaN that stands for what is refused, and is not taken, is no fault."""
+    f, c = DEBUGGED[name], jnp.array([1.0, 0.75, 0.375])
+
+    def results():
+        return jax.grad(f)(c), jax.vmap(f)(c[None])
+
+    with jax.debug_nans(True), jax.disable_jit(not compiled):
+        actual = results()
+    for x, want in zip(actual, results(), strict=True):
+        np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)

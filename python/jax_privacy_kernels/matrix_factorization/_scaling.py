@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_privacy_kernels._checks import (
     is_concrete,
+    nan_unless,
     promote_types,
 )
 
@@ -109,7 +110,7 @@ def restored(
             out = out * factor if power > 0 else out / factor
     lost = is_nonzero & (out < jnp.finfo(dtype).tiny)
     # Added, not chosen: the derivative stays.
-    return out + jnp.where(lost, jnp.full_like(out, jnp.nan), jnp.zeros_like(out))
+    return out + nan_unless(~lost, jnp.zeros_like(out))
 
 
 def as_dtype(

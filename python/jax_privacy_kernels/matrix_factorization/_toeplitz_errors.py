@@ -15,6 +15,7 @@ from jax_privacy_kernels._checks import (
     check_int,
     check_one_given,
     is_concrete,
+    nan_unless,
     promote_types,
 )
 from jax_privacy_kernels.matrix_factorization._scaling import Scale, restored, scaled
@@ -94,7 +95,7 @@ def per_query_error(
         errors = _cumsum(B * B)
         vanished = (errors == 0) & (B != 0)
         if not is_concrete(vanished) or vanished.any():
-            errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
+            errors = nan_unless(~vanished, errors)
     power = -2 if strategy_coef is not None else 2
     return restored("the squared errors", errors, dtype, (scale, power), (workload_scale, 2))
 

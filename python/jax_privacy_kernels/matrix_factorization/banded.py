@@ -23,6 +23,7 @@ from jax_privacy_kernels._checks import (
     check_memory,
     check_real,
     is_concrete,
+    nan_unless,
     promote_types,
 )
 from jax_privacy_kernels._mirrored import Mirrored
@@ -173,7 +174,7 @@ def inverse_of_rows(rows: jax.Array, norms: jax.Array | None, dtype: Any) -> Str
         x = (z - past) / row[0]
         if bands > 1:
             history = jnp.concatenate([x[None].astype(history.dtype), history[:-1]])
-        norm = scale.at[t].get(mode="fill", fill_value=jnp.nan)
+        norm = nan_unless(t < scale.size, scale.at[t].get(mode="clip"))
         return x * norm, (t + 1, history)
 
     row_scale = ending_in_nan(scale, scale.dtype)

@@ -29,6 +29,7 @@ from jax_privacy_kernels._checks import (
     check_real,
     check_scalar,
     is_concrete,
+    nan_unless,
     owned,
     promote_types,
 )
@@ -107,7 +108,7 @@ def per_query_error(
     errors = jnp.sum(B * B, axis=1)
     vanished = (errors == 0) & (B != 0).any(axis=1)
     if not is_concrete(vanished) or vanished.any():
-        errors = jnp.where(vanished, jnp.full_like(errors, jnp.nan), errors)
+        errors = nan_unless(~vanished, errors)
     power = -2 if strategy_matrix is not None else 2
     powers = (scale, power), (workload_scale, 2)
     if skip_checks and is_concrete((errors, powers)) and not jnp.isfinite(errors).all():

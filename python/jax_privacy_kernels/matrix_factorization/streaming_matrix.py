@@ -266,11 +266,13 @@ def _scale_structure(structure: Any, scale: jax.Array) -> NoisingMatrix | None:
     if not isinstance(structure, NoisingMatrix) or jnp.iscomplexobj(scale):
         return None
     # In 16 bits, products of small scales would be none.
-    scale = scale.astype(promote_types(promote_types(scale.dtype, structure.dtype), jnp.float32))
+    with jax.debug_nans(False):  # which may be the last entry
+        dtype = promote_types(promote_types(scale.dtype, structure.dtype), jnp.float32)
+        scale = scale.astype(dtype)
     old = structure.row_scale
     if old is not None:
         rows = jnp.arange(max(old.size, scale.size))
-        with jax.debug_nans(False):  # which may be the last entry
+        with jax.debug_nans(False):
             scale = old.at[rows].get(mode="clip") * scale.at[rows].get(mode="clip")
     return dataclasses.replace(structure, row_scale=scale)
 

@@ -38,6 +38,7 @@ from jax_privacy_kernels._checks import (
     check_int,
     check_memory,
     is_concrete,
+    nan_unless,
     promote_types,
 )
 from jax_privacy_kernels.matrix_factorization._scaling import ending_in_nan, within_range
@@ -179,7 +180,7 @@ def _visibly_valid(coef: jax.Array) -> jax.Array:
     if is_concrete(coef):
         return coef
     valid = jnp.isfinite(coef).all() & (coef[0] != 0)
-    return jnp.where(valid, coef, jnp.full_like(coef, jnp.nan))
+    return nan_unless(valid, coef)
 
 
 def noising_coef_as_streaming_matrix(

@@ -513,7 +513,8 @@ def _inverse_decays(theta: Array, omega: Array, on: Arithmetic) -> Array:
     size = xp.abs(omega)
     root = xp.where(size > 0, xp.sqrt(xp.where(size > 0, size, 1)), 0)
     decays = xp.linalg.eigvalsh(xp.diag(theta) - signs * root[:, None] * root)[::-1]
-    return xp.where((signs != 0) | xp.all(omega == 0), decays, xp.nan)
+    with jax.debug_nans(False):  # the NaN of arithmetic, which is hardly ever taken
+        return xp.where((signs != 0) | xp.all(omega == 0), decays, xp.nan)
 
 
 def scales_of(theta: Array, theta_hat: Array, on: Arithmetic) -> Array:

@@ -14,6 +14,7 @@ for tracers: it takes an `Arithmetic`, :data:`KNOWN` or :data:`TRACED`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -26,6 +27,7 @@ import numpy as np
 from jax_privacy_kernels._checks import (
     check_int,
     is_concrete,
+    nan_unless,
     promote_types,
 )
 
@@ -89,7 +91,7 @@ def _doubled_traced(
 ) -> State:
     if isinstance(n, jax.Array):
         if jnp.issubdtype(n.dtype, jnp.floating):
-            state = jax.tree.map(lambda x: jnp.where(jnp.isnan(n), jnp.nan, x), state)
+            state = jax.tree.map(functools.partial(nan_unless, ~jnp.isnan(n)), state)
         n = n.astype(jnp.result_type(int))
         places = np.arange(jnp.iinfo(n.dtype).bits - 2, -1, -1, dtype=n.dtype)
         digits: Array = (n >> places) & 1 == 1
@@ -182,7 +184,9 @@ def series(a: Array, r: Array, gap: Array, n: Count, on: Arithmetic) -> Array:
         converges = xp.abs(r) < 1
         value = a / xp.where(converges, gap, 1)
         diverges = xp.where(a == 0, 0.0, xp.where(a > 0, xp.inf, -xp.inf))
-        return xp.where(converges, value, xp.where(r > 0, diverges, xp.nan))
+        value = xp.where(converges, value, diverges)
+        with jax.debug_nans(False):  # the NaN of arithmetic, which is hardly ever taken
+            return xp.where(converges | (r > 0), value, xp.nan)
 
     def finite(a: Array, r: Array, gap: Array) -> Array:
         g = geometric_sums(r, n, on)[0]

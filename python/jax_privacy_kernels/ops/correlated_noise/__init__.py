@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels._checks import is_concrete, nan_unless
 from jax_privacy_kernels.ops import (
     _counter_prng,
     _dispatch,
@@ -230,7 +230,7 @@ def _step(
         )
         return _noise.run("correlated_noise", IMPLEMENTATIONS, name, inputs)
 
-    scale = jnp.where(valid, scale, jnp.nan)
+    scale = nan_unless(valid, scale)
     if filter.varying:  # rings depend on stddevs before: plain JAX is differentiated through
         results = add(grads, scale, (step, keys, coef, stddevs, rings))
     else:

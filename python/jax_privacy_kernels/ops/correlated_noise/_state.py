@@ -130,5 +130,7 @@ def _first_keys(behind: int, stored: int, key_impl: Any, data: jax.Array) -> jax
 
     key = jax.random.wrap_key_data(data, impl=key_impl)
     before = jnp.zeros((behind, *data.shape), data.dtype)
+    if stored == behind:  # no scan of no steps where jit is disabled
+        return jnp.concatenate([before, jax.random.key_data(key)[None]])
     key, to_come = jax.lax.scan(split, key, length=stored - behind)
     return jnp.concatenate([before, to_come, jax.random.key_data(key)[None]])

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_privacy_kernels._checks import is_concrete
+from jax_privacy_kernels._checks import is_concrete, nan_unless
 from jax_privacy_kernels.ops import (
     _counter_prng,
     _dispatch,
@@ -150,7 +150,7 @@ def dense_noise(
     largest = jnp.abs(row).max()
     made = _stddev.is_normal(largest.astype(scale.dtype) * scale)
     valid &= _stddev.is_usable(scale) & (made | (largest == 0) | _stddev.is_zero(scale))
-    scale = jnp.where(valid, scale, jnp.nan)
+    scale = nan_unless(valid, scale)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
     outs = _add(leaves, name, key_impl, row, scale, state.clock.keys, grad_leaves)
@@ -183,7 +183,7 @@ def _add(
     origins = Origins()
     grads, _ = _memory.note(origins, grads, [])
     keys, once = _once.mark(keys, grads)
-    scale = jnp.where(once, scale, jnp.nan)
+    scale = nan_unless(once, scale)
     key = jax.random.wrap_key_data(keys[0], impl=key_impl)
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:

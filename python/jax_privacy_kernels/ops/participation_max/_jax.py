@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels._checks import nan_unless
 from jax_privacy_kernels.ops import _coefficients
 
 __all__ = ["run"]
@@ -18,12 +19,12 @@ def run(
 ) -> list[jax.Array]:
     """Value and gradient."""
     value = functools.partial(_value, min_sep=min_sep, max_participations=max_participations)
-    nan = jnp.isnan(x).any(axis=-1)
+    known = ~jnp.isnan(x).any(axis=-1)
     if not differentiate:
-        return [jnp.where(nan, jnp.nan, value(x))]
+        return [nan_unless(known, value(x))]
     result, pullback = jax.vjp(value, x)
     (gradient,) = pullback(jnp.ones_like(result))
-    return [jnp.where(nan, jnp.nan, result), jnp.where(nan[..., None], jnp.nan, gradient)]
+    return [nan_unless(known, result), nan_unless(known[..., None], gradient)]
 
 
 def _value(x: jax.Array, *, min_sep: int, max_participations: int) -> jax.Array:

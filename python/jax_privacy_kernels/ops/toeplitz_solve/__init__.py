@@ -12,6 +12,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels._checks import nan_unless
 from jax_privacy_kernels.ops import (
     _coefficients,
     _dispatch,
@@ -93,8 +94,7 @@ def toeplitz_solve(
 def _solution(coef: jax.Array, rhs: jax.Array, transpose: bool, name: str | None) -> jax.Array:
     coef = coef[: rhs.shape[0]]
     # An infinite coefficient would make an x of zeros.
-    with jax.debug_nans(False):  # a NaN that is there, though hardly ever taken
-        coef = jnp.where(jnp.isfinite(coef).all(), coef, jnp.full_like(coef, jnp.nan))
+    coef = nan_unless(jnp.isfinite(coef).all(), coef)
     return _linear.apply(_Solution(transpose, name), [coef], [rhs])[0]
 
 

@@ -208,8 +208,8 @@ def loss(case: Case, coef: Sequence[float]) -> float:
             C = banded.ColumnNormalizedBanded(c.reshape(case.steps, -1))
             return float(banded.per_query_error(C).mean())
         if case.function == "dense.optimize":
-            C = c.reshape(case.steps, case.steps)
-            return dense.certificate(C, epochs=case.arguments["epochs"]).loss
+            strategy = c.reshape(case.steps, case.steps)
+            return dense.certificate(strategy, epochs=case.arguments["epochs"]).loss
         if case.function == "buffered_toeplitz.optimize":
             blt = buffered_toeplitz.BufferedToeplitz.build(*jnp.split(c, 2))
             c = blt.toeplitz_coefs(case.steps)

@@ -184,6 +184,8 @@ def test_a_clipping_norm_is_one_number():
 def test_to_float_refuses_floats_and_shows_what_is_not_valid():
     with pytest.raises(TypeError, match="int32 or int64, found float32"):
         grid.to_float({"a": jnp.ones(3)}, 1.0, 100)
+    with pytest.raises(TypeError, match="found 1000000000000"):
+        grid.to_float({"a": 10**30}, 1.0, 100)
     least = jnp.array([jnp.iinfo(jnp.int32).min, 50], jnp.int32)
     np.testing.assert_array_equal(grid.to_float(least, 1.0, 100), [np.nan, 0.5])
 

@@ -631,6 +631,10 @@ def test_a_workload_without_a_unique_optimum_is_optimized():
         assert error < float(np.mean(errors(A, np.eye(6))))
 
 
+def test_certificates_take_any_limit_on_bands():
+    assert dense.certificate(np.tri(3), bands=2**70) == dense.certificate(np.tri(3), bands=3)
+
+
 def test_certificates_of_bad_input_are_told():
     with pytest.raises(ValueError, match="at most 1 bands, found more"):
         dense.certificate(np.tri(3), bands=1)

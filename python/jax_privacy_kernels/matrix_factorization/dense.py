@@ -268,7 +268,7 @@ def certificate(
     checks.check(C=C)
     n = len(C)
     workload, mask = _problem(n, epochs, bands, A)
-    if bands is not None and np.tril(C, -bands).any():
+    if bands is not None and np.tril(C, -min(bands, n)).any():
         raise ValueError(f"expected strategy_matrix of at most {bands} bands, found more")
     with jax.enable_x64(True):
         wide = jnp.asarray(C)

@@ -166,7 +166,7 @@ class _Rests(NamedTuple):
     """The rests of the leaves that have one, ``[rests]`` each, in the order of their phases."""
 
     leaves: np.ndarray  # which of the leaves
-    count: int  # of parts
+    part_count: int
     start: jax.Array  # the first element of the window that its tile is read and written in
     due: jax.Array  # whether the tile is there
     chosen: jax.Array  # the rests that the columns are of; of the last, any
@@ -177,11 +177,11 @@ class _Rests(NamedTuple):
     @property
     def parts(self) -> list[np.ndarray]:
         """The rests by phases, few of which have tiles whose turn it is."""
-        return np.array_split(np.arange(self.leaves.size), self.count)
+        return np.array_split(np.arange(self.leaves.size), self.part_count)
 
     def if_due(self, part: np.ndarray, do: Callable[[_T], _T], state: _T) -> _T:
         """``do(state)``; the state as it is if that is known to change nothing."""
-        if self.count == 1:
+        if self.part_count == 1:
             return do(state)
         return jax.lax.cond(self.due[part].any(), do, lambda state: state, state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def run(inputs: Inputs) -> NoiseOutputs:
 def _bundle(
     bundle: Bundle, keys: jax.Array, row: jax.Array, grads: list[jax.Array]
 ) -> list[jax.Array]:
+    key_of: Callable[[jax.Array, jax.Array], jax.Array]
     key_of = jax.vmap(jax.random.fold_in, (0, None))
     if not bundle.counted:  # keys of type unsafe_rbg make others under a vmap
         key_of = lambda keys, j: jax.lax.map(lambda key: jax.random.fold_in(key, j), keys)  # noqa: E731

@@ -169,6 +169,20 @@ def test_a_large_state_that_is_not_donated_is_named_once(case, monkeypatch):
     assert re.search(r"noise state, .* MiB, .*donate_argnums", str(warning.message))
 
 
+@pytest.mark.parametrize("donate", [(), (1,), (0, 1)])
+def test_origins(donate):
+    origins = _memory.Origins()
+
+    def step(x, ring):
+        grads = [x, 2 * x, (2 * x).reshape(-1), jax.lax.optimization_barrier(x.reshape(-1))]
+        return _memory.note(origins, grads, [ring])
+
+    jax.jit(step, donate_argnums=donate).lower(jnp.ones((2, 3)), jnp.ones(4))
+    given = Memory.OWN if 0 in donate else Memory.GIVEN
+    assert [origins.grad(i) for i in range(4)] == [given, Memory.OWN, Memory.OWN, given]
+    assert origins.ring(0) is (Memory.OWN if donate else Memory.GIVEN)
+
+
 def test_unknown_is_said_of_what_is_not_noted():
     origins = _memory.Origins()
     assert origins.grad(0) is origins.ring(3) is Memory.UNKNOWN

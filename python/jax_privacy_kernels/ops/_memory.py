@@ -120,15 +120,17 @@ _SEEN_THROUGH = ("stablehlo.reshape", "stablehlo.optimization_barrier")
 
 
 def _memory_of(value: Any) -> Memory:
-    while isinstance(value, ir.OpResult) and value.owner.operation.name in _SEEN_THROUGH:
-        value = value.owner.operands[value.result_number]
-    if isinstance(value, ir.OpResult):
-        return Memory.OWN
-    function, number = value.owner.owner, value.arg_number
+    # Older bindings do not tell results from arguments by their types.
+    while not isinstance(value.owner, ir.Block):
+        operation = value.owner.operation
+        if operation.name not in _SEEN_THROUGH:
+            return Memory.OWN
+        value = operation.operands[list(operation.results).index(value)]
+    function = value.owner.owner.operation
     # A function that is called is given what may be either.
-    if function.operation.name != "func.func" or function.attributes["sym_name"].value != "main":
+    if function.name != "func.func" or function.attributes["sym_name"].value != "main":
         return Memory.UNKNOWN
-    attributes = function.attributes["arg_attrs"][number]
+    attributes = function.attributes["arg_attrs"][ir.BlockArgument(value).arg_number]
     donated = any(name in attributes for name in ("tf.aliasing_output", "jax.buffer_donor"))
     return Memory.OWN if donated else Memory.GIVEN
 

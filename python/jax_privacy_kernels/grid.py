@@ -175,7 +175,9 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
             x = leaf
         found = getattr(x, "dtype", x)
         if found not in (jnp.int32, jnp.int64):
-            raise TypeError(f"expected leaf {leaf_name(path)} to be of int32 or int64, found {found}")
+            raise TypeError(
+                f"expected leaf {leaf_name(path)} to be of int32 or int64, found {found}"
+            )
         dtype: Any = jnp.float32 if x.dtype == jnp.int32 else jnp.float64
         step = jnp.asarray(l2_clip_norm, dtype) / scale
         return nan_unless(x != jnp.iinfo(x.dtype).min, x.astype(dtype) * step)

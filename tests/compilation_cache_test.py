@@ -23,6 +23,7 @@ import pytest
 from jax._src.compilation_cache import decompress_executable
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import sweeps
 
 from jax_privacy_kernels import grid, ops, random
 from jax_privacy_kernels.matrix_factorization import (
@@ -253,7 +254,7 @@ def run(directory, *arguments):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("implementation", ["cpp", "jax"])
+@pytest.mark.parametrize("implementation", sweeps.cases(["cpp", "jax"], ["cpp"]))
 def test_programs_out_of_the_cache_make_the_same_noise(implementation, tmp_path):
     if implementation == "cpp" and _ffi.unavailable():
         pytest.skip(_ffi.unavailable())

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import sweeps
 
 from jax_privacy_kernels.matrix_factorization import (
     banded,
@@ -237,7 +238,9 @@ DEBUGGED = LOSSES | {
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("name", DEBUGGED)
+@pytest.mark.parametrize(
+    "name", sweeps.cases(list(DEBUGGED), ("sensitivity of a BLT", "normalized", "product"))
+)
 def test_where_jax_looks_for_nan_it_finds_none(name, compiled):
     """A NaN that stands for what is refused, and is not taken, is no fault."""
     f, c = DEBUGGED[name], jnp.array([1.0, 0.75, 0.375])

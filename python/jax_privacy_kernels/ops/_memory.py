@@ -126,11 +126,12 @@ def _memory_of(value: Any) -> Memory:
         if operation.name not in _SEEN_THROUGH:
             return Memory.OWN
         value = operation.operands[list(operation.results).index(value)]
-    function = value.owner.owner.operation
+    function: Any = value.owner.owner.operation
     # A function that is called is given what may be either.
-    if function.name != "func.func" or function.attributes["sym_name"].value != "main":
+    about: Any = function.attributes
+    if function.name != "func.func" or about["sym_name"].value != "main":
         return Memory.UNKNOWN
-    attributes = function.attributes["arg_attrs"][ir.BlockArgument(value).arg_number]
+    attributes = about["arg_attrs"][ir.BlockArgument(value).arg_number]
     donated = any(name in attributes for name in ("tf.aliasing_output", "jax.buffer_donor"))
     return Memory.OWN if donated else Memory.GIVEN
 

@@ -21,7 +21,10 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir
 from jaxlib.mlir import ir
 
-__all__ = ["Memory", "Origins", "note"]
+__all__ = ["EARLY", "Memory", "Origins", "note"]
+
+# For ``inline`` of `jax.jit`: into the caller's program when that is traced.
+EARLY: Any = getattr(getattr(jax, "Inline", None), "JAX_EARLY", True)  # True in older JAX
 
 
 class Memory(enum.Enum):

@@ -188,7 +188,7 @@ def correlated_noise(
 
 # Jitted, so that a call outside jit compiles once. Inline, so that what is noted of a caller's
 # arrays is of the caller's program.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=_memory.EARLY)
 def _step(
     leaves: tuple[Leaf, ...],
     name: str | None,

@@ -169,7 +169,7 @@ def _fingerprint_of(matrix: jax.Array, leaves: tuple[Leaf, ...]) -> Any:
 
 
 # Jitted, so that a call outside jit compiles once. Inline, as in correlated_noise.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=_memory.EARLY)
 def _add(
     leaves: tuple[Leaf, ...],
     name: str | None,

@@ -131,7 +131,7 @@ def grid_noise(
 
 
 # Jitted, so that a call outside jit compiles once. Inline, as in correlated_noise.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=_memory.EARLY)
 def _step(
     leaves: tuple[Leaf, ...],
     name: str | None,

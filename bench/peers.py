@@ -157,8 +157,6 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.barh(range(len(bars)), milli, color=colors)
     axes.set_yticks(range(len(bars)), names)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    harness.log_ticks(axes.xaxis)
     axes.set_xlabel(f"milliseconds per step of {rows[0]['parameters']:,} parameters")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -67,11 +67,7 @@ inline std::string make_grid_leaves(int64_t rows, const xla::ffi::Buffer<xla::ff
         elements(*ring) != rows * leaf.size) {
       return name + " needs a ring of shape [rows, ...] of int32 or int64";
     }
-    if ((*ring_out)->element_type() != ring->element_type() ||
-        (*ring_out)->element_count() != ring->element_count()) {
-      return name + " needs a ring like the one before";
-    }
-    set_ring(*ring, **ring_out, rows, leaf);
+    if (!set_ring(*ring, **ring_out, rows, leaf)) return name + " needs a ring like the one before";
   }
   return shards.set(base, leaves);
 }

@@ -107,13 +107,18 @@ struct Shards {
   Numbers run, axis_count, axes;
 };
 
-// Sets the ring of a leaf, in the memory of the operand or to be copied from there.
+// Sets the ring of a leaf, in the memory of the operand or to be copied from there; false if they
+// are not alike.
 template <typename Leaf>
-void set_ring(const xla::ffi::AnyBuffer& from, xla::ffi::AnyBuffer& to, int64_t rows, Leaf& leaf) {
+bool set_ring(const xla::ffi::AnyBuffer& from, xla::ffi::AnyBuffer& to, int64_t rows, Leaf& leaf) {
+  if (to.element_type() != from.element_type() || to.element_count() != from.element_count()) {
+    return false;
+  }
   leaf.ring = to.untyped_data();
-  if (leaf.ring == from.untyped_data()) return;
+  if (leaf.ring == from.untyped_data()) return true;
   leaf.copy = {from.untyped_data(), rows, static_cast<int64_t>(from.size_bytes()) / rows};
   prefer_huge_pages(leaf.ring, to.size_bytes());
+  return true;
 }
 
 // The leaves of a call: the gradient and the ring of each in args, the output and the ring in rets,
@@ -172,11 +177,7 @@ inline std::string make_leaves(int64_t rows, const xla::ffi::Buffer<xla::ffi::U3
         static_cast<int64_t>(ring->element_count()) != rows * leaf.size) {
       return name + " needs a ring of shape [rows, ...] and the type it is said to have";
     }
-    if ((*ring_out)->element_type() != ring->element_type() ||
-        (*ring_out)->element_count() != ring->element_count()) {
-      return name + " needs a ring like the one before";
-    }
-    set_ring(*ring, **ring_out, rows, leaf);
+    if (!set_ring(*ring, **ring_out, rows, leaf)) return name + " needs a ring like the one before";
   }
   return shards.set(base, leaves);
 }

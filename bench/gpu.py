@@ -250,15 +250,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     found = jax.tree.map(max, found, harness.device_limits(size, repeats))
     for row in rows:
         relate(row, found)
-    report = {
-        "benchmark": "gpu",
-        "environment": environment,
-        "contestants": contestants(),
-        "limits": found,
-        "rows": rows,
-        "acceptance": acceptance(rows),
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish(
+        "gpu",
+        environment,
+        rows,
+        acceptance,
+        describe,
+        plot,
+        args,
+        contestants=contestants(),
+        limits=found,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jax_privacy_kernels._bench.looks import LABELS, log_ticks, style, table
+from jax_privacy_kernels._bench.looks import LABELS, log_ticks, over_bands, style, table
 from jax_privacy_kernels._bench.machine import (
     copy_bandwidth,
     cores,
@@ -39,6 +39,7 @@ __all__ = [
     "log_ticks",
     "machine_limits",
     "options",
+    "over_bands",
     "publish",
     "sampling_rates",
     "speedups",
@@ -95,23 +96,33 @@ def text(report: Mapping[str, Any], *parts: str) -> str:
 
 
 def publish(
-    report: dict[str, Any],
+    benchmark: str,
+    environment: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    acceptance: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
     describe: Callable[[dict[str, Any]], str],
     plot: Callable[[Sequence[dict[str, Any]], pathlib.Path], None],
     args: argparse.Namespace,
+    **more: Any,
 ) -> dict[str, Any]:
     """Prints a report, writes it to <output-dir>/<benchmark>-<date>.json and plots its rows beside.
 
-    Tiny sizes have no floors, and are not written where measurements are.
+    Tiny sizes have no floors, and are not written where measurements are. What else is given goes
+    into the report, by its name.
     """
-    if args.quick:
-        report["acceptance"] = []
+    report = {
+        "benchmark": benchmark,
+        "environment": environment,
+        **more,
+        "rows": rows,
+        "acceptance": [] if args.quick else acceptance(rows),
+    }
     print("\n" + describe(report))
     folder = args.output_dir or (None if args.quick else RESULTS)
     if folder is None:
         return report
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{report['benchmark']}-{report['environment']['date']}.json"
+    path = folder / f"{benchmark}-{environment['date']}.json"
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    plot(report["rows"], path.with_suffix(".png"))
+    plot(rows, path.with_suffix(".png"))
     return report

@@ -239,13 +239,8 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             axes.plot(
                 bands, [row["marginal_s"][name] * 1e3 for row in shown], **harness.style(name)
             )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(bands, [str(b) for b in bands])
-        axes.xaxis.minorticks_off()
-        harness.log_ticks(axes.yaxis)
+        harness.over_bands(axes, bands)
         axes.grid(True, which="both", linewidth=0.3)
-        axes.set_xlabel("bands")
         row = shown[0]
         axes.set_title(f"{case}\n{row['leaves']} leaves, {row['parameters']:,}")
     panels[0][0].set_ylabel("milliseconds that noise adds to a step")
@@ -270,13 +265,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{name}, {bands} bands: done", flush=True)
             jax.clear_caches()
             gc.collect()
-    report = {
-        "benchmark": "in_step",
-        "environment": environment,
-        "rows": rows,
-        "acceptance": acceptance(rows),
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish("in_step", environment, rows, acceptance, describe, plot, args)
 
 
 if __name__ == "__main__":

@@ -290,13 +290,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         case = CASES[name].smaller() if args.quick else CASES[name]
         print(f"{name} ...", flush=True)
         rows.append(measure(name, case, 2 if args.quick else args.repeats))
-    report = {
-        "benchmark": "monte_carlo",
-        "environment": environment,
-        "acceptance": acceptance(rows),
-        "rows": rows,
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish("monte_carlo", environment, rows, acceptance, describe, plot, args)
 
 
 if __name__ == "__main__":

@@ -351,13 +351,8 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     for (key, label), style in zip(limits.items(), ("--", ":"), strict=True):
         bound = [row["bounds"][key] * 1e3 for row in rows]
         axes.plot(bands, bound, style, color="black", linewidth=1, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(bands, [str(b) for b in bands])
-    axes.xaxis.minorticks_off()
-    harness.log_ticks(axes.yaxis)
+    harness.over_bands(axes, bands)
     axes.grid(True, which="both", linewidth=0.3)
-    axes.set_xlabel("bands")
     axes.set_ylabel("milliseconds per step")
     axes.set_title(f"Correlated noise for {rows[0]['parameters']:,} parameters, float32, CPU")
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))  # beside the curves, not over them
@@ -397,14 +392,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         limits = jax.tree.map(max, limits, after)
     for row in rows:
         relate(row, limits)
-    report = {
-        "benchmark": "noise",
-        "environment": environment,
-        "limits": limits,
-        "rows": rows,
-        "acceptance": acceptance(rows),
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish(
+        "noise", environment, rows, acceptance, describe, plot, args, limits=limits
+    )
 
 
 if __name__ == "__main__":

@@ -399,13 +399,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             rows.append(measure(name, cases[name], processes, repeats, args.quick))
             print(f"{name}: done", flush=True)
             gc.collect()
-    report = {
-        "benchmark": "optimize",
-        "environment": environment,
-        "rows": rows,
-        "acceptance": acceptance(rows),
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish("optimize", environment, rows, acceptance, describe, plot, args)
 
 
 if __name__ == "__main__":

@@ -181,13 +181,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             rows.append(measure(case, bands, size, args.repeats or (3 if args.quick else 15)))
             print(f"{case}, {bands} bands: done", flush=True)
             gc.collect()
-    report = {
-        "benchmark": "peers",
-        "environment": environment,
-        "rows": rows,
-        "acceptance": acceptance(rows),
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish("peers", environment, rows, acceptance, describe, plot, args)
 
 
 if __name__ == "__main__":

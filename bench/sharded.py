@@ -327,13 +327,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     }
     environment = harness.environment()
     rows = measure_in_new_process(options)
-    report = {
-        "benchmark": "sharded",
-        "environment": environment,
-        "rows": rows,
-        "acceptance": acceptance(rows),
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish("sharded", environment, rows, acceptance, describe, plot, args)
 
 
 if __name__ == "__main__":

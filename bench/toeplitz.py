@@ -264,13 +264,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 rows.append(measure(name, case, repeats))
             print(f"{name}: done", flush=True)
             gc.collect()
-    report = {
-        "benchmark": "toeplitz",
-        "environment": environment,
-        "rows": rows,
-        "acceptance": acceptance(rows),
-    }
-    return harness.publish(report, describe, plot, args)
+    return harness.publish("toeplitz", environment, rows, acceptance, describe, plot, args)
 
 
 if __name__ == "__main__":

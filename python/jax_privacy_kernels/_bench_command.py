@@ -268,12 +268,7 @@ def plot(report: Mapping[str, Any], path: pathlib.Path) -> None:
         bands = [row["bands"] for row in rows]
         limit = [max(row["bounds"].values()) * 1e3 for row in rows]
         axes.plot(bands, limit, ":k", linewidth=1, label="limit")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(bands, [str(b) for b in bands])
-        axes.minorticks_off()
-        axes.set_yscale("log")
-        looks.log_ticks(axes.yaxis)
-        axes.set_xlabel("bands")
+        looks.over_bands(axes, bands)
         axes.set_ylabel("milliseconds per step")
         axes.set_title(f"Noise for {rows[0]['parameters']:,} parameters")
     if axes := panels.get("algebra"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COLORS", "LABELS", "MARKERS", "log_ticks", "style", "table"]
+__all__ = ["COLORS", "LABELS", "MARKERS", "log_ticks", "over_bands", "style", "table"]
 
 # The contestants, as plots call them, slowest first.
 LABELS = {
@@ -40,6 +40,16 @@ def log_ticks(axis: Any) -> None:
     axis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(_ticker().NullFormatter())
+
+
+def over_bands(axes: Any, bands: Sequence[int]) -> None:
+    """Axes, logarithmic both, of something over numbers of bands, on which all is drawn already."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(bands, [str(b) for b in bands])
+    axes.xaxis.minorticks_off()
+    log_ticks(axes.yaxis)
+    axes.set_xlabel("bands")
 
 
 def _ticker() -> Any:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from jax_privacy_kernels.kernels import _runs
 
-__all__ = ["COLUMNS", "PHASE", "PLACE", "emit", "is_here", "place"]
+__all__ = ["COLUMNS", "PHASE", "PLACE", "emit", "is_here", "place", "run_of"]
 
 # The columns of runs, as the language wants them.
 HIGH, LOW = tl.constexpr(_runs.HIGH), tl.constexpr(_runs.LOW)
@@ -19,6 +19,15 @@ PHASE, PLACE = tl.constexpr(_runs.PHASE), tl.constexpr(_runs.PLACE)
 COLUMNS = tl.constexpr(_runs.COLUMNS)
 
 # -- A tile, or a part of one -------------------------------------------------------------------
+
+
+@triton.jit
+def run_of(programs, WHOLE: tl.constexpr):
+    """The run of a program, and which of the run's programs it is."""
+    if WHOLE:
+        return 0, tl.program_id(0)
+    else:
+        return tl.program_id(0) // programs, tl.program_id(0) % programs
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from jax_privacy_kernels.kernels._noise_triton import (
     emit,
     is_here,
     place,
+    run_of,
 )
 from jax_privacy_kernels.kernels._streams_triton import draw, normal
 
@@ -31,6 +32,24 @@ def _phase(tile, first_phase, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _at(column, row, UNIT: tl.constexpr):
+    """Where the elements of a column are in a slot that begins at row UNIT of the ring."""
+    return column + tl.cast(row, tl.int64) * UNIT
+
+
+@triton.jit
+def _before(row, stride, last):
+    """The row of the slot before one. Neither this nor `_after` multiplies or divides."""
+    return row + tl.where(row == 0, last, -stride)
+
+
+@triton.jit
+def _after(row, stride, last):
+    """The row of the slot after one."""
+    return row + tl.where(row == last, -last, stride)
+
+
+@triton.jit
 def _weights_of(weights, ahead, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     if ROWS == 1:
         return weights
@@ -40,14 +59,16 @@ def _weights_of(weights, ahead, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _look_ahead(
-    now,
+    row,
     keys,
     weights,
     column,
-    size,
+    stride,
+    last,
     index,
     lane,
     mask,
+    UNIT: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -58,20 +79,20 @@ def _look_ahead(
 ):
     """Overwrites the slots with x_t .. x_{t+S-1}, a group of GROUP terms at a time.
 
-    The S terms before a group are read once for all of it, from the last to the first; those of the
-    group itself stay in registers.
+    The slot of x_t begins at this row. The S terms before a group are read once for all of it, from
+    the last to the first; those of the group itself stay in registers.
     """
+    FULL: tl.constexpr = (SLOTS - 1) % GROUP + 1  # terms of the last group
     for done in range(0, SLOTS, GROUP):
-        first = (now + done) % SLOTS
         drawn = draw(keys, done, SLOTS, index, GROUP, SIZE, STREAM)
         past = ()
         for _k in tl.static_range(GROUP):
             past = past + (tl.zeros_like(lane).to(column.dtype.element_ty),)
-        slot = first
+        known = row
         for back in range(0, SLOTS, GROUP):
             for i in tl.static_range(GROUP):
-                slot = tl.where(slot == 0, SLOTS - 1, slot - 1)
-                x = tl.load(column + slot * size, mask=mask)
+                known = _before(known, stride, last)
+                x = tl.load(_at(column, known, UNIT), mask=mask)
                 sums = ()
                 for k in tl.static_range(GROUP):
                     weight = _weights_of(weights, done + k, ROWS, WIDTH) + back + (i + 1 + k)
@@ -85,20 +106,27 @@ def _look_ahead(
             for i in tl.static_range(k):
                 x = tl.fma(group[i], tl.load(weight + (k - i)), x)
             group = group + (x,)
-            tl.store(column + (first + k) % SLOTS * size, x, mask=mask & (done + k < SLOTS))
+            if k < FULL:
+                tl.store(_at(column, row, UNIT), x, mask=mask)
+            else:
+                tl.store(_at(column, row, UNIT), x, mask=mask & (done + k < SLOTS))
+            row = _after(row, stride, last)
         tl.debug_barrier()  # what one thread has written another may read
 
 
 @triton.jit
 def _warm_up(
     t,
+    row,
     keys,
     weights,
     column,
-    size,
+    stride,
+    last,
     index,
     lane,
     mask,
+    UNIT: tl.constexpr,
     SIZE: tl.constexpr,
     STREAM: tl.constexpr,
     ACCURATE: tl.constexpr,
@@ -107,9 +135,11 @@ def _warm_up(
     drawn = draw(keys, 0, 1, index, 1, SIZE, STREAM)
     z = normal(drawn[0], index, lane, STREAM, ACCURATE)
     x = z.to(column.dtype.element_ty) * tl.load(weights)
+    known = row
     for lag in range(1, t + 1):
-        x = tl.fma(tl.load(column + (t - lag) * size, mask=mask), tl.load(weights + lag), x)
-    tl.store(column + t * size, x, mask=mask)
+        known = _before(known, stride, last)
+        x = tl.fma(tl.load(_at(column, known, UNIT), mask=mask), tl.load(weights + lag), x)
+    tl.store(_at(column, row, UNIT), x, mask=mask)
     tl.debug_barrier()
 
 
@@ -123,13 +153,15 @@ def _tile(
     index,
     begin,
     end,
-    size,
+    stride,
+    last,
     keys,
     weights,
     scale,
     grad,
     out,
     ring,
+    UNIT: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -141,17 +173,19 @@ def _tile(
     lane = tl.arange(0, BLOCK)
     mask = is_here(lane, begin, end, WHOLE)
     column = ring + start + lane
-    now = t % SLOTS
+    row = (t % SLOTS).to(last.dtype) * stride
     if REFRESH:
         _look_ahead(
-            now,
+            row,
             keys,
             weights,
             column,
-            size,
+            stride,
+            last,
             index,
             lane,
             mask,
+            UNIT,
             SLOTS,
             ROWS,
             WIDTH,
@@ -162,8 +196,23 @@ def _tile(
         )
     else:
         if phase > t:
-            _warm_up(t, keys, weights, column, size, index, lane, mask, BLOCK, STREAM, ACCURATE)
-    x = tl.load(column + now * size, mask=mask)
+            _warm_up(
+                t,
+                row,
+                keys,
+                weights,
+                column,
+                stride,
+                last,
+                index,
+                lane,
+                mask,
+                UNIT,
+                BLOCK,
+                STREAM,
+                ACCURATE,
+            )
+    x = tl.load(_at(column, row, UNIT), mask=mask)
     emit(grad + start + lane, out + start + lane, scale, x, mask)
 
 
@@ -181,9 +230,12 @@ def recurrence(
     _,
     first_key,
     units,
-    count,
+    stride,
+    last,
     programs,
     group,
+    magic,
+    shift,
     out,
     ring,
     UNIT: tl.constexpr,
@@ -214,23 +266,31 @@ def recurrence(
       _: the ring's buffer as an operand; it is also a result, and used as such.
       first_key: where the leaf's keys begin.
       units: length of a run / UNIT. So the compiler knows what the length is a multiple of.
-      count: how many runs there are.
+      stride: size / UNIT.
+      last: (S - 1) stride. Rows of the ring have as many bits as this.
       programs: of a run.
-      group: programs that refresh a tile, and those that read others.
+      group: programs that refresh a tile, and those that read others. If S = 1, all tiles are
+        refreshed, and it is TILE / PART.
+      magic, shift: magic p >> shift is p // group for every program p.
       out: ``[size]``.
       ring: ``[S, size]``.
     """
     PARTS: tl.constexpr = TILE // PART
     t, length = tl.load(step), tl.cast(units, tl.int64) * UNIT
-    size = length * count
-    run = tl.program_id(0) // programs
+    run, program = run_of(programs, WHOLE)
     runs += COLUMNS * run
     phase, offset = tl.load(runs + PHASE).to(tl.int32), tl.load(runs + PLACE).to(tl.int32)
-    nth = tl.program_id(0) % programs // group
-    part = tl.program_id(0) % programs % group
+    if SLOTS == 1:
+        nth, part = program // PARTS, program % PARTS
+    else:
+        nth = (program.to(tl.uint64) * magic.to(tl.uint64) >> shift).to(tl.int32)
+        part = program - nth * group
     keys += first_key
+    last += tl.full([], 0, tl.int32)  # of a dtype also where 1 is compiled in
+    stride = tl.cast(stride, last.dtype)
     if part < PARTS:
-        turn = (t % SLOTS + SLOTS - (phase + nth) % SLOTS) % SLOTS  # which of S tiles it is
+        turn = t % SLOTS - (phase + nth) % SLOTS  # which of S tiles it is
+        turn = tl.where(turn < 0, turn + SLOTS, turn)
         tile = nth * SLOTS + turn - offset
         first = tl.cast(tile, tl.int64) * TILE + part * PART
         start, index, begin, end = place(first, run, runs, length, PART, TILE, WHOLE)
@@ -244,13 +304,15 @@ def recurrence(
                 index,
                 begin,
                 end,
-                size,
+                stride,
+                last,
                 keys,
                 weights,
                 scale,
                 grad,
                 out,
                 ring,
+                UNIT,
                 SLOTS,
                 ROWS,
                 WIDTH,
@@ -274,13 +336,15 @@ def recurrence(
                 index,
                 begin,
                 end,
-                size,
+                stride,
+                last,
                 keys,
                 weights,
                 scale,
                 grad,
                 out,
                 ring,
+                UNIT,
                 SLOTS,
                 ROWS,
                 WIDTH,

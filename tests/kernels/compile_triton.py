@@ -19,6 +19,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import machine_code
 
 import jax_privacy_kernels
 from jax_privacy_kernels import random
@@ -57,9 +58,15 @@ class Recorder:
         return self._construct(name, warps, ctas, shared, ptx, ttir, capability, *scratch)
 
 
-def described(name, capability, shared, ptx, ttir):
+def described(name, capability, shared, ptx, ttir, launch):
     """What the tests look at of a kernel, which this compiles to machine code."""
     function = re.search(r"tt\.func public @(\w+)", ttir)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder, "kernel.cubin")
+        assemble(ptx, capability, cubin)
+        instructions = machine_code.parse(printed("nvdisasm", "-c", cubin))
+        used = printed("cuobjdump", "--dump-resource-usage", cubin)
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", used)}
     return {
         "kernel": function,
         "sm": capability,
@@ -67,25 +74,42 @@ def described(name, capability, shared, ptx, ttir):
         "barriers": len(re.findall(r"^ *(?:gpu|ttg)\.barrier\b", ttir, re.M)),
         "waits": len(re.findall(r"\bbar(?:rier\.cta)?\.sync\b", ptx)),
         "fusible": len(FUSIBLE.findall(ptx)),
-        **usage(ptx, capability),
+        "registers": found["REG"],
+        "stack": found["STACK"],  # bytes; where what is spilled goes
+        "local": found["LOCAL"],
+        "instructions": len(instructions),
+        "per_sample": per_sample(instructions, **launch),
     }
 
 
-def usage(ptx, capability):
-    """Registers of a thread, and bytes of its stack: where what is spilled goes."""
-    import triton
+def assemble(ptx, capability, cubin):
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"^\.target (\w+)", ptx, re.M)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, f"--gpu-name={target}", source, "-o", cubin]
-        subprocess.run(command, check=True)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
+    source = cubin.with_suffix(".ptx")
+    source.write_text(ptx)
+    command = [get_ptxas(capability).path, f"--gpu-name={target}", source, "-o", cubin]
+    subprocess.run(command, check=True)
+
+
+def printed(tool, *arguments):
+    import triton
+
+    command = [getattr(triton.knobs.nvidia, tool).path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def per_sample(instructions, *, warps=4, STREAM=None, TILE=0, SLOTS=1, GROUP=1, PART=None, **_):
+    """The longest way through a program, by the samples that a thread makes on it, or None.
+
+    A program that refreshes goes SLOTS / GROUP times through its loops. It takes the longest way,
+    but for 2 slots, where warming up is longer. With keys of chacha20 there are loops of 10 rounds,
+    too, so that this cannot tell.
+    """
+    if STREAM != "threefry2x32":
+        return None
+    samples = SLOTS * (PART or TILE) / (32 * warps)
+    return round(machine_code.longest(instructions, -(-SLOTS // GROUP)) / samples, 1)
 
 
 THREEFRY, CHACHA20 = jax.random.key(0), random.secure_key(bytes(32))
@@ -159,9 +183,13 @@ def norm():
 CASES = {
     "1 band": noise([1.0], 1000),
     "2 bands": noise([1.0] * 2, 1000),
+    "3 bands, one element": noise([1.0] * 3, 1),
     "8 bands": noise([1.0] * 8, 1000),
+    "32 bands, 2^26 elements": noise([1.0] * 32, 2**26),
     "64 bands": noise([1.0] * 64, 1000),
+    "64 bands, 2^26 elements": noise([1.0] * 64, 2**26),
     "64 bands by row, bfloat16, an odd size": noise([[1.0] * 64] * 70, 1001, "bfloat16"),
+    "64 bands, bfloat16, 2^26 elements": noise([1.0] * 64, 2**26, "bfloat16"),
     "8 bands, more than 2^31 elements": noise([1.0] * 8, 2**31 + 9),
     "8 bands, more than 2^32 elements": noise([1.0] * 8, 2**32 + 9),
     "2 bands, a shard in one run": noise_of_shard(1, Shard(999)),
@@ -216,14 +244,19 @@ def main(names):
     for name in names or CASES:
         for kind in GPUS:
             recorder = Recorder(gpu_triton.TritonKernel)
-            with mock.patch.object(gpu_triton, "TritonKernel", recorder):
+            launch = mock.Mock(wraps=_jax_triton.call)
+            with (
+                mock.patch.object(gpu_triton, "TritonKernel", recorder),
+                mock.patch.object(_jax_triton, "call", launch),
+            ):
                 text = lowered(CASES[name], kind)
             calls = [line for line in text.splitlines() if "@triton_kernel_call" in line]
             aliased = sum("output_operand_alias<" in call for call in calls)
             program = {"case": name, "gpu": kind, "calls": len(calls), "aliased": aliased}
             print(json.dumps(program), flush=True)
             for kernel in recorder.kernels:
-                print(json.dumps({"case": name, **described(*kernel)}), flush=True)
+                line = {"case": name, **described(*kernel, launch.call_args.kwargs)}
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

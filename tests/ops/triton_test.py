@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import pytest
+import scipy.special
 from support import triton_interpreter
 
 from jax_privacy_kernels.ops import (
@@ -26,6 +27,7 @@ from jax_privacy_kernels.ops import (
     init_correlated_noise,
 )
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
+from jax_privacy_kernels.ops.correlated_noise import _triton as correlated_noise_triton
 
 KEY = jax.random.key(3)
 
@@ -252,6 +254,62 @@ def test_a_negative_step_stays_in_the_ring(clock):
         state = state._replace(clock=state.clock._replace(step=jnp.int32(clock)))
         (out,), _ = jax.block_until_ready(update(grads, state))
     assert np.isnan(out).all()
+
+
+# -- Divisions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divisor", [*range(2, 70), 127, 128, 129, 1003, 2**20 - 1, 2**20 + 1])
+def test_divisions_by_a_magic_number(divisor):
+    """For all programs there can be: next to a multiple is where one could go wrong."""
+    magic, shift = correlated_noise_triton._division_by(divisor)
+    assert magic < 2**32
+    last = (2**31 - 1) // divisor
+    for quotient in {1, 2, 3, last // 3, last // 2, last - 1, last}:
+        for p in (quotient * divisor - 1, quotient * divisor):
+            assert magic * p >> shift == p // divisor
+    assert magic * (2**31 - 1) >> shift == last
+
+
+# -- The error of samples -----------------------------------------------------------------------
+
+
+@pytest.mark.interpreted
+@pytest.mark.triton
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("accurate", [False, True])
+def test_samples_by_the_logarithm_of_a_gpu(accurate, sign):
+    """By any error that PTX allows it, all samples there can be are far within 2e-6."""
+    if reason := triton_interpreter.unavailable():
+        pytest.skip(reason)
+    bits = np.arange(2**23, dtype=np.uint32) << 9  # the others are not looked at
+    unit = ((bits >> 9) | 0x3F800000).view(np.float32) - np.float32(1)
+    uniform = np.nextafter(np.float32(-1), np.float32(0)) + 2 * unit
+    uniform = np.maximum(uniform, np.nextafter(np.float32(-1), np.float32(0)))
+    if accurate:
+        expected = np.sqrt(2) * scipy.special.erfinv(uniform.astype(np.float64))
+    else:
+        expected = np.float32(np.sqrt(2)) * np.asarray(jax.lax.erf_inv(uniform))
+    with triton_interpreter.interpreted():
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        from jax_privacy_kernels.kernels import _streams_triton
+
+        assembly = triton_interpreter.Assembly(sign * triton_interpreter.LOG2_ERROR)
+        normal = _streams_triton.normal.rewrite()
+        samples = []
+        with (
+            mock.patch.object(interpreter.interpreter_builder, "create_inline_asm", assembly),
+            np.errstate(invalid="ignore"),
+        ):
+            for part in np.split(bits, 8):  # more is too large for Triton
+                kind = tl.block_type(tl.uint32, [part.size])
+                drawn = tl.tensor(interpreter.TensorHandle(part, tl.uint32), kind)
+                z = normal(drawn, None, None, "chacha20", accurate)
+                samples.append(z.handle.data.astype(np.float64))
+    error = np.abs(np.concatenate(samples) - expected)
+    assert (error < 5e-7 * np.maximum(1, np.abs(expected))).all()
 
 
 # -- Leaves of more than 2^32 elements ----------------------------------------------------------

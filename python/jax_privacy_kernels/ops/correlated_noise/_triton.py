@@ -17,10 +17,11 @@ from jax_privacy_kernels.ops.dense_noise import _triton as _dense_noise
 __all__ = ["refuse", "run"]
 
 # Terms made together, at most, and elements of a tile to a program that makes them. With twice as
-# many of either, the compiler spills registers for some dtypes and sizes. Of chacha20 keys the bits
+# many terms, the compiler spills registers for some dtypes and sizes. Of chacha20 keys the bits
 # of a group are in registers too, and 8 terms spill; `_part` says what their parts are.
 GROUP, GROUP_CHACHA20 = 8, 7
 PART = 256
+PROGRAMS = 1024  # that refresh tiles at a step, and fill a GPU with parts of twice the size
 
 
 def refuse(leaf: Leaf, filter: Filter, stream: str) -> str | None:
@@ -76,13 +77,24 @@ def _recurrence(
     tiles = _gpu_noise.tiles_of_run(leaf)
     # Of every S tiles that have all phases; the first of them may begin before the run.
     groups = -(-(tiles + (0 if leaf.whole else slots - 1)) // slots)
-    part, warps = _part(slots, stream)
-    group = TILE // part + -(-tiles // groups)
+    part, warps = _part(slots, stream, weights.shape[0], leaf)
+    others = -(-tiles // groups) if slots > 1 else 0
+    group = TILE // part + others
     programs = groups * group
+    magic, shift = _division_by(group) if others else (0, 0)
     return _jax_triton.call(
         correlated_noise_triton.recurrence,
         arrays,
-        [first_key, leaf.shard.run // unit, runs.shape[0], programs, group],
+        [
+            first_key,
+            leaf.shard.run // unit,
+            leaf.shard.size // unit,
+            (slots - 1) * (leaf.shard.size // unit),
+            programs,
+            group,
+            magic,
+            shift,
+        ],
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (grad, ring)],
         programs=runs.shape[0] * programs,
         warps=warps,
@@ -100,6 +112,17 @@ def _recurrence(
     )
 
 
+def _division_by(divisor: int) -> tuple[int, int]:
+    """A magic number of 32 bits and a shift: p // divisor is ``magic * p >> shift`` if p < 2^31.
+
+    Divisors are 2 or more. 2^l is the least power of two that is not below the divisor. Then
+    ``magic * divisor`` exceeds 2^(31 + l) by less than 2^l, and the quotient by less than
+    1 / divisor (T. Granlund and P. L. Montgomery, PLDI'94).
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(2**shift) // divisor), shift
+
+
 def _padded(factors: jax.Array, stream: str) -> jax.Array:
     """The factors of a recurrence, and zeros for what groups at either end reach beyond them."""
     slots = factors.shape[1] - 1
@@ -114,11 +137,36 @@ def _group(slots: int, stream: str) -> int:
     return -(-slots // -(-slots // most))
 
 
-def _part(slots: int, stream: str) -> tuple[int, int]:
-    """The elements of a part, and the warps of a program."""
-    if stream != "chacha20":
-        return PART, _gpu_noise.warps(PART, stream)
-    # A block of 16 elements to each thread, of the keys of a group, which are drawn at once.
-    keys = 1 << (_group(slots, stream) - 1).bit_length()
-    part = min(16 * 128 // keys, TILE)
-    return part, _gpu_noise.warps(part * keys, stream)
+def _part(slots: int, stream: str, rows: int, leaf: Leaf) -> tuple[int, int]:
+    """The elements of a part, and the warps of a program.
+
+    Args:
+      slots, stream: as they are.
+      rows: of the weights.
+      leaf: the one that is launched for.
+    """
+    if stream == "chacha20":
+        # A block of 16 elements to each thread, of the keys of a group, which are drawn at once.
+        keys = 1 << (_group(slots, stream) - 1).bit_length()
+        part = min(16 * 128 // keys, TILE)
+        return part, _gpu_noise.warps(part * keys, stream)
+    if slots == 1:
+        part = TILE  # all tiles are refreshed, and there is no other work for parts to hide
+    elif slots > 2 * GROUP and rows == 1 and _is_wide(slots, leaf):
+        # Weights and places in the ring, which all terms before a group need, serve more elements.
+        # With fewer groups they cost little. More registers leave room for fewer programs.
+        part = 2 * PART
+    else:
+        part = PART
+    return part, _gpu_noise.warps(part, stream)
+
+
+def _is_wide(slots: int, leaf: Leaf) -> bool:
+    """Whether a leaf has work for a GPU in parts of twice the size, and kernels for it no spills.
+
+    A part of a shard needs more registers, and so do accesses of single elements, and places in the
+    ring of 64 bits.
+    """
+    size = leaf.shard.size
+    plain = leaf.whole and _jax_triton.divisor(size) > 1 and slots * size < 2**34
+    return plain and size >= 2 * PART * PROGRAMS * slots

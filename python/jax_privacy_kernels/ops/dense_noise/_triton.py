@@ -64,6 +64,7 @@ def weighted_samples(
         warps=_gpu_noise.warps(TILE, stream),
         UNIT=unit,
         TILE=TILE,
+        ALONE=weights.size == 1,
         STREAM=stream,
         ACCURATE=_jax_triton.accurate(),
         WHOLE=leaf.whole,

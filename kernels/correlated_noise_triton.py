@@ -54,7 +54,7 @@ def _weights_of(weights, ahead, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     if ROWS == 1:
         return weights
     else:
-        return weights + tl.minimum(ahead, ROWS - 1) * WIDTH
+        return weights + ahead * WIDTH
 
 
 @triton.jit
@@ -95,12 +95,12 @@ def _look_ahead(
                 x = tl.load(_at(column, known, UNIT), mask=mask)
                 sums = ()
                 for k in tl.static_range(GROUP):
-                    weight = _weights_of(weights, done + k, ROWS, WIDTH) + back + (i + 1 + k)
+                    weight = _weights_of(weights, k, ROWS, WIDTH) + back + (i + 1 + k)
                     sums = sums + (tl.fma(x, tl.load(weight), past[k]),)
                 past = sums
         group = ()
         for k in tl.static_range(GROUP):
-            weight = _weights_of(weights, done + k, ROWS, WIDTH)
+            weight = _weights_of(weights, k, ROWS, WIDTH)
             z = normal(drawn[k], index, lane, STREAM, ACCURATE)
             x = tl.fma(z.to(column.dtype.element_ty), tl.load(weight), past[k])
             for i in tl.static_range(k):
@@ -111,6 +111,7 @@ def _look_ahead(
             else:
                 tl.store(_at(column, row, UNIT), x, mask=mask & (done + k < SLOTS))
             row = _after(row, stride, last)
+        weights = _weights_of(weights, GROUP, ROWS, WIDTH)
         tl.debug_barrier()  # what one thread has written another may read
 
 
@@ -259,7 +260,7 @@ def recurrence(
       step: t >= 0.
       keys: the words of those of every leaf for steps t .. t + S - 1.
       weights: ``[ROWS, WIDTH]``, w_0 .. w_S and zeros up to any w that a group of terms may meet;
-        one row, or one for each of the steps.
+        one row, or one for each of the steps, and zeros up to whole groups of these.
       scale: of x in what is added to the gradients.
       grad: ``[size]``.
       runs: see _runs.py. WHOLE says that all of the leaf is here.

@@ -127,8 +127,10 @@ def _padded(factors: jax.Array, stream: str) -> jax.Array:
     """The factors of a recurrence, and zeros for what groups at either end reach beyond them."""
     slots = factors.shape[1] - 1
     group = _group(slots, stream)
-    width = -(-slots // group) * group + group
-    return jnp.pad(factors, ((0, 0), (0, width - factors.shape[1])))
+    whole = -(-slots // group) * group
+    rows = factors.shape[0] if factors.shape[0] == 1 else whole
+    missing = rows - factors.shape[0], whole + group - factors.shape[1]
+    return jnp.pad(factors, [(0, count) for count in missing])
 
 
 def _group(slots: int, stream: str) -> int:

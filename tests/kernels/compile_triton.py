@@ -3,6 +3,8 @@
 Prints a line of JSON for what went in, for every lowered program, and for every kernel that
 jax-triton made for one. A process of its own: one that has imported Triton to interpret kernels
 cannot compile them. Exits with 77, and says why, where these packages do not compile kernels.
+
+    python tests/kernels/compile_triton.py [CASE or GPU ...]    # all, where none is named
 """
 
 from __future__ import annotations
@@ -232,7 +234,9 @@ def lowered(step, kind):
         return jax.jit(step).trace().lower(lowering_platforms=("cuda",)).as_text()
 
 
-def main(names):
+def main(arguments):
+    names = [name for name in arguments if name not in GPUS]
+    kinds = [kind for kind in GPUS if kind in arguments]
     with jax.sharding.use_abstract_mesh(mesh_of(GPUS[0])):
         if reason := _jax_triton.unavailable():
             print(reason)
@@ -242,7 +246,7 @@ def main(names):
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jax-triton", "triton")}
     print(json.dumps(versions), flush=True)
     for name in names or CASES:
-        for kind in GPUS:
+        for kind in kinds or GPUS:
             recorder = Recorder(gpu_triton.TritonKernel)
             launch = mock.Mock(wraps=_jax_triton.call)
             with (

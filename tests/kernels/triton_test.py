@@ -1,8 +1,15 @@
-"""Every kernel in Triton lowers to a call and compiles for every architecture, spilling nothing."""
+"""Every kernel in Triton lowers to a call and compiles for every architecture, spilling nothing.
+
+The instructions of each are on record, for two versions of Triton, in instructions/. What makes a
+kernel longer is seen there. If it is meant, write the file of a Triton that is installed again:
+
+    python tests/kernels/triton_test.py --write
+"""
 
 from __future__ import annotations
 
 import collections
+import difflib
 import importlib.util
 import json
 import os
@@ -10,6 +17,7 @@ import pathlib
 import subprocess
 import sys
 
+import compile_triton
 import pytest
 
 if not importlib.util.find_spec("jax_triton"):
@@ -17,22 +25,48 @@ if not importlib.util.find_spec("jax_triton"):
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.triton]
 
-SCRIPT = pathlib.Path(__file__).parent / "compile_triton.py"
+FOLDER = pathlib.Path(__file__).parent
+COLUMNS = {
+    "sm": "sm",
+    "registers": "registers",
+    "stack": "spilled",
+    "shared": "shared",
+    "instructions": "instructions",
+    "per_sample": "per sample",
+    "case": "case",
+}
+
+
+def compiled():
+    """What the script prints in processes of its own: here Triton may have been told to interpret.
+
+    There is one for each GPU, at the same time. They have no cache: jax-triton compiles anew in
+    every process.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, compile_triton.__file__, gpu],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for gpu in compile_triton.GPUS
+    ]
+    lines = []
+    for process in processes:
+        out, error = process.communicate()
+        if process.returncode == 77:
+            pytest.skip(out)
+        assert process.returncode == 0, error
+        lines += map(json.loads, out.splitlines())
+    return lines
 
 
 @pytest.fixture(scope="module")
 def lines():
-    """What the script prints, in a process of its own: here Triton may have been told to interpret.
-
-    It has no cache: jax-triton compiles anew in every process.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode == 77:
-        pytest.skip(result.stdout)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return compiled()
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +114,34 @@ def test_nothing_is_spilled(kernels, record_property):
         assert max(noise) <= most, stream
 
 
+def snapshot(lines):
+    """The file of the installed Triton: instructions that a program has, and that a sample takes.
+
+    A row for each case and architecture; registers of a thread, bytes of its stack for what is
+    spilled, and bytes of a program's shared memory.
+    """
+    return FOLDER / "instructions" / f"triton-{lines[0]['triton']}.txt"
+
+
+def table(lines):
+    yield "  ".join(COLUMNS.values())
+    cases = list(compile_triton.CASES)
+    kernels = [line for line in lines if "kernel" in line]
+    for kernel in sorted(kernels, key=lambda line: (cases.index(line["case"]), line["sm"])):
+        cells = {key: "" if kernel[key] is None else str(kernel[key]) for key in COLUMNS}
+        yield "  ".join(cells[key].rjust(len(title)) for key, title in COLUMNS.items())
+
+
+def test_instructions_are_those_on_record(lines):
+    path, found = snapshot(lines), list(table(lines))
+    if not path.exists():
+        pytest.skip(f"nothing is on record for Triton {lines[0]['triton']}")
+    recorded = path.read_text().splitlines()
+    difference = list(difflib.unified_diff(recorded, found, path.name, "found", "", "", 0, ""))
+    if difference:
+        pytest.fail("\n".join([*difference, "", str(__doc__)]), pytrace=False)
+
+
 def test_threads_wait_for_what_others_have_written(kernels):
     """An interpreter runs one thread, and misses no barrier."""
     expected = {"recurrence": 2, "solve": 1, "window_sums": 1}
@@ -96,3 +158,11 @@ def test_threads_wait_for_what_others_have_written(kernels):
 def test_rounding_is_as_written(kernels):
     """XLA has the last word on what PTX leaves open, and would fuse products and sums."""
     assert not [kernel for kernel in kernels if kernel["fusible"]]
+
+
+if __name__ == "__main__":
+    lines = compiled()
+    if sys.argv[1:] == ["--write"]:
+        snapshot(lines).write_text("\n".join(table(lines)) + "\n")
+    else:
+        print(*table(lines), sep="\n")

@@ -105,6 +105,7 @@ def test_numbers():
 
 
 @pytest.mark.parametrize("width", sweeps.cases(["few", "all"], ["all"]))
+@pytest.mark.slow
 def test_bench(tmp_path, capsys, width):
     pytest.importorskip("matplotlib", reason="matplotlib is missing; install the bench extra")
     files = [str(tmp_path / name) for name in ("bench.json", "bench.png")]
@@ -136,6 +137,7 @@ def test_bench_without_the_peer_and_in_json(capsys, monkeypatch):
     assert "jax_privacy" not in _bench_command.describe(report).splitlines()[-2]
 
 
+@pytest.mark.slow
 def test_bench_leaves_out_what_it_has_no_time_or_memory_for(capsys, monkeypatch):
     def no_memory(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: there is no more")

@@ -152,6 +152,7 @@ def test_times_are_measured_once(table, monkeypatch):
         _step_times.milliseconds(key, None, 1000)
 
 
+@pytest.mark.slow
 def test_a_budget_leaves_out_what_does_not_fit(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = {"sampling": "poisson", "parameters": 1000}
@@ -163,6 +164,7 @@ def test_a_budget_leaves_out_what_does_not_fit(monkeypatch, tmp_path):
     assert max(row.state_bytes for row in all_of_them.rows) == 4 * 1000 * 7
 
 
+@pytest.mark.slow
 def test_workloads_that_are_matrices():
     """Learning rates that fall: errors are those of the matrices, and banded ones are optimal."""
     rates = np.linspace(1, 0.1, 32)
@@ -182,6 +184,7 @@ def test_workloads_that_are_matrices():
     np.testing.assert_allclose(best.rmse, best.noise_multiplier * least, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_balls_in_bins_by_monte_carlo():
     """With a large delta, for which few samples are enough."""
     pld = pytest.importorskip("dp_accounting.pld")

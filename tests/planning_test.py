@@ -281,6 +281,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     for wrong, said in (
         ("--epsilon=0", "plan: error: expected 0 < epsilon < inf"),
         ("--plot=missing/x.png", "expected a file that can be written"),  # before any work
+        ("--plot=x.txt", "expected a picture, whose name ends in one of"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["plan", *options, wrong])

@@ -67,6 +67,12 @@ ShapePyTree: TypeAlias = Any
 """A pytree of shapes."""
 
 
+def _name(function: Any) -> str:
+    """What a function is called, without its address."""
+    name = getattr(function, "__qualname__", None)
+    return type(function).__name__ if name is None else f"{function.__module__}.{name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamingMatrix(Mirrored, Generic[State]):
     """A lower-triangular matrix A, given by how it multiplies a stream.
@@ -97,9 +103,9 @@ class StreamingMatrix(Mirrored, Generic[State]):
     structure: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        if isinstance(self.structure, NoisingMatrix):
+        if isinstance(self.structure, NoisingMatrix | Momentum):
             return f"StreamingMatrix({self.structure})"
-        return f"StreamingMatrix({self.init_multiply!r}, {self.multiply_next!r})"
+        return f"StreamingMatrix({_name(self.init_multiply)}, {_name(self.multiply_next)})"
 
     @classmethod
     def from_array_implementation(

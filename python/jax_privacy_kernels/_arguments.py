@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 
-__all__ = ["count", "output", "positive"]
+__all__ = ["count", "file", "output", "positive"]
 
 
 def count(text: str) -> int:
@@ -28,11 +28,15 @@ def positive(text: str) -> float:
 
 def output(text: str) -> pathlib.Path:
     """A file that can be written; "-" is standard output."""
+    return pathlib.Path(text) if text == "-" else file(text)
+
+
+def file(text: str) -> pathlib.Path:
+    """A file that can be written."""
     path = pathlib.Path(text)
-    if text != "-":
-        target = path if path.exists() else path.parent
-        if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-            raise argparse.ArgumentTypeError(f"expected a file that can be written, found {text!r}")
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK) or text == "-":
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, found {text!r}")
     return path
 
 

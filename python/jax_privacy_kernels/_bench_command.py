@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from jax_privacy_kernels import _arguments
 from jax_privacy_kernels._bench import cases, looks, machine
+from jax_privacy_kernels._files import write_whole
 
 __all__ = ["EXAMPLES", "add_arguments", "main"]
 
@@ -91,7 +92,8 @@ def main(options: argparse.Namespace) -> None:
     else:
         print(describe(report))
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+            text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+            write_whole(options.json, text.encode())
     if options.plot:
         plot(report, options.plot)
 

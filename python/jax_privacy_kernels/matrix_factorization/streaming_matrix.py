@@ -33,6 +33,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     owned,
     promote_types,
+    standard_promotion,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
@@ -126,9 +127,11 @@ class StreamingMatrix(Mirrored, Generic[State]):
           A matrix whose state has the tree of ``x_0``, with a state in place of each leaf.
         """
 
+        @standard_promotion()
         def init_multiply(abstract_value: Any) -> Any:
             return jax.tree.map(init_multiply_fn, abstract_value)
 
+        @standard_promotion()
         def multiply_next(value: Any, state: Any) -> tuple[Any, Any]:
             treedef: Any = jax.tree.structure(value)
             states = treedef.flatten_up_to(state)

@@ -413,7 +413,7 @@ def test_jaxs_strict_modes(name):
         warnings.simplefilter("ignore")
         found = find(name)(**VALID[name])
         if isinstance(found, streaming_matrix.StreamingMatrix):
-            found = found.materialize(3)
+            found = found.materialize(2)  # as many rows as the shortest has
         jax.block_until_ready(jax.tree.leaves(found))
 
 

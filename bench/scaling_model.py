@@ -325,8 +325,8 @@ def busiest(columns: int, bands: int, devices: int) -> float:
 
 
 # How the lines that are of no number of bands look.
-REST = {"color": "black", "linestyle": "-.", "linewidth": 1, "label": "the rest of training"}
-CAPACITY = {"color": "#D55E00", "linestyle": "-", "linewidth": 2, "label": "memory of an H200"}
+REST: dict[str, Any] = {"color": "black", "linestyle": "-.", "linewidth": 1, "label": "the rest of training"}
+CAPACITY: dict[str, Any] = {"color": "#D55E00", "linestyle": "-", "linewidth": 2, "label": "memory of an H200"}
 
 
 def plot_model(path: pathlib.Path) -> None:
@@ -368,7 +368,7 @@ def plot_model(path: pathlib.Path) -> None:
         axes.set_xlabel("GPUs")
     names = [f"{bands} bands" for bands in BANDS]
     lines = [plt.Line2D([], [], color=c, label=n) for c, n in zip(shades, names, strict=True)]
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"linestyle": "-", "marker": "o", "markersize": 3.5, "label": "this library, all split"},
         {"linestyle": ":", "label": "jax_privacy, at least"},
         {"linestyle": "--", "linewidth": 1, "label": "ZERO, gradients on every GPU"},

@@ -242,7 +242,8 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         harness.over_bands(axes, bands)
         axes.grid(True, which="both", linewidth=0.3)
         row = shown[0]
-        axes.set_title(f"{case}\n{row['leaves']} leaves, {row['parameters']:,}")
+        leaves = "one leaf" if row["leaves"] == 1 else f"{row['leaves']} leaves"
+        axes.set_title(f"{case}\n{leaves}, {row['parameters']:,} parameters")
     panels[0][0].set_ylabel("milliseconds that noise adds to a step")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

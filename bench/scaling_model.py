@@ -324,21 +324,25 @@ def busiest(columns: int, bands: int, devices: int) -> float:
     return summarize(all_work(CASES["columns"], [shape], devices, bands - 1, 1))["busiest"]
 
 
+# How the lines that are of no number of bands look.
+REST: dict[str, Any] = {"color": "black", "linestyle": "-.", "linewidth": 1, "label": "the rest of training"}
+CAPACITY: dict[str, Any] = {"color": "#D55E00", "linestyle": "-", "linewidth": 2, "label": "memory of an H200"}
+
+
 def plot_model(path: pathlib.Path) -> None:
-    """Time per step and memory per GPU over GPUs, a column for each model; where all of it fits."""
+    """Time per step and memory per GPU over GPUs, a row for each model; where all of it fits."""
     figure, panels = plt.subplots(
-        2, len(SIZES), figsize=(12, 7.2), layout="constrained", sharex=True, sharey="row"
+        len(SIZES), 2, figsize=(8, 9.5), layout="constrained", sharex=True, sharey="col"
     )
     training = TRAINING["float32"]
-    for d, (above, below) in zip(SIZES, panels.T, strict=True):
-        for color, bands in enumerate(BANDS):
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(BANDS)))
+    for d, (left, right) in zip(SIZES, panels, strict=True):
+        for shade, bands in zip(shades, BANDS, strict=True):
             gpus = [n for n in GPUS if fewest(d, bands, training) <= n]
             ours = [1e3 * step_seconds(d, bands, n, "default sharded") for n in gpus]
             theirs = [1e3 * reference_seconds(d / n, bands) for n in gpus]
-            style = {"color": f"C{color}", "marker": "o", "markersize": 3.5}
-            above.plot(gpus, ours, label=f"{bands} bands, DEFAULT, all split", **style)
-            label = f"{bands} bands, jax_privacy, at least"
-            above.plot(gpus, theirs, ":", label=label, **{**style, "marker": None})
+            left.plot(gpus, ours, "o-", color=shade, markersize=3.5)
+            left.plot(gpus, theirs, ":", color=shade)
             if d * training <= H200.usable * H200.capacity:  # parameters on every GPU
                 replicated = [
                     n
@@ -346,25 +350,30 @@ def plot_model(path: pathlib.Path) -> None:
                     if d * training + state_bytes(d, bands, n) <= H200.usable * H200.capacity
                 ]
                 zero = [1e3 * step_seconds(d, bands, n, "zero replicated") for n in replicated]
-                above.plot(replicated, zero, "--", color=f"C{color}", linewidth=1)
+                left.plot(replicated, zero, "--", color=shade, linewidth=1)
             memory = [state_bytes(d, bands, n) / 1e9 for n in GPUS]
-            below.plot(GPUS, memory, label=f"{bands} bands", **style)
-        rest = [d * training / n / 1e9 for n in GPUS]
-        below.plot(GPUS, rest, "--k", linewidth=1, label="the rest of training, float32, Adam")
-        below.axhline(H200.capacity / 1e9, color="red", linewidth=1, label="an H200")
-        above.set_title(f"{power(d)} parameters")
-        below.set_xlabel("GPUs")
-        for axes in (above, below):
+            right.plot(GPUS, memory, "o-", color=shade, markersize=3.5)
+        right.plot(GPUS, [d * training / n / 1e9 for n in GPUS], **REST)
+        right.axhline(H200.capacity / 1e9, **CAPACITY)
+        left.set_ylabel(f"{power(d)} parameters", fontsize="large")
+        for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            axes.set_xticks(GPUS, [str(n) for n in GPUS])
+            axes.set_xticks(GPUS[::2], [str(n) for n in GPUS[::2]])
             axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(True, linewidth=0.3)
-    panels[0, 0].plot([], [], "--", color="gray", label="ZERO, gradients on every GPU")
-    panels[0, 0].set_ylabel("ms per step of noise, computed")
-    panels[1, 0].set_ylabel("GB of noise state per GPU, computed")
-    panels[1, 0].legend(fontsize=8)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    panels[0, 0].set_title("milliseconds per step of noise, computed")
+    panels[0, 1].set_title("GB of noise state per GPU")
+    for axes in panels[-1]:
+        axes.set_xlabel("GPUs")
+    names = [f"{bands} bands" for bands in BANDS]
+    lines = [plt.Line2D([], [], color=c, label=n) for c, n in zip(shades, names, strict=True)]
+    kinds: list[dict[str, Any]] = [
+        {"linestyle": "-", "marker": "o", "markersize": 3.5, "label": "this library, all split"},
+        {"linestyle": ":", "label": "jax_privacy, at least"},
+        {"linestyle": "--", "linewidth": 1, "label": "ZERO, gradients on every GPU"},
+    ]
+    lines += [plt.Line2D([], [], **{"color": "gray", **kind}) for kind in (*kinds, REST, CAPACITY)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -27,7 +27,7 @@ What is computed:
 * All four have the same expected batch. Adjacent datasets differ by one example being zeroed out;
   (epsilon, delta) is what the search for the noise and the run guarantee together.
 
-Monte Carlo takes most of the time, and most of that b-min-sep: with the defaults about half an hour
+Monte Carlo takes most of the time, and most of that b-min-sep: with the defaults about 45 minutes
 on two cores. `--delta 1e-3` shows a similar picture in one minute. Estimates may be half of delta
 at most: what is between the two is room for what they fall short of the truth, and costs about 5 %
 of noise, while dp-accounting spends all of delta. The chance that they fall short by more takes

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable
 from typing import NoReturn
 
+from matplotlib.backend_bases import FigureCanvasBase
+
 __all__ = ["Parser", "between", "count", "output", "positive"]
 
 
@@ -52,8 +54,13 @@ def between(low: float, high: float) -> Callable[[str], float]:
 
 
 def output(text: str) -> str:
-    """A file that can be written: rather found out before than after the work."""
+    """A picture that can be written: rather found out before than after the work."""
     path = pathlib.Path(text)
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if not path.is_dir() and path.suffix[1:].lower() not in formats:
+        raise argparse.ArgumentTypeError(
+            f"expected a name that ends in one of {', '.join(sorted(formats))}, found {text}"
+        )
     existed = path.exists()
     try:
         with path.open("ab"):

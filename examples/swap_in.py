@@ -55,7 +55,7 @@ PIXELS, CLASSES, TRAIN_SIZE = 64, 10, 1440
 DELTA = 1e-5
 PAD_TO = 32  # Batches vary in size; padded to multiples of this, few sizes are compiled.
 # Okabe-Ito colours: told apart by colour-blind readers too.
-COLORS = {False: "#D55E00", True: "#0072B2"}
+COLORS = {False: "#D55E00", True: "#009E73"}
 
 
 @dataclasses.dataclass(frozen=True)

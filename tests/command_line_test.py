@@ -86,7 +86,10 @@ def test_interrupts_end_without_a_word(capsys, monkeypatch):
         (["bench", "--bands", "-1"], "expected a whole number from 1 on, found '-1'"),
         (["bench", "--seconds", "0"], "expected a number above 0, found '0'"),
         (["bench", "--json", "missing/x"], "expected a file that can be written"),
+        (["bench", "--json", "/proc/x"], "expected a file that can be written"),
         (["bench", "--plot", "."], "expected a file that can be written, found '.'"),
+        (["bench", "--plot", "x.txt"], "expected a picture, whose name ends in one of"),
+        (["bench", "--plot", "-"], "expected a picture, whose name ends in one of"),
         (["bench", "--implementation", "CPP"], "invalid choice: 'CPP'"),
         (["bench", "--implementation", "triton"], "'triton' does not run here"),
     ],
@@ -105,6 +108,7 @@ def test_numbers():
 
 
 @pytest.mark.parametrize("width", sweeps.cases(["few", "all"], ["all"]))
+@pytest.mark.slow
 def test_bench(tmp_path, capsys, width):
     pytest.importorskip("matplotlib", reason="matplotlib is missing; install the bench extra")
     files = [str(tmp_path / name) for name in ("bench.json", "bench.png")]
@@ -136,6 +140,7 @@ def test_bench_without_the_peer_and_in_json(capsys, monkeypatch):
     assert "jax_privacy" not in _bench_command.describe(report).splitlines()[-2]
 
 
+@pytest.mark.slow
 def test_bench_leaves_out_what_it_has_no_time_or_memory_for(capsys, monkeypatch):
     def no_memory(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: there is no more")

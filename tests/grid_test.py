@@ -369,6 +369,7 @@ def test_rings_are_as_large_as_those_of_floats():
 
 
 @each
+@pytest.mark.slow
 def test_x64_mode_changes_nothing(implementation):
     model = ONE_LEAF if implementation == "jax" else MODEL
     expected, _ = run(privatizer(implementation=implementation), model, 6)
@@ -389,6 +390,7 @@ def test_gradients_are_added_in_integers():
 
 
 @each
+@pytest.mark.slow
 def test_scan_and_vmap_over_keys(implementation):
     def steps(key):
         p = grid.privatizer(BANDED, stddev=30.0, prng_key=key, implementation=implementation)
@@ -479,6 +481,7 @@ def check_sums(p, rows):
 @needs_cpp
 @pytest.mark.parametrize("slots", [None, 3])
 @pytest.mark.parametrize("stddev", [3.0, 2.0**38])
+@pytest.mark.slow
 def test_sums_agree_and_most_of_them_settle_later(slots, stddev):
     """At the larger stddev, one sum in a few takes all bits of its samples."""
     with jax.enable_x64(True):

@@ -86,6 +86,23 @@ def test_privatizers_say_what_they_are(said):
     assert optax.chain(made, optax.sgd(0.1)).init(GRADS)
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (streaming_matrix.prefix_sum(), "StreamingMatrix(prefix sums)"),
+        (
+            streaming_matrix.momentum_sgd_matrix(0.5, jnp.arange(1.0, 4.0), decay=0.25),
+            "StreamingMatrix(prefix sums, momentum 0.5, 3 learning rates, decay 0.25)",
+        ),
+        (streaming_matrix.prefix_sum() @ streaming_matrix.prefix_sum(), "multiply_next)"),
+        (MATRICES["BLT of 2 buffers"], "StreamingMatrix(inverse of a BLT of 2 buffers"),
+    ],
+)
+def test_matrices_say_what_they_are(made, said):
+    assert said in repr(made)
+    assert " at 0x" not in repr(made)
+
+
 def test_a_traced_stddev_is_not_printed_as_a_tracer():
     texts = []
 
@@ -118,6 +135,10 @@ def test_representations_survive_anything():
     """JAX builds trees of whatever it likes, also of tracers and of nothing."""
     state = privatizer(MATRICES["BLT of 2 buffers"]).init(GRADS)
     assert "of 2 buffers" in repr(state)
+    of_own_functions = privatizer(MATRICES["without a fused kernel"]).init(GRADS)
+    assert "of a StreamingMatrix without a fused kernel; 4 arrays" in repr(of_own_functions)
+    independent = noise_addition.gaussian_privatizer(stddev=1.0).init(GRADS)
+    assert "of 1 band; 0 arrays" in repr(independent)
     for fill in (None, object(), jnp.zeros(2), "x"):
         assert "NoiseState(" in repr(jax.tree.map(lambda _, fill=fill: fill, state))
     assert "NoiseState(" in repr(ops.NoiseState((), None))

@@ -21,6 +21,7 @@ def words(text, key):
 def test_what_it_says(monkeypatch):
     monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
     text = report()
+    assert max(map(len, text.splitlines())) <= 80
     assert ["jax", jax.__version__] in words(text, "jax")
     ops = [line[0] for line in words(text, "") if line[-1] == "takes"]
     assert "correlated_noise" in ops

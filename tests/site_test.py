@@ -46,6 +46,19 @@ def test_every_page_is_in_a_list_once():
     assert len(listed) == len(set(listed))
 
 
+def test_every_page_has_an_example():
+    """A block of code; a page of a module has one that runs."""
+    for path in (*DOCS.glob("*.md"), *DOCS.glob("tutorials/*.md"), DOCS / "api/index.md"):
+        name = path.relative_to(DOCS).with_suffix("").as_posix()
+        source = ROOT / site_pages.WHOLE[name] if name in site_pages.WHOLE else path
+        assert re.search(r"^(```+{code-cell}|```python|    \S)", source.read_text(), re.M), name
+    for module in public_modules():
+        described = [module, *(getattr(module, name) for name in module.__all__)]
+        described += [x for y in described if isinstance(y, type) for x in vars(y).values()]
+        texts = [x.__doc__ or "" for x in described]
+        assert any(">>> " in text for text in texts), module.__name__
+
+
 def test_every_public_name_has_one_home():
     homes = site_pages.homes()
     assert sorted(homes) == sorted(module.__name__ for module in public_modules())

@@ -1,20 +1,21 @@
-"""Builds the wheels for Linux that a release has, on any Linux of x86_64, and proves them.
+"""Builds the wheels of a release on any Linux of x86_64, and proves what can be proved there.
 
     python tools/build_wheels.py --output dist
 
 The compiler is Zig's, from PyPI: clang with its own C++ library, which is linked in, and glibc's
 symbols as of 2.28, so that neither the compiler nor the libraries of this machine leave a trace. It
-compiles for aarch64 as well. Its run-time library does not look at the processor, so that the
-slowest clone of a kernel would always run: GCC's `cpuinfo.o`, which looks, is linked in, and a GCC
-has to be there to take it from. What is checked of every wheel:
+compiles for aarch64 and for macOS as well. Its run-time library does not look at the processor, so
+that the slowest clone of a kernel would always run on x86_64: GCC's `cpuinfo.o`, which looks, is
+linked in, and a GCC has to be there to take it from. What is checked of every wheel:
 
-* auditwheel finds nothing newer than manylinux_2_28 and no other library;
+* for Linux, auditwheel finds nothing newer than manylinux_2_28 and no other library;
 * abi3audit finds nothing outside the stable ABI, where the wheel promises it;
 * it is smaller than 2 MB;
 * for the machine that this runs on: it installs with `--only-binary :all:`, no compiler in sight,
   and tests/smoke.py passes on the oldest and the newest JAX, with the machine's SIMD target.
 
-macOS is left to .github/workflows/release.yml, which builds all wheels on machines of their kind.
+That of macOS is compiled and not run. .github/workflows/release.yml builds and tests all wheels on
+machines of their kind, and those are what is published.
 """
 
 from __future__ import annotations
@@ -35,9 +36,23 @@ from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 GLIBC = "2.28"
+MACOS = "11.0"
+MACHINES = ("x86_64", "aarch64", "macos")
 TOOLS = ("ziglang==0.17.1", "auditwheel==6.8.2", "abi3audit==0.0.26", "wheel>=0.45")
 OLDEST_JAX = "0.8.0"
 MOST_BYTES = 2 * 10**6
+# Zig's linker for macOS reads no list of the names that Python will define, and makes no bundles;
+# Python loads libraries as well.
+IN_WORDS_OF_ZIG = """\
+for word; do
+  shift
+  case $word in
+    -bundle) word=-shared ;;
+    -Wl,@*) word=-Wl,-undefined,dynamic_lookup ;;
+  esac
+  set -- "$@" "$word"
+done
+"""
 
 
 def run(*command: str | os.PathLike[str], env: Mapping[str, str] | None = None, cwd=ROOT) -> str:
@@ -67,6 +82,8 @@ def compilers(zig: pathlib.Path, machine: str, folder: pathlib.Path) -> dict[str
     folder.mkdir(parents=True, exist_ok=True)
     variables = {}
     target = f"-target {machine}-linux-gnu.{GLIBC}"
+    if machine == "macos":
+        target = f"-target aarch64-macos.{MACOS}"
     for variable, tool, options in (
         ("CC", "cc", target),
         # The headers of nanobind 3.1 use stderr without having asked for it.
@@ -76,7 +93,8 @@ def compilers(zig: pathlib.Path, machine: str, folder: pathlib.Path) -> dict[str
     ):
         script = folder / tool
         script.write_text(
-            f'#!/bin/sh\nexec {shlex.quote(str(zig))} -m ziglang {tool} {options} "$@"\n'
+            f"#!/bin/sh\n{IN_WORDS_OF_ZIG if machine == 'macos' else ''}"
+            f'exec {shlex.quote(str(zig))} -m ziglang {tool} {options} "$@"\n'
         )
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         variables[variable] = str(script)
@@ -93,6 +111,8 @@ def cpu_detection(folder: pathlib.Path) -> pathlib.Path:
 def suffix(python: str | os.PathLike[str], machine: str) -> str:
     """How names of modules end that are compiled for an interpreter's version and a machine."""
     own = run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+    if machine == "macos":
+        return own.strip().replace(f"{platform.machine()}-linux-gnu", "darwin")
     return own.strip().replace(platform.machine(), machine)
 
 
@@ -115,18 +135,25 @@ def build(
         env["LDFLAGS"] += f" {cpu_detection(work / f'compilers-{machine}')}"
     options = ["-C", "install.strip=false"]
     if machine != platform.machine():
-        env["_PYTHON_HOST_PLATFORM"] = f"linux-{machine}"
+        macos = machine == "macos"
+        env["_PYTHON_HOST_PLATFORM"] = f"macosx-{MACOS}-arm64" if macos else f"linux-{machine}"
         env["SETUPTOOLS_EXT_SUFFIX"] = suffix(python, machine)
-        options += ["-C", "cmake.define.CMAKE_SYSTEM_NAME=Linux"]
-        options += ["-C", f"cmake.define.CMAKE_SYSTEM_PROCESSOR={machine}"]
+        system = {
+            "CMAKE_SYSTEM_NAME": "Darwin" if macos else "Linux",
+            "CMAKE_SYSTEM_PROCESSOR": "arm64" if macos else machine,
+        }
+        if macos:
+            system["CMAKE_INSTALL_NAME_TOOL"] = "true"  # CMake wants one, and does not call it
+        for name, value in system.items():
+            options += ["-C", f"cmake.define.{name}={value}"]
     pip = [python, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder]
     run(*pip, *options, ".", env=env)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
-def check(wheel: pathlib.Path, machine: str, tools: pathlib.Path, folder: pathlib.Path) -> str:
-    """Puts the wheel into a folder under its manylinux name, or ends."""
+def name_manylinux(wheel: pathlib.Path, machine: str, tools: pathlib.Path) -> pathlib.Path:
+    """Gives the wheel its manylinux name, or ends."""
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
     text = run(tools, "-m", "auditwheel", "show", wheel)
     print(text.strip())
@@ -137,6 +164,12 @@ def check(wheel: pathlib.Path, machine: str, tools: pathlib.Path, folder: pathli
     # Not by `auditwheel repair`, which knows only tags of the machine that it runs on.
     run(tools, "-m", "wheel", "tags", "--remove", "--platform-tag", tag, wheel)
     (named,) = wheel.parent.glob("*.whl")
+    return named
+
+
+def check(wheel: pathlib.Path, machine: str, tools: pathlib.Path, folder: pathlib.Path) -> str:
+    """Puts the wheel into a folder, under its last name, or ends."""
+    named = wheel if machine == "macos" else name_manylinux(wheel, machine, tools)
     renamed = pathlib.Path(shutil.move(named, folder / named.name))
     size = renamed.stat().st_size
     if size > MOST_BYTES:
@@ -170,9 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="interpreters to build for: 3.11 makes a wheel of its own, as does one without the "
         "GIL, any other later one abi3",
     )  # fmt: skip
-    parser.add_argument(
-        "--machine", nargs="+", default=["x86_64", "aarch64"], choices=("x86_64", "aarch64")
-    )
+    parser.add_argument("--machine", nargs="+", default=MACHINES, choices=MACHINES, help="(all)")
     parser.add_argument("--no-smoke", action="store_true", help="do not install what was built")
     options = parser.parse_args(argv)
     if sys.platform != "linux":

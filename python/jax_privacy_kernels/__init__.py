@@ -2,6 +2,10 @@
 
 The modules mirror those of jax_privacy, in names, arguments, semantics and noise stream; `install`
 makes programs that use jax_privacy run on them as they are.
+
+    >>> from jax_privacy_kernels.matrix_factorization import toeplitz
+    >>> with implementation("jax"):  # all ops in the block are plain JAX
+    ...     product = toeplitz.multiply([1.0, 0.5], [1.0, 0.25])
 """
 
 from jax_privacy_kernels import (

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 
-__all__ = ["count", "output", "positive"]
+__all__ = ["count", "output", "picture", "positive"]
 
 
 def count(text: str) -> int:
@@ -29,11 +29,40 @@ def positive(text: str) -> float:
 def output(text: str) -> pathlib.Path:
     """A file that can be written; "-" is standard output."""
     path = pathlib.Path(text)
-    if text != "-":
-        target = path if path.exists() else path.parent
-        if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
-            raise argparse.ArgumentTypeError(f"expected a file that can be written, found {text!r}")
+    if text != "-" and not _can_be_written(path):
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, found {text!r}")
     return path
+
+
+def picture(text: str) -> pathlib.Path:
+    """A file that can be written, in a format that matplotlib draws."""
+    path = output(text)
+    try:
+        # An extra.
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(
+            "matplotlib is not installed: pip install matplotlib"
+        ) from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise argparse.ArgumentTypeError(
+            f"expected a picture, whose name ends in one of {', '.join(sorted(formats))}, "
+            f"found {text!r}"
+        )
+    return path
+
+
+def _can_be_written(path: pathlib.Path) -> bool:
+    """Whether it can be; nothing is left behind."""
+    try:
+        if path.exists():
+            return not path.is_dir() and os.access(path, os.W_OK)
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _number(text: str) -> float:

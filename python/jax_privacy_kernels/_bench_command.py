@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from jax_privacy_kernels import _arguments
 from jax_privacy_kernels._bench import cases, looks, machine
+from jax_privacy_kernels._files import write_whole
 
 __all__ = ["EXAMPLES", "add_arguments", "main"]
 
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", type=_arguments.output, metavar="FILE", help="all that was measured; - to print"
     )
     parser.add_argument(
-        "--plot", type=_arguments.output, metavar="FILE", help="a picture; needs matplotlib"
+        "--plot", type=_arguments.picture, metavar="FILE", help="a picture; needs matplotlib"
     )
     parser.set_defaults(fail=parser.error)
 
@@ -85,15 +86,14 @@ def main(options: argparse.Namespace) -> None:
     unknown = [name for name in options.sections if name not in SECTIONS]
     if unknown:
         options.fail(f"expected sections of {', '.join(SECTIONS)}, found {unknown[0]!r}")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        options.fail("--plot: matplotlib is not installed: pip install matplotlib")
     report = measure(options)
     if options.json == pathlib.Path("-"):
         print(json.dumps(report, indent=1, allow_nan=False))
     else:
         print(describe(report))
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+            text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+            write_whole(options.json, text.encode())
     if options.plot:
         plot(report, options.plot)
 

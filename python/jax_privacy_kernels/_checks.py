@@ -9,9 +9,10 @@ must be positive": those that jax_privacy uses, for programs that look for them.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ __all__ = [
     "nan_unless",
     "owned",
     "promote_types",
+    "standard_promotion",
     "type_of",
 ]
 
@@ -67,6 +69,13 @@ def promote_types(first: Any, second: Any) -> Any:
     """The dtype that two dtypes promote to, also where JAX's strict mode has operands agree."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(first, second)
+
+
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """Inside of it dtypes and ranks are promoted, whatever the caller's modes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be positive") -> int:

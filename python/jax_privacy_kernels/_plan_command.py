@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument(
         "--plot",
-        type=_arguments.output,
+        type=_arguments.picture,
         metavar="FILE",
         help="draw error against memory, e.g. plan.png",
     )

@@ -50,7 +50,7 @@ def report() -> str:
     lines += ["devices"]
     lines += _device_lines()
     missing = _ffi.unavailable()
-    lines += ["compiled kernels", f"  {missing or 'SIMD target: ' + _ffi.simd_target()}"]
+    lines += ["compiled kernels", *_wrapped(missing or f"SIMD target: {_ffi.simd_target()}", 2)]
     asked = os.environ.get(_dispatch.ENVIRONMENT)
     lines += ["asked for", f"  {_dispatch.ENVIRONMENT}={asked}" if asked else "  nothing"]
     lines += ["noise streams of privatizers"]
@@ -63,7 +63,7 @@ def report() -> str:
         try:
             name = _dispatch.requested(op, table, None)
         except ValueError as error:
-            lines += [f"  nothing: {error}"]
+            lines += _wrapped(f"nothing: {error}", 2)
             continue
         usable = [n for n in table if name in (None, n) and not table[n].unavailable()]
         for on in _dispatch.PLATFORMS:
@@ -72,10 +72,23 @@ def report() -> str:
         for name, entry in table.items():
             reason = entry.unavailable()
             if reason:
-                lines += [f"  {f'not {name}:':<20} {reason}"]
+                lines += _wrapped(f"{f'not {name}:':<20} {reason}", 2, 23)
             elif entry.limits:
-                lines += [f"  {f'{name} leaves':<20} {entry.limits}"]
+                lines += _wrapped(f"{f'{name} leaves':<20} {entry.limits}", 2, 23)
     return "\n".join([*lines, *_swap_lines()])
+
+
+def _wrapped(text: str, indent: int, next_indent: int | None = None) -> list[str]:
+    """Lines of at most 80 columns, as long as words are not longer."""
+    indents = " " * indent, " " * (indent if next_indent is None else next_indent)
+    return textwrap.wrap(
+        text,
+        80,
+        initial_indent=indents[0],
+        subsequent_indent=indents[1],
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _device_lines() -> list[str]:
@@ -86,7 +99,7 @@ def _device_lines() -> list[str]:
     except (RuntimeError, AssertionError) as error:
         asked = getattr(jax.config, "jax_platforms", None)
         why = str(error) or f"JAX finds no platform of {asked!r}"
-        return textwrap.wrap(f"none: {why}", 100, initial_indent="  ", subsequent_indent="  ")
+        return _wrapped(f"none: {why}", 2)
 
 
 def _swap_lines() -> list[str]:
@@ -106,7 +119,7 @@ def _swap_lines() -> list[str]:
             by_note.setdefault(entry.note, []).append(entry.name)
         for note, names in by_note.items():
             text = ", ".join(names) + (f" ({note})" if note else "")
-            lines += textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")
+            lines += _wrapped(text, 4)
     return lines
 
 

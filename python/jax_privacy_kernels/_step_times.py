@@ -7,13 +7,13 @@ import json
 import os
 import pathlib
 import statistics
-import tempfile
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels._files import write_whole
 from jax_privacy_kernels._version import __version__
 from jax_privacy_kernels.noise_addition import matrix_factorization_privatizer
 
@@ -72,15 +72,8 @@ def _read() -> dict[str, float]:
 
 
 def _write(key: str, value: float) -> None:
-    """Adds a time; a file is there whole, or not at all."""
+    """Adds a time to the file."""
     path = _path()
     with contextlib.suppress(OSError):  # times are then measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({**_read(), key: value}, file)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_whole(path, json.dumps({**_read(), key: value}).encode())

@@ -13,6 +13,13 @@ Samples are never kept, so that memory does not depend on their number. Results 
 number of threads, and are reproduced by their seed. ``docs/amplified_accounting.md`` has the
 arguments: why the guarantee of `calibrate` holds although it is found by chance, and why all noise
 multipliers may share their samples.
+
+    >>> sampling = BallsInBins(iterations=20, cycle_length=5)
+    >>> bound = delta(
+    ...     sampling, [1.0, 0.5], noise_multiplier=2.0, epsilon=2.0, num_samples=10_000, seed=0
+    ... )
+    >>> bound.confidence
+    0.999
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ import optax
 
 from jax_privacy_kernels import _step_times
 from jax_privacy_kernels._checks import check_int, check_scalar
+from jax_privacy_kernels._files import write_whole
 from jax_privacy_kernels._plan_privacy import BallsInBins, FixedOrder, Job, Poisson, Private
 from jax_privacy_kernels._plan_rows import Problem
 from jax_privacy_kernels.matrix_factorization._amplification import Target
@@ -167,8 +168,13 @@ class Plan:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws error against memory into a file, with matplotlib.
 
+        Args:
+          path: The file, whose name ends on a format that matplotlib knows; on none it is a PNG.
+
         Raises:
           ImportError: If matplotlib is not installed.
+          OSError: If the file cannot be written.
+          ValueError: If matplotlib does not know the format.
         """
         try:
             from matplotlib.figure import Figure
@@ -194,10 +200,10 @@ class Plan:
         axes.legend()
         target = self.target
         axes.set_title(f"({target['epsilon']:g}, {target['delta']:g})-DP, {target['steps']} steps")
-        drawn = io.BytesIO()  # so that no interrupt leaves half a file
+        drawn = io.BytesIO()
         file = pathlib.Path(path)
         figure.savefig(drawn, dpi=150, format=file.suffix[1:] or "png")
-        file.write_bytes(drawn.getvalue())
+        write_whole(file, drawn.getvalue())
 
 
 def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:

@@ -15,6 +15,7 @@ for _module in ("sklearn", "matplotlib", "tqdm", "optax", "jax_privacy", "orbax.
 EVERYONE = {
     "--output=/nowhere/at/all.png": "be written, found /nowhere/at/all.png: No such",
     "--output=.": "file that can be written, found .: Is a directory",
+    "--output=table.txt": "expected a name that ends in one of ",
     "--what": "unrecognized arguments: --what",
 }
 BAD = {

@@ -1155,6 +1155,7 @@ def test_optimum_of_one_buffer():
     assert best <= min(losses) <= 1.01 * best
 
 
+@pytest.mark.slow
 def test_many_buffers_come_close_to_the_best_toeplitz_matrix():
     C = blts.optimize(n=500, rtol=1.0001)
     with jax.enable_x64(True):

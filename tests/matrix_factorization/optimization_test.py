@@ -191,7 +191,8 @@ def test_the_loop_ends_when_it_has_converged():
 )
 def test_as_low_as_the_reference(reference, loss_fn, start):
     actual = optimization.optimize(loss_fn, start)
-    expected = reference.optimize(loss_fn, jax.tree.map(np.asarray, start))
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        expected = reference.optimize(loss_fn, jax.tree.map(np.asarray, start))
     with jax.enable_x64(True):
         assert float(loss_fn(actual)) <= float(loss_fn(expected)) * (1 + 1e-12) + 1e-15
 
@@ -499,7 +500,7 @@ def test_other_optimizers_run_all_their_steps(callback):
 
 def test_adam():
     adam = optax.with_extra_args_support(optax.adam(0.1))
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         expected = jnp.zeros(2)
         state = adam.init(expected)
         for _ in range(15):
@@ -511,12 +512,28 @@ def test_adam():
 
 def test_the_default_optimizer_is_that_of_the_reference(reference):
     start = ROSENBROCK_START
-    actual, expected = (
-        module.optimize(rosenbrock, start, max_optimizer_steps=10, callback=never)
-        for module in (optimization, reference)
-    )
+    with jax.numpy_dtype_promotion("standard"):
+        actual, expected = (
+            module.optimize(rosenbrock, start, max_optimizer_steps=10, callback=never)
+            for module in (optimization, reference)
+        )
     for key in start:
         np.testing.assert_allclose(actual[key], expected[key], rtol=1e-10)
+
+
+def test_dtypes_and_ranks_are_promoted_whatever_the_modes():
+    """As optax needs it."""
+
+    def loss(x):
+        return jnp.sum((x[:, None] - x + jnp.arange(2)) ** 2) + jnp.sum(x**2)
+
+    expected = optimization.optimize(loss, np.ones(2), max_optimizer_steps=5)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for callback in (None, never):
+            actual = optimization.optimize(
+                loss, np.ones(2), max_optimizer_steps=5, callback=callback, report=str
+            )
+            np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 # -- Reports ----------------------------------------------------------------------------------

@@ -1322,6 +1322,7 @@ def test_amplification_reports_what_it_reached():
         toeplitz.optimize_coefs_for_amplifications(8, **SMALL, report=3)
 
 
+@pytest.mark.slow
 def test_amplification_of_a_workload_that_is_a_matrix():
     rates = np.linspace(1, 0.2, 8)
     A = streaming_matrix.momentum_sgd_matrix(0.5, rates)

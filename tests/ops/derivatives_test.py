@@ -114,6 +114,7 @@ def test_participation_max(implementation):
     np.testing.assert_array_equal(rows, [[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]])
 
 
+@pytest.mark.slow
 def test_banded_error(implementation):
     rows = RNG.normal(size=(6, 3)) + np.array([3.0, 0.0, 0.0])
     scale, rates, momentum = 1 + RHS[:, 0] ** 2, 1 + RHS[:, 1] ** 2, 0.3

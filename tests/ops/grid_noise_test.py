@@ -266,6 +266,7 @@ class TestImplementation:
             outs, _ = run(matrix, grads, 1, implementation)
             assert np.asarray(outs[0]["a"]).tolist() == definition(matrix, [1], grads, 1)[0]["a"]
 
+    @pytest.mark.slow
     def test_shards(self, implementation):
         """Parts of leaves from anywhere in them, over the ends of words."""
         if implementation == "jax":

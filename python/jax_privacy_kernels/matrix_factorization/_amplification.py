@@ -23,8 +23,12 @@ __all__ = ["ACCOUNTANTS", "Target"]
 
 ACCOUNTANTS = ("pld", "rdp")
 
+# Numbers up to the root of the size are tried as its divisors, in some tenths of a second.
+_MOST_EXAMPLES = 10**13
 _TOLERANCE = 1e-6  # of a noise multiplier
 _LARGEST = 1e6  # noise multiplier that is tried
+# Beyond, accountants overflow; what meets it meets any larger one.
+_LARGEST_EPSILON = 1e6
 # Privacy losses are rounded up to multiples of epsilon times one of these. Either grid is certain;
 # the coarse one takes a tenth of the time and tells candidates apart.
 _COARSE, _FINE = 1e-3, 1e-4
@@ -50,6 +54,10 @@ class Target:
             )
         self.n = check_int("n", self.n)
         self.dataset_size = check_int("dataset_size", self.dataset_size)
+        if self.dataset_size > _MOST_EXAMPLES:
+            raise ValueError(
+                f"expected dataset_size <= {_MOST_EXAMPLES}, found dataset_size={self.dataset_size}"
+            )
         self.batch_size = check_scalar(
             "expected_batch_size",
             self.batch_size,
@@ -68,9 +76,10 @@ class Target:
         if not 0 < self.delta < 1:
             raise ValueError(f"expected 0 < delta < 1, found delta={self.delta}")
         if not self._orders:
+            least = min(self._least_epsilons.values())
             raise ValueError(
                 f"expected an epsilon that Renyi accounting can certify at delta={self.delta}, "
-                f"found epsilon={self.epsilon}"
+                f"which is {least:.3g} and more, found epsilon={self.epsilon}"
             )
 
     def candidates(self) -> list[int]:
@@ -111,23 +120,30 @@ class Target:
         return multiplier, spent
 
     def unamplified(self) -> tuple[float, float]:
-        """The same for one Gaussian mechanism, by privacy loss distributions."""
+        """The same for one Gaussian mechanism."""
         import dp_accounting
         from dp_accounting import pld
+
+        epsilon = min(self.epsilon, _LARGEST_EPSILON)
 
         def spent(multiplier: float) -> float:
             accountant = pld.PLDAccountant(
                 value_discretization_interval=self._interval(multiplier, 1e-4)
             )
             event = dp_accounting.GaussianDpEvent(multiplier)
-            return accountant.compose(event).get_epsilon(self.delta)
+            # Tiny deltas are less than privacy loss distributions leave out.
+            by_losses = self._epsilon(accountant, event)
+            return min(by_losses, self._epsilon(self._accountant(), event))
 
-        # By its closed form first: far from it, losses would be many times epsilon.
+        # By its closed form first: far from it, losses would be many times epsilon. It is searched
+        # for from about sqrt(log(1 / delta)) / epsilon on, and never found from infinity.
         high = pld.privacy_loss_mechanism.GaussianPrivacyLoss.from_privacy_guarantee(
-            dp_accounting.pld.common.DifferentialPrivacyParameters(self.epsilon, self.delta)
+            dp_accounting.pld.common.DifferentialPrivacyParameters(
+                max(epsilon, 1e-9), max(self.delta, 1e-300)
+            )
         ).standard_deviation
         low = high * (1 - 1e-4)
-        while spent(high) > self.epsilon:
+        while spent(high) > epsilon:
             if high > _LARGEST:
                 raise ValueError(
                     f"expected epsilon={self.epsilon} to be within reach, found more spent with a "
@@ -136,13 +152,13 @@ class Target:
             low, high = high, high + 2 * (high - low)
         while high / low > 1 + 1e-6:
             middle = (low + high) / 2
-            low, high = (low, middle) if spent(middle) <= self.epsilon else (middle, high)
+            low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
         return high, spent(high)
 
     def _interval(self, noise_multiplier: float, grid: float) -> float:
         """Between losses; no less than takes a hundred thousand of them for a step."""
         most = 10 / noise_multiplier + 0.5 / noise_multiplier**2
-        return max(grid * self.epsilon, 1e-5 * most)
+        return max(grid * min(self.epsilon, _LARGEST_EPSILON), 1e-5 * most)
 
     def _is_enough(self, b: int, noise_multiplier: float) -> bool:
         if self.accountant == "rdp":
@@ -166,20 +182,26 @@ class Target:
         )
 
     @functools.cached_property
-    def _orders(self) -> list[float]:
-        """The accountant's orders that can certify the target at all.
+    def _least_epsilons(self) -> dict[float, float]:
+        """What the accountant's orders can certify at the target's delta, at best.
 
         Order a with Renyi divergence r >= 0 certifies ``r + log(1 - 1/a) - log(a delta) / (a - 1)``
-        (https://arxiv.org/abs/2004.00010, Proposition 12). The others decide nothing, take most of
-        the time, and may not converge.
+        (https://arxiv.org/abs/2004.00010, Proposition 12).
         """
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-        return [
-            a
+        return {
+            a: math.log1p(-1 / a) - math.log(a * self.delta) / (a - 1)
             for a in rdp.DEFAULT_RDP_ORDERS
-            if math.log1p(-1 / a) - math.log(a * self.delta) / (a - 1) <= self.epsilon
-        ]
+        }
+
+    @functools.cached_property
+    def _orders(self) -> list[float]:
+        """The orders that can certify the target at all.
+
+        The others decide nothing, take most of the time, and may not converge.
+        """
+        return [a for a, least in self._least_epsilons.items() if least <= self.epsilon]
 
     def _accountant(self) -> Any:
         from dp_accounting import rdp
@@ -188,7 +210,7 @@ class Target:
 
     def _spent(self, b: int, noise_multiplier: float) -> float:
         """Epsilon at the target's delta by RDP, or more than the target's."""
-        return self._accountant().compose(self.event(b, noise_multiplier)).get_epsilon(self.delta)
+        return self._epsilon(self._accountant(), self.event(b, noise_multiplier))
 
     def _spent_of_losses(self, b: int, noise_multiplier: float, grid: float) -> float:
         """Epsilon at the target's delta by PLD, rounded up to a grid relative to the target's."""
@@ -196,7 +218,14 @@ class Target:
 
         interval = self._interval(noise_multiplier, grid)
         accountant = pld.PLDAccountant(value_discretization_interval=interval)
-        return accountant.compose(self.event(b, noise_multiplier)).get_epsilon(self.delta)
+        return self._epsilon(accountant, self.event(b, noise_multiplier))
+
+    def _epsilon(self, accountant: Any, event: Any) -> float:
+        """Of an event at the target's delta; infinite where the accountant's numbers overflow."""
+        try:
+            return accountant.compose(event).get_epsilon(self.delta)
+        except OverflowError:
+            return math.inf
 
     def _estimate(self, b: int) -> float:
         """A noise multiplier near the right one, by the central limit theorem.
@@ -206,7 +235,7 @@ class Target:
         """
         probability, steps = self.sampling(b)
         tail = math.sqrt(-2 * math.log(self.delta))
-        epsilon = min(self.epsilon, 1e6)
+        epsilon = min(self.epsilon, _LARGEST_EPSILON)
         mu = 2 * epsilon / (math.sqrt(tail**2 + 2 * epsilon) + tail)
         squared = math.log1p((mu / probability) ** 2 / steps)
         return min(1 / math.sqrt(squared), _LARGEST) if squared else _LARGEST

@@ -284,15 +284,15 @@ class _Descent:
 
 
 def _start_often(descent: _Descent, p: int, workload: np.ndarray | None) -> None:
+    if workload is not None and not workload[0] > 0:  # which has no powers
+        workload = None
     root = np.asarray(banded_inverse_square_root_noising_coefs(p, workload), np.float64)
-    starts = [root / root[0]]
-    if workload is None or workload[0] > 0:
-        powers = [
-            np.asarray(banded_inverse_power_noising_coefs(p, gamma, workload))
-            for gamma in np.linspace(0.3, 1, 15)
-        ]
-        powers = [coef / coef[0] for coef in powers]
-        starts += sorted(powers, key=descent.cost)[:2]
+    powers = [
+        np.asarray(banded_inverse_power_noising_coefs(p, gamma, workload))
+        for gamma in np.linspace(0.3, 1, 15)
+    ]
+    powers = [coef / coef[0] for coef in powers]
+    starts = [root / root[0], *sorted(powers, key=descent.cost)[:2]]
     for start in starts:
         descent.start(start)
     rng = np.random.default_rng(0)
@@ -454,7 +454,7 @@ def _masked_loss(
     workload_coef: Any = None if workload is None else np.frombuffer(workload)
 
     def loss_fn(params: dict[str, jax.Array]) -> jax.Array:
-        coef = params["coef"] * jax.lax.stop_gradient(params["mask"])
+        coef = params["coef"] * jax.lax.stop_gradient(params["mask"]).astype(float)
         return loss(coef, n, reduction_fn, workload_coef=workload_coef, A=A)
 
     return loss_fn

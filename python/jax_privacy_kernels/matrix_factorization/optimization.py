@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from jax_privacy_kernels import ops
-from jax_privacy_kernels._checks import check_int, check_real, owned
+from jax_privacy_kernels._checks import check_int, check_real, owned, standard_promotion
 from jax_privacy_kernels._mirrored import Mirrored
 
 __all__ = [
@@ -145,7 +145,8 @@ def optimize(
 ) -> ParamT:
     """Minimizes a differentiable function.
 
-    Everything runs in float64, whatever the mode of the caller. Without a callback all steps are
+    Everything runs in float64, and dtypes and ranks are promoted, whatever the modes of the caller.
+    Without a callback all steps are
     one compiled loop, which ends early once two steps of the default optimizer have not changed a
     bit of the parameters. It hands control back about twice a second, so that an interrupt ends it.
     With a callback, each step is a call. Either is compiled once for every loss function, shape of
@@ -256,11 +257,12 @@ def _step(
     """One step: the loss and gradient before it, parameters and state after."""
     loss_and_grad = loss_fn if grad else jax.value_and_grad(loss_fn)
     value_fn = (lambda params: loss_fn(params)[0]) if grad else loss_fn
-    loss, gradient = loss_and_grad(params)
-    updates, state = optimizer.update(
-        gradient, state, params, value=loss, grad=gradient, value_fn=value_fn
-    )
-    return loss, gradient, optax.apply_updates(params, updates), state
+    with standard_promotion():  # optax needs it
+        loss, gradient = loss_and_grad(params)
+        updates, state = optimizer.update(
+            gradient, state, params, value=loss, grad=gradient, value_fn=value_fn
+        )
+        return loss, gradient, optax.apply_updates(params, updates), state
 
 
 # A compiled loop hands control back about this often, for an interrupt to be seen.
@@ -366,7 +368,8 @@ def jitted(loss_fn: Callable[[ParamT], Any]) -> Callable[[ParamT], Any]:
 
 
 def _value(loss_fn: Callable[[ParamT], Any], params: ParamT) -> Any:
-    return loss_fn(params)
+    with standard_promotion():
+        return loss_fn(params)
 
 
 def value_and_grad(loss_fn: Callable[[ParamT], Any]) -> Callable[[ParamT], tuple[Any, ParamT]]:
@@ -376,7 +379,8 @@ def value_and_grad(loss_fn: Callable[[ParamT], Any]) -> Callable[[ParamT], tuple
 
 
 def _value_and_grad(loss_fn: Callable[[ParamT], Any], params: ParamT) -> tuple[Any, ParamT]:
-    return jax.value_and_grad(loss_fn)(params)
+    with standard_promotion():
+        return jax.value_and_grad(loss_fn)(params)
 
 
 def __dir__() -> list[str]:  # for completion: no imported names

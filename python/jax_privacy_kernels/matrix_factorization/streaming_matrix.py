@@ -33,6 +33,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     owned,
     promote_types,
+    standard_promotion,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization._scaling import restored, scaled
@@ -67,6 +68,12 @@ ShapePyTree: TypeAlias = Any
 """A pytree of shapes."""
 
 
+def _name(function: Any) -> str:
+    """What a function is called, without its address."""
+    name = getattr(function, "__qualname__", None)
+    return type(function).__name__ if name is None else f"{function.__module__}.{name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamingMatrix(Mirrored, Generic[State]):
     """A lower-triangular matrix A, given by how it multiplies a stream.
@@ -97,9 +104,9 @@ class StreamingMatrix(Mirrored, Generic[State]):
     structure: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        if isinstance(self.structure, NoisingMatrix):
+        if isinstance(self.structure, NoisingMatrix | Momentum):
             return f"StreamingMatrix({self.structure})"
-        return f"StreamingMatrix({self.init_multiply!r}, {self.multiply_next!r})"
+        return f"StreamingMatrix({_name(self.init_multiply)}, {_name(self.multiply_next)})"
 
     @classmethod
     def from_array_implementation(
@@ -120,9 +127,11 @@ class StreamingMatrix(Mirrored, Generic[State]):
           A matrix whose state has the tree of ``x_0``, with a state in place of each leaf.
         """
 
+        @standard_promotion()
         def init_multiply(abstract_value: Any) -> Any:
             return jax.tree.map(init_multiply_fn, abstract_value)
 
+        @standard_promotion()
         def multiply_next(value: Any, state: Any) -> tuple[Any, Any]:
             treedef: Any = jax.tree.structure(value)
             states = treedef.flatten_up_to(state)

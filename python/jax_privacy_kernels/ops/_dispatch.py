@@ -19,6 +19,8 @@ import jax
 import jax.extend.core
 from jax.interpreters import ad, batching, mlir
 
+from jax_privacy_kernels._checks import standard_promotion
+
 __all__ = [
     "ENVIRONMENT",
     "NAMES",
@@ -165,20 +167,20 @@ def per_platform(
     axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
     leaves = [vary(leaf, axes) for leaf in leaves]  # kernels and loops want all arguments alike
     if spread is None and set(branches) == set(PLATFORMS) and len(set(branches.values())) == 1:
-        with _standard_modes():
+        with standard_promotion():
             return branches[PLATFORMS[0]](*tree.unflatten(leaves))
 
     def flat(branch: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
         def call(*leaves: Any) -> list[jax.Array]:
             # Lowered where the caller's modes hold, which are not those that it was traced in.
-            with _standard_modes():
+            with standard_promotion():
                 return jax.tree.leaves(branch(*tree.unflatten(leaves)))
 
         return call
 
     if not _may_have_devices(leaves):
         spread = None  # JAX refuses to lower, for devices that are not there, what has to know them
-    with _standard_modes():
+    with standard_promotion():
         out = jax.eval_shape(next(iter(branches.values())), *tree.unflatten(leaves))
     flattened = {branch: flat(branch) for branch in set(branches.values())}
     results = _select_p.bind(
@@ -190,13 +192,6 @@ def per_platform(
         spread=None if spread is None else jax.make_jaxpr(flat(spread))(*leaves),
     )
     return jax.tree.unflatten(jax.tree.structure(out), [vary(x, axes) for x in results])
-
-
-@contextlib.contextmanager
-def _standard_modes() -> Iterator[None]:
-    """Implementations promote dtypes and ranks, whatever the caller's modes."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def _may_have_devices(leaves: list[jax.Array]) -> bool:

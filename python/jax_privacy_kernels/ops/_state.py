@@ -78,9 +78,12 @@ class NoiseState(NamedTuple):
         leaves = jax.tree.leaves(self.inner)
         size = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
         kind = _name_of_kind(self.clock)
+        words = in_words(kind)
+        if words == "1 band" and leaves:
+            words = "a StreamingMatrix without a fused kernel"
         return (
-            f"NoiseState(step={_shown_step(self.clock)}, kind={kind}, of {in_words(kind)}; "
-            f"{len(leaves)} arrays of noise, {size / 1e6:.3g} MB)"
+            f"NoiseState(step={_shown_step(self.clock)}, kind={kind}, of {words}; "
+            f"{_counted(len(leaves), 'array')} of noise, {size / 1e6:.3g} MB)"
         )
 
 
@@ -101,14 +104,19 @@ def in_words(kind: str) -> str:
     if "_dense_" in kind:
         words = "a dense matrix"
     elif "samples" in counts:
-        words = f"{counts['samples']} coefficients of C^-1 with {counts['slots']} slots"
+        words = _counted(counts["samples"], "coefficient") + " of C^-1 with "
+        words += _counted(counts["slots"], "slot")
     elif "buffers" in counts:
-        words = f"{counts['buffers']} buffers"
+        words = _counted(counts["buffers"], "buffer")
     elif "slots" in counts:
-        words = f"{counts['slots'] + 1} bands"
+        words = _counted(counts["slots"] + 1, "band")
     else:
         words = "another kind"
     return words + (" and a stddev that changes" if "_changing_stddev" in kind else "")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 for _type in (Clock, NoiseState):

@@ -6,6 +6,10 @@ pass by chance what it should not, is then ``(epsilon, overall_delta)``-DP for a
 ``overall_delta``.
 The argument is that of Appendix A of https://arxiv.org/abs/2602.09338, with the Chernoff bound of
 https://arxiv.org/abs/2412.16802 (Fact 4.2); ``docs/amplified_accounting.md`` spells it out.
+
+    >>> base_delta = get_base_delta(num_samples=1_000_000, target_delta=1e-4)
+    >>> get_overall_delta(1_000_000, base_delta) <= 1e-4
+    True
 """
 
 from __future__ import annotations

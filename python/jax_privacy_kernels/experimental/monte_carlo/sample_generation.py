@@ -6,6 +6,10 @@ random participations x; without it, y ~ Q = ``N(0, sigma^2 I)``. Adjacency is z
 the example is there, but counts as zero.
 
 For accounting prefer `jax_privacy_kernels.monte_carlo`, which samples the losses alone.
+
+    >>> sampling = BallsInBins(iterations=20, cycle_length=5)
+    >>> generate_sample(sampling, 2.0, [1.0, 0.5], seed=0, num_samples=3).shape
+    (20, 3)
 """
 
 from __future__ import annotations

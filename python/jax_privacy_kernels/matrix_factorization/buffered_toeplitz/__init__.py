@@ -6,6 +6,12 @@ exponentials. So is its inverse: https://arxiv.org/abs/2404.16706. With the m de
 ``c_0 = 1`` and ``c_t = sum_j omega_j theta_j^(t-1)``. Both multiply a stream with m slots of state,
 whatever n is. :func:`optimize` finds a good one.
 
+    >>> import jax.numpy as jnp
+    >>> blt = BufferedToeplitz.build([0.9, 0.5], [0.2, 0.1], dtype=jnp.float32)
+    >>> noising_matrix = blt.inverse_as_streaming_matrix()
+    >>> noising_matrix
+    StreamingMatrix(inverse of a BLT of 2 buffers, look_ahead = 0)
+
 What is computed from values that are known is computed in NumPy, in float64: nothing is compiled,
 and what a float32 BLT is said to cost does not depend on rounding. Inside a trace it is computed in
 the dtype of the BLT, or the default one if that is wider.

@@ -19,6 +19,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     is_tracing,
     promote_types,
+    standard_promotion,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import sensitivity, toeplitz
@@ -100,6 +101,7 @@ def require_output_scale_gt_zero(blt_fn: _OfBlt[P]) -> _OfBlt[P]:
 
 
 @require_buf_decay_less_eq_one
+@standard_promotion()
 def sensitivity_squared(blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.Array:
     """Returns the squared sensitivity of C for one participation: that of its first column.
 
@@ -183,6 +185,7 @@ def max_error(inv_blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.Array:
     return _error(inv_blt, as_count("n", n, 1))
 
 
+@standard_promotion()
 def _error(inv_blt: BufferedToeplitz, n: Count) -> jax.Array:
     check_float64_dtype(inv_blt)
     theta, omega, on = values_of(inv_blt, n)
@@ -216,6 +219,7 @@ def _loss(
     return _scalar(np.inf, blt)
 
 
+@standard_promotion()
 def limit_max_error(inv_blt: BufferedToeplitz) -> jax.Array:
     """Returns the limit of ``max_error(inv_blt, n) / n``: ``(1 + sum(omega / (1 - theta)))^2``.
 
@@ -264,6 +268,7 @@ def max_loss(blt: BufferedToeplitz, n: jax.typing.ArrayLike) -> jax.Array:
 
 
 @require_output_scale_gt_zero
+@standard_promotion()
 def limit_max_loss(blt: BufferedToeplitz) -> jax.Array:
     """Returns the limit of ``max_loss(blt, n) / n``; in a trace see there.
 
@@ -372,6 +377,7 @@ class LossFn(Mirrored):
         error_fn, sensitivity_fn = _from_coefs(n, error, min_sep, k, encoded)
         return cls(error_fn, sensitivity_fn, n=n, min_sep=min_sep, max_participations=k, **kwargs)
 
+    @standard_promotion()
     def compute_penalties(
         self, blt: BufferedToeplitz, inv_blt: BufferedToeplitz
     ) -> dict[str, jax.Array]:
@@ -404,6 +410,7 @@ class LossFn(Mirrored):
             positive["theta_gap"] = jnp.stack(gaps) - self.min_theta_gap
         return {name: -jnp.log(x).sum() for name, x in positive.items()}
 
+    @standard_promotion()
     def penalized_loss(
         self,
         blt: BufferedToeplitz,

@@ -20,6 +20,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     owned,
     promote_types,
+    standard_promotion,
 )
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import toeplitz
@@ -329,6 +330,7 @@ class BufferedToeplitz(Mirrored):
         """The dtype of the parameters."""
         return _dtype(self.buf_decay)
 
+    @standard_promotion()
     def toeplitz_coefs(self, n: int) -> jax.Array:
         """Returns the first n coefficients of C: ``1, sum(omega), sum(omega theta), ...``.
 
@@ -352,6 +354,7 @@ class BufferedToeplitz(Mirrored):
         """
         return toeplitz.materialize_lower_triangular(self.toeplitz_coefs(n))
 
+    @standard_promotion()
     def inverse(self, skip_checks: bool = False) -> BufferedToeplitz:
         """Returns ``C^-1``, which is a BLT as well.
 
@@ -531,6 +534,7 @@ def min_gap(theta: Array, on: Arithmetic) -> Array:
     return xp.min(gaps, initial=xp.inf)
 
 
+@standard_promotion()
 def min_buf_decay_gap(buf_decay: jax.typing.ArrayLike) -> jax.Array:
     """Returns ``min_{i < j} |theta_i - theta_j|``, infinity if there are fewer than two decays.
 
@@ -543,6 +547,7 @@ def min_buf_decay_gap(buf_decay: jax.typing.ArrayLike) -> jax.Array:
     return jnp.asarray(min_gap(theta, TRACED))
 
 
+@standard_promotion()
 def blt_pair_from_theta_pair(
     theta: jax.Array, theta_hat: jax.Array
 ) -> tuple[BufferedToeplitz, BufferedToeplitz]:

@@ -29,6 +29,7 @@ from jax_privacy_kernels._checks import (
     is_concrete,
     nan_unless,
     promote_types,
+    standard_promotion,
 )
 
 __all__ = [
@@ -283,8 +284,9 @@ def coefs(theta: Array, omega: Array, n: int, on: Arithmetic) -> Array:
     if on.is_known:  # in a trace this would lose the derivative
         theta = np.where(omega == 0, 0, theta)
     # theta^(t-1), t - 1 = size row + column.
-    rows = omega * theta ** (size * np.arange(-(-(n - 1) // size)))[:, None]
-    columns = theta ** np.arange(size)[:, None]
+    count = -(-(n - 1) // size)
+    rows = omega * theta ** (size * np.arange(count, dtype=theta.dtype))[:, None]
+    columns = theta ** np.arange(size, dtype=theta.dtype)[:, None]
     tail = on.matmul(rows, columns.T).reshape(-1)[: n - 1]
     return xp.concatenate([xp.ones(1, theta.dtype), tail])
 
@@ -316,6 +318,7 @@ def _arrays(n: Count, *xs: jax.typing.ArrayLike) -> tuple[np.dtype, Arithmetic, 
     return dtype, TRACED, [jnp.asarray(x, dtype) for x in xs]
 
 
+@standard_promotion()
 def geometric_sum(a: jax.Array, r: jax.Array, num: jax.typing.ArrayLike = jnp.inf) -> jax.Array:
     """Returns ``a + a r + a r^2 + ... + a r^(num-1)``, or its limit. Accurate for r = 1, and near.
 
@@ -339,6 +342,7 @@ def geometric_sum(a: jax.Array, r: jax.Array, num: jax.typing.ArrayLike = jnp.in
     return result(series(first, ratio, 1 - ratio, count, on), dtype)
 
 
+@standard_promotion()
 def robust_max_error_Gamma_j(omega: jax.Array, theta: jax.Array, n: jax.Array) -> jax.Array:
     """Returns ``1/n sum_{i<n} omega g_i(theta)`` with ``g_i = 1 + theta + ... + theta^(i-1)``.
 
@@ -358,6 +362,7 @@ def robust_max_error_Gamma_j(omega: jax.Array, theta: jax.Array, n: jax.Array) -
     return result(scale * geometric_sums(decay, count, on)[1] / count, dtype)
 
 
+@standard_promotion()
 def robust_max_error_Gamma_jk(
     omega1: jax.Array, theta1: jax.Array, omega2: jax.Array, theta2: jax.Array, n: jax.Array
 ) -> jax.Array:

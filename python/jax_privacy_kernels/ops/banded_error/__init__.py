@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jax_privacy_kernels._checks import is_concrete
 from jax_privacy_kernels.ops import _coefficients, _dispatch, _ffi, _linear
 from jax_privacy_kernels.ops.banded_error import _cpp, _jax
 
@@ -49,6 +50,20 @@ class Momentum:
     momentum: jax.typing.ArrayLike = 0.0
     learning_rates: jax.Array | None = None
     decay: jax.typing.ArrayLike = 1.0
+
+    def __str__(self) -> str:
+        if not is_concrete((self.momentum, self.learning_rates, self.decay)):
+            return "a momentum workload, traced"
+        parts = ["prefix sums"]
+        if self.momentum != 0:
+            parts.append(f"momentum {self.momentum}")
+        if self.learning_rates is not None and len(self.learning_rates) > 1:
+            parts.append(f"{len(self.learning_rates)} learning rates")
+        elif self.learning_rates is not None and self.learning_rates[0] != 1:
+            parts.append(f"learning rate {self.learning_rates[0]}")
+        if self.decay != 1:
+            parts.append(f"decay {self.decay}")
+        return ", ".join(parts)
 
 
 def banded_error(

@@ -192,8 +192,8 @@ class Gpu:
     capacity: float = 141e9  # bytes, data sheet
     usable: float = 0.8  # of them; activations and buffers get the others
     instructions: float = 132 * 128 * 1.8e9  # per second: processors, lanes, clock
-    sample: float = 145  # instructions for one sample, counted
-    band: float = 2  # and for each band of it, counted
+    sample: float = 110  # instructions for one sample, counted
+    band: float = 1.5  # and for each band of it, counted
     link: float = (
         450e9  # bytes per second into a GPU from those of its node, data sheet: half of 900
     )

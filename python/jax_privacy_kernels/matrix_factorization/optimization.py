@@ -145,13 +145,13 @@ def optimize(
 ) -> ParamT:
     """Minimizes a differentiable function.
 
-    Everything runs in float64, and dtypes and ranks are promoted, whatever the modes of the caller.
-    Without a callback all steps are
-    one compiled loop, which ends early once two steps of the default optimizer have not changed a
-    bit of the parameters. It hands control back about twice a second, so that an interrupt ends it.
-    With a callback, each step is a call. Either is compiled once for every loss function, shape of
-    parameters and optimizer: pass the same function again, not a new one that does the same. Like a
-    function given to `jax.jit`, it should depend on its argument alone.
+    Everything runs in float64, and dtypes and ranks are promoted, whatever the modes of the
+    caller. Without a callback all steps are one compiled loop, which ends early once two steps of
+    the default optimizer have not changed a bit of the parameters. It hands control back about
+    twice a second, so that an interrupt ends it. With a callback, each step is a call. Either is
+    compiled once for every loss function, shape of parameters and optimizer: pass the same
+    function again, not a new one that does the same. Like a function given to `jax.jit`, it should
+    depend on its argument alone.
 
     L-BFGS, the default, works well on the losses of factorizations: see
     https://arxiv.org/abs/2106.12118, https://arxiv.org/abs/2306.08153,

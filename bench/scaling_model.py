@@ -325,8 +325,18 @@ def busiest(columns: int, bands: int, devices: int) -> float:
 
 
 # How the lines that are of no number of bands look.
-REST: dict[str, Any] = {"color": "black", "linestyle": "-.", "linewidth": 1, "label": "the rest of training"}
-CAPACITY: dict[str, Any] = {"color": "#D55E00", "linestyle": "-", "linewidth": 2, "label": "memory of an H200"}
+REST: dict[str, Any] = {
+    "color": "black",
+    "linestyle": "-.",
+    "linewidth": 1,
+    "label": "the rest of training",
+}
+CAPACITY: dict[str, Any] = {
+    "color": "#D55E00",
+    "linestyle": "-",
+    "linewidth": 2,
+    "label": "memory of an H200",
+}
 
 
 def plot_model(path: pathlib.Path) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from jax_privacy_kernels import _arguments
 from jax_privacy_kernels._bench import cases, looks, machine
-from jax_privacy_kernels._files import write_whole
+from jax_privacy_kernels._files import draw_whole, write_whole
 
 __all__ = ["EXAMPLES", "add_arguments", "main"]
 
@@ -289,4 +289,4 @@ def plot(report: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.grid(True, which="both", linewidth=0.3)
     handles, labels = next(iter(panels.values())).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
+    draw_whole(figure, path)

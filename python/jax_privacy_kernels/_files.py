@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
-__all__ = ["write_whole"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_whole", "write_whole"]
 
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:
@@ -22,3 +27,10 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def draw_whole(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure in the format that the name ends on; on none it is a PNG."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=path.suffix[1:] or "png")
+    write_whole(path, drawn.getvalue())

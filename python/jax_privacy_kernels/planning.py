@@ -15,7 +15,6 @@ sensitivity is exact or an upper bound.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
 import pathlib
@@ -30,7 +29,7 @@ import optax
 
 from jax_privacy_kernels import _step_times
 from jax_privacy_kernels._checks import check_int, check_scalar
-from jax_privacy_kernels._files import write_whole
+from jax_privacy_kernels._files import draw_whole
 from jax_privacy_kernels._plan_privacy import BallsInBins, FixedOrder, Job, Poisson, Private
 from jax_privacy_kernels._plan_rows import Problem
 from jax_privacy_kernels.matrix_factorization._amplification import Target
@@ -200,10 +199,7 @@ class Plan:
         axes.legend()
         target = self.target
         axes.set_title(f"({target['epsilon']:g}, {target['delta']:g})-DP, {target['steps']} steps")
-        drawn = io.BytesIO()
-        file = pathlib.Path(path)
-        figure.savefig(drawn, dpi=150, format=file.suffix[1:] or "png")
-        write_whole(file, drawn.getvalue())
+        draw_whole(figure, pathlib.Path(path))
 
 
 def _aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:

@@ -7,7 +7,7 @@ issued, and count.
 from __future__ import annotations
 
 import collections
-import itertools
+import graphlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -109,32 +109,12 @@ def _back(instructions: list[Instruction]) -> Iterator[tuple[int, int]]:
 def longest(instructions: list[Instruction], rounds: int) -> int:
     """How many instructions the longest way through a program takes, each loop that many times."""
     bodies, back = loops(instructions)
-    weights = [
-        rounds ** sum(place in body for body in bodies.values())
-        for place in range(len(instructions))
-    ]
-    order, waits = [], collections.Counter()
-    edges = [
-        (place, successor)
-        for place, instruction in enumerate(instructions)
-        for successor in instruction.successors
-        if (place, successor) not in back
-    ]
-    waits.update(successor for _, successor in edges)
     after = {
-        place: [to for _, to in group]
-        for place, group in itertools.groupby(edges, lambda edge: edge[0])
+        place: [s for s in instruction.successors if (place, s) not in back]
+        for place, instruction in enumerate(instructions)
     }
-    ready = [place for place in range(len(instructions)) if not waits[place]]
-    while ready:
-        place = ready.pop()
-        order.append(place)
-        for successor in after.get(place, ()):
-            waits[successor] -= 1
-            if not waits[successor]:
-                ready.append(successor)
-    length = [0] * len(instructions)
-    for place in reversed(order):
-        ahead = max((length[s] for s in after.get(place, ())), default=0)
-        length[place] = weights[place] + ahead
+    length: dict[int, int] = {}
+    for place in graphlib.TopologicalSorter(after).static_order():  # successors first
+        weight = rounds ** sum(place in body for body in bodies.values())
+        length[place] = weight + max((length[s] for s in after[place]), default=0)
     return length[0]

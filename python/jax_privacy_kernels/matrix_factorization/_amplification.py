@@ -124,7 +124,7 @@ class Target:
         import dp_accounting
         from dp_accounting import pld
 
-        epsilon = min(self.epsilon, _LARGEST_EPSILON)
+        epsilon = self._bounded_epsilon
 
         def spent(multiplier: float) -> float:
             accountant = pld.PLDAccountant(
@@ -155,10 +155,14 @@ class Target:
             low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
         return high, spent(high)
 
+    @property
+    def _bounded_epsilon(self) -> float:
+        return min(self.epsilon, _LARGEST_EPSILON)
+
     def _interval(self, noise_multiplier: float, grid: float) -> float:
         """Between losses; no less than takes a hundred thousand of them for a step."""
         most = 10 / noise_multiplier + 0.5 / noise_multiplier**2
-        return max(grid * min(self.epsilon, _LARGEST_EPSILON), 1e-5 * most)
+        return max(grid * self._bounded_epsilon, 1e-5 * most)
 
     def _is_enough(self, b: int, noise_multiplier: float) -> bool:
         if self.accountant == "rdp":
@@ -235,7 +239,7 @@ class Target:
         """
         probability, steps = self.sampling(b)
         tail = math.sqrt(-2 * math.log(self.delta))
-        epsilon = min(self.epsilon, _LARGEST_EPSILON)
+        epsilon = self._bounded_epsilon
         mu = 2 * epsilon / (math.sqrt(tail**2 + 2 * epsilon) + tail)
         squared = math.log1p((mu / probability) ** 2 / steps)
         return min(1 / math.sqrt(squared), _LARGEST) if squared else _LARGEST

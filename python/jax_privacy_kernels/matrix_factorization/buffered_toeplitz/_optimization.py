@@ -14,13 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_privacy_kernels._checks import (
-    check_instance,
-    check_int,
-    check_scalar,
-    is_concrete,
-    standard_promotion,
-)
+from jax_privacy_kernels._checks import check_instance, check_int, check_scalar, is_concrete
 from jax_privacy_kernels._mirrored import Mirrored
 from jax_privacy_kernels.matrix_factorization import optimization
 from jax_privacy_kernels.matrix_factorization._scaling import scaled
@@ -106,11 +100,7 @@ class Parameterization(Mirrored):
 def _penalized_loss(
     loss_fn: LossFn, blts: Callable[[Params], tuple[BufferedToeplitz, BufferedToeplitz]]
 ) -> Callable[[Params], jax.Array]:
-    @standard_promotion()
-    def penalized_loss(params: Params) -> jax.Array:
-        return loss_fn.penalized_loss(*blts(params))
-
-    return penalized_loss
+    return lambda params: loss_fn.penalized_loss(*blts(params))
 
 
 def _same(blt: BufferedToeplitz) -> BufferedToeplitz:

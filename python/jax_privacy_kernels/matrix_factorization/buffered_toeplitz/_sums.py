@@ -284,10 +284,8 @@ def coefs(theta: Array, omega: Array, n: int, on: Arithmetic) -> Array:
     if on.is_known:  # in a trace this would lose the derivative
         theta = np.where(omega == 0, 0, theta)
     # theta^(t-1), t - 1 = size row + column.
-    count = -(-(n - 1) // size)
-    with standard_promotion():  # powers that are no integers have no derivative at theta = 0
-        rows = omega * theta ** (size * np.arange(count))[:, None]
-        columns = theta ** np.arange(size)[:, None]
+    rows = omega * theta ** (size * np.arange(-(-(n - 1) // size)))[:, None]
+    columns = theta ** np.arange(size)[:, None]
     tail = on.matmul(rows, columns.T).reshape(-1)[: n - 1]
     return xp.concatenate([xp.ones(1, theta.dtype), tail])
 

@@ -11,6 +11,7 @@ ones that are to be fused say so.
 import triton
 import triton.language as tl
 
+from jax_privacy_kernels.kernels import _leaves
 from jax_privacy_kernels.kernels._noise_triton import (
     COLUMNS,
     PHASE,
@@ -22,7 +23,14 @@ from jax_privacy_kernels.kernels._noise_triton import (
 )
 from jax_privacy_kernels.kernels._streams_triton import draw, normal
 
-__all__ = ["recurrence"]
+__all__ = ["recurrence", "recurrences"]
+
+# What a launch for several leaves knows of them, as the language wants it.
+LEAVES, LEAF_COLUMNS = tl.constexpr(_leaves.LEAVES), tl.constexpr(_leaves.COLUMNS)
+BEGIN, FIRST_KEY = tl.constexpr(_leaves.BEGIN), tl.constexpr(_leaves.FIRST_KEY)
+UNITS, FIRST_PHASE = tl.constexpr(_leaves.UNITS), tl.constexpr(_leaves.FIRST_PHASE)
+PROGRAMS = tl.constexpr(_leaves.PROGRAMS)
+MAGIC, SHIFT = tl.constexpr(_leaves.MAGIC), tl.constexpr(_leaves.SHIFT)
 
 
 @triton.jit
@@ -217,26 +225,24 @@ def _tile(
     emit(grad + start + lane, out + start + lane, scale, x, mask)
 
 
-# -- Kernels ------------------------------------------------------------------------------------
-
-
 @triton.jit
-def recurrence(
-    step,
+def _program(
+    t,
+    run,
+    runs,
+    length,
+    program,
+    phase,
+    offset,
+    stride,
+    last,
+    group,
+    magic,
+    shift,
     keys,
     weights,
     scale,
     grad,
-    runs,
-    _,
-    first_key,
-    units,
-    stride,
-    last,
-    programs,
-    group,
-    magic,
-    shift,
     out,
     ring,
     UNIT: tl.constexpr,
@@ -250,43 +256,13 @@ def recurrence(
     ACCURATE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A step of x_t = w_0 z_t + sum_l w_l x_{t-l}, for S >= 1 slots.
-
-    Of S tiles in a row one is refreshed, by TILE / PART programs, and the others are read, by a
-    program each. In this order they share a processor, the ones busy computing, the others with
-    memory.
-
-    Args:
-      step: t >= 0.
-      keys: the words of those of every leaf for steps t .. t + S - 1.
-      weights: ``[ROWS, WIDTH]``, w_0 .. w_S and zeros up to any w that a group of terms may meet;
-        one row, or one for each of the steps, and zeros up to whole groups of these.
-      scale: of x in what is added to the gradients.
-      grad: ``[size]``.
-      runs: see _runs.py. WHOLE says that all of the leaf is here.
-      _: the ring's buffer as an operand; it is also a result, and used as such.
-      first_key: where the leaf's keys begin.
-      units: length of a run / UNIT. So the compiler knows what the length is a multiple of.
-      stride: size / UNIT.
-      last: (S - 1) stride. Rows of the ring have as many bits as this.
-      programs: of a run.
-      group: programs that refresh a tile, and those that read others. If S = 1, all tiles are
-        refreshed, and it is TILE / PART.
-      magic, shift: magic p >> shift is p // group for every program p.
-      out: ``[size]``.
-      ring: ``[S, size]``.
-    """
+    """What a program does that has this number among those of a run; for arguments see below."""
     PARTS: tl.constexpr = TILE // PART
-    t, length = tl.load(step), tl.cast(units, tl.int64) * UNIT
-    run, program = run_of(programs, WHOLE)
-    runs += COLUMNS * run
-    phase, offset = tl.load(runs + PHASE).to(tl.int32), tl.load(runs + PLACE).to(tl.int32)
     if SLOTS == 1:
         nth, part = program // PARTS, program % PARTS
     else:
         nth = (program.to(tl.uint64) * magic.to(tl.uint64) >> shift).to(tl.int32)
         part = program - nth * group
-    keys += first_key
     last += tl.full([], 0, tl.int32)  # of a dtype also where 1 is compiled in
     stride = tl.cast(stride, last.dtype)
     if part < PARTS:
@@ -354,3 +330,202 @@ def recurrence(
                 ACCURATE,
                 WHOLE,
             )
+
+
+@triton.jit
+def _pick(leaf, p0, p1, p2, p3, p4, p5, p6, p7):
+    p = tl.where(leaf == 1, p1, p0)
+    p = tl.where(leaf == 2, p2, p)
+    p = tl.where(leaf == 3, p3, p)
+    p = tl.where(leaf == 4, p4, p)
+    p = tl.where(leaf == 5, p5, p)
+    p = tl.where(leaf == 6, p6, p)
+    return tl.where(leaf == 7, p7, p)
+
+
+# -- Kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def recurrence(
+    step,
+    keys,
+    weights,
+    scale,
+    grad,
+    runs,
+    _,
+    first_key,
+    units,
+    stride,
+    last,
+    programs,
+    group,
+    magic,
+    shift,
+    out,
+    ring,
+    UNIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ACCURATE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A step of x_t = w_0 z_t + sum_l w_l x_{t-l}, for S >= 1 slots.
+
+    Of S tiles in a row one is refreshed, by TILE / PART programs, and the others are read, by a
+    program each. In this order they share a processor, the ones busy computing, the others with
+    memory.
+
+    Args:
+      step: t >= 0.
+      keys: the words of those of every leaf for steps t .. t + S - 1.
+      weights: ``[ROWS, WIDTH]``, w_0 .. w_S and zeros up to any w that a group of terms may meet;
+        one row, or one for each of the steps, and zeros up to whole groups of these.
+      scale: of x in what is added to the gradients.
+      grad: ``[size]``.
+      runs: see _runs.py. WHOLE says that all of the leaf is here.
+      _: the ring's buffer as an operand; it is also a result, and used as such.
+      first_key: where the leaf's keys begin.
+      units: length of a run / UNIT. So the compiler knows what the length is a multiple of.
+      stride: size / UNIT.
+      last: (S - 1) stride. Rows of the ring have as many bits as this.
+      programs: of a run.
+      group: programs that refresh a tile, and those that read others. If S = 1, all tiles are
+        refreshed, and it is TILE / PART.
+      magic, shift: magic p >> shift is p // group for every program p.
+      out: ``[size]``.
+      ring: ``[S, size]``.
+    """
+    t, length = tl.load(step), tl.cast(units, tl.int64) * UNIT
+    run, program = run_of(programs, WHOLE)
+    runs += COLUMNS * run
+    _program(
+        t,
+        run,
+        runs,
+        length,
+        program,
+        tl.load(runs + PHASE).to(tl.int32),
+        tl.load(runs + PLACE).to(tl.int32),
+        stride,
+        last,
+        group,
+        magic,
+        shift,
+        keys + first_key,
+        weights,
+        scale,
+        grad,
+        out,
+        ring,
+        UNIT,
+        SLOTS,
+        ROWS,
+        WIDTH,
+        GROUP,
+        PART,
+        TILE,
+        STREAM,
+        ACCURATE,
+        WHOLE,
+    )
+
+
+@triton.jit
+def recurrences(
+    step,
+    keys,
+    weights,
+    scale,
+    leaves,
+    grad0,
+    grad1,
+    grad2,
+    grad3,
+    grad4,
+    grad5,
+    grad6,
+    grad7,
+    _0,
+    _1,
+    _2,
+    _3,
+    _4,
+    _5,
+    _6,
+    _7,
+    out0,
+    out1,
+    out2,
+    out3,
+    out4,
+    out5,
+    out6,
+    out7,
+    ring0,
+    ring1,
+    ring2,
+    ring3,
+    ring4,
+    ring5,
+    ring6,
+    ring7,
+    UNIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """`recurrence` of up to eight leaves of one dtype, all of which are here.
+
+    One launch of leaves that are too small to fill a GPU takes as long as one of them.
+
+    Args:
+      leaves: see _leaves.py; for other arguments see `recurrence`.
+    """
+    program = tl.program_id(0)
+    leaf = 0
+    for i in tl.static_range(1, LEAVES):
+        leaf += (program >= tl.load(leaves + i * LEAF_COLUMNS + BEGIN)).to(tl.int32)
+    leaves += leaf * LEAF_COLUMNS
+    units = tl.load(leaves + UNITS)
+    _program(
+        tl.load(step),
+        0,
+        leaves,
+        tl.cast(units, tl.int64) * UNIT,
+        program - tl.load(leaves + BEGIN),
+        tl.load(leaves + FIRST_PHASE),
+        0,
+        units,
+        units * (SLOTS - 1),
+        tl.load(leaves + PROGRAMS),
+        tl.load(leaves + MAGIC).to(tl.uint32, bitcast=True),
+        tl.load(leaves + SHIFT),
+        keys + tl.load(leaves + FIRST_KEY),
+        weights,
+        scale,
+        _pick(leaf, grad0, grad1, grad2, grad3, grad4, grad5, grad6, grad7),
+        _pick(leaf, out0, out1, out2, out3, out4, out5, out6, out7),
+        _pick(leaf, ring0, ring1, ring2, ring3, ring4, ring5, ring6, ring7),
+        UNIT,
+        SLOTS,
+        ROWS,
+        WIDTH,
+        GROUP,
+        PART,
+        TILE,
+        STREAM,
+        ACCURATE,
+        True,
+    )

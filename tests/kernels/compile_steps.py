@@ -5,7 +5,7 @@ copies of the state, though the state is donated, and memory for what lies betwe
 Prints a line of JSON for every step. Its unit is a pass: as many bytes as the model has.
 
     pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt    # of the version of jaxlib
-    python tests/kernels/compile_steps.py [IMPLEMENTATION or BANDS ...]    # all, if none is named
+    python tests/kernels/compile_steps.py [IMPLEMENTATION ...]    # all of ours, if none is named
 
 The implementation "jax_privacy" is that library's own step, and taken only if it is named.
 """
@@ -27,7 +27,8 @@ from jax.experimental import topologies
 
 PARAMETERS = 2**26  # 64 bands of 2^28 would not fit
 ELEMENT = 4  # bytes
-IMPLEMENTATIONS, BANDS = ("triton", "pallas"), (1, 8, 64)
+IMPLEMENTATIONS = ("triton", "pallas")
+STEPS = ((1, 1), (8, 1), (64, 1), (64, 16))  # bands and leaves
 
 # The fields that XLA wants of `stream_executor::GpuTargetConfigProto`, of NVIDIA's data sheet and
 # of CUDA's limits for compute capability 9.0.
@@ -79,8 +80,8 @@ def passes(shapes):
     ) / (ELEMENT * PARAMETERS)
 
 
-def step(implementation, bands):
-    """A step of a banded strategy, compiled for an H100."""
+def step(implementation, bands, leaves):
+    """A step of a banded strategy, compiled for an H100; leaves are of one size."""
     library = "jax_privacy" if implementation == "jax_privacy" else "jax_privacy_kernels"
     toeplitz = importlib.import_module(f"{library}.matrix_factorization.toeplitz")
     make = importlib.import_module(f"{library}.noise_addition").matrix_factorization_privatizer
@@ -97,7 +98,7 @@ def step(implementation, bands):
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
         )
 
-    grads = jax.ShapeDtypeStruct((PARAMETERS,), jnp.float32)
+    grads = [jax.ShapeDtypeStruct((PARAMETERS // leaves,), jnp.float32)] * leaves
     state = jax.eval_shape(privatizer.init, grads)
     update = jax.jit(privatizer.update, donate_argnums=1)
     if implementation != "triton":
@@ -116,7 +117,7 @@ def moved(text):
         names = re.findall(r"%([\w.-]+)", operands)
         read = [passes(shapes.get(operand, "")) for operand in names]
         if kind == "custom-call":
-            kernels += passes(shape) >= 1
+            kernels += passes(shape) >= 0.01
         elif kind == "conditional":
             branches += 1
         elif "dynamic_update_slice" in rest:  # it reads what is new, and writes that
@@ -136,15 +137,15 @@ def moved(text):
     }
 
 
-def main(arguments):
-    names = [a for a in arguments if not a.isdecimal()] or IMPLEMENTATIONS
-    for name in names:
-        for bands in [int(a) for a in arguments if a.isdecimal()] or BANDS:
-            compiled = step(name, bands)
+def main(names):
+    for name in names or IMPLEMENTATIONS:
+        for bands, leaves in STEPS:
+            compiled = step(name, bands, leaves)
             memory = compiled.memory_analysis()
             line = {
                 "implementation": name,
                 "bands": bands,
+                "leaves": leaves,
                 **moved(compiled.as_text()),
                 "temporary": round(memory.temp_size_in_bytes / ELEMENT / PARAMETERS, 2),
                 "aliased": round(memory.alias_size_in_bytes / ELEMENT / PARAMETERS, 2),

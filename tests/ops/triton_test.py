@@ -18,6 +18,7 @@ import pytest
 import scipy.special
 from support import triton_interpreter
 
+from jax_privacy_kernels import random
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     _counter_prng,
@@ -26,6 +27,7 @@ from jax_privacy_kernels.ops import (
     correlated_noise,
     init_correlated_noise,
 )
+from jax_privacy_kernels.ops._leaves import plan
 from jax_privacy_kernels.ops.correlated_noise import IMPLEMENTATIONS
 from jax_privacy_kernels.ops.correlated_noise import _triton as correlated_noise_triton
 
@@ -254,6 +256,57 @@ def test_a_negative_step_stays_in_the_ring(clock):
         state = state._replace(clock=state.clock._replace(step=jnp.int32(clock)))
         (out,), _ = jax.block_until_ready(update(grads, state))
     assert np.isnan(out).all()
+
+
+# -- Launches for several leaves ------------------------------------------------------------------
+
+SHAPES = [(1500,), (3, 5), (64,), (2048,), (8,), (), (7000,), (16,), (1024, 5), (24,), (40,), (72,)]
+
+
+@pytest.mark.interpreted
+@pytest.mark.triton
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(
+    "key", [KEY, random.secure_key(bytes(32))], ids=["threefry2x32", "chacha20"]
+)
+def test_small_leaves_share_launches(key, slots):
+    """Eight leaves of one dtype at most, whose sizes are multiples of 8 or are not."""
+    if reason := triton_interpreter.unavailable():
+        pytest.skip(reason)
+    large = [jnp.ones(9000, jnp.bfloat16)]  # alone, as the only one of its dtype
+    grads = [jnp.full(shape, i, jnp.float32) for i, shape in enumerate(SHAPES)] + large
+    matrix = BandedRecurrence(jnp.array([1.0, 0.5, 0.25][: slots + 1]))
+    options = {"stddev": 1.0, "key_impl": jax.random.key_impl(key), "dtype": "float32"}
+    launches = []
+
+    def counted(kernel, *arguments, **constants):
+        launches.append(kernel.__name__)
+        return triton_interpreter.call(kernel, *arguments, **constants)
+
+    with triton_interpreter.interpreted(), mock.patch.object(_jax_triton, "call", counted):
+        state = expected_state = init_correlated_noise(grads, matrix, key=key, dtype="float32")
+        for _ in range(slots + 2):
+            out, state = correlated_noise(grads, state, matrix, implementation="triton", **options)
+            expected, expected_state = correlated_noise(
+                grads, expected_state, matrix, implementation="jax", **options
+            )
+            for got, want in zip(
+                jax.tree.leaves((out, state.inner)),
+                jax.tree.leaves((expected, expected_state.inner)),
+                strict=True,
+            ):
+                tolerance = 1e-5 if got.dtype == jnp.float32 else 2.0**-7
+                np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+    # Of eight and of three leaves, and of one whose size is the ninth multiple of 8, and of one
+    # dtype. Each is traced more than once.
+    assert launches.count("recurrences") == launches.count("recurrence") > 0
+
+
+def test_leaves_that_fill_a_gpu_are_launched_alone():
+    sizes = [2**21 + 8, 1000, 2**20, 2**33]
+    leaves = plan([jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes], jnp.float32, None)
+    small = [correlated_noise_triton._is_small(7, "threefry2x32", 1, leaf) for leaf in leaves]
+    assert small == [False, True, True, False]
 
 
 # -- Divisions ----------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ from jax_privacy_kernels._checks import (
     promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import banded, streaming_matrix
-from jax_privacy_kernels.noise_addition import on_mesh
+from jax_privacy_kernels.noise_addition import Privatizer, on_mesh, shown_matrix
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     BufferedToeplitz,
@@ -177,6 +177,11 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
         if found not in (jnp.int32, jnp.int64):
             raise TypeError(
                 f"expected leaf {leaf_name(path)} to be of int32 or int64, found {found}"
+            )
+        if isinstance(leaf, np.ndarray | np.generic) and (np.asarray(x) != leaf).any():
+            raise TypeError(
+                f"expected leaf {leaf_name(path)} to be of int32 outside of JAX's 64-bit mode, "
+                f"found {leaf.dtype} with numbers that int32 does not hold"
             )
         dtype: Any = jnp.float32 if x.dtype == jnp.int32 else jnp.float64
         step = jnp.asarray(l2_clip_norm, dtype) / scale
@@ -376,7 +381,10 @@ def privatizer(
                 sum_of_clipped_grads, noise_state, matrix, implementation=implementation
             )
 
-    return optax.GradientTransformation(on_mesh(init), update)
+    privatizer = Privatizer(on_mesh(init), update)
+    told = f"<{shown_matrix(noising_matrix)}>, stddev={stddev}, implementation={implementation!r}"
+    privatizer.told = f"grid.privatizer({told}, noise stream chacha20)"
+    return privatizer
 
 
 def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:

@@ -221,7 +221,7 @@ def matrix_factorization_privatizer(
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
     told = [
-        f"<{_shown_matrix(noising_matrix)}>",
+        f"<{shown_matrix(noising_matrix)}>",
         f"stddev={stddev if is_concrete(stddev) else 'traced'}",
         f"dtype={None if dtype is None else jnp.dtype(dtype).name}",
         f"intermediate_strategy={intermediate_strategy.name}",
@@ -233,7 +233,7 @@ def matrix_factorization_privatizer(
     return privatizer
 
 
-class _Privatizer(optax.GradientTransformation):
+class Privatizer(optax.GradientTransformation):
     """A transformation that tells what it is, but not its key: errors print what they are about."""
 
     told = "matrix_factorization_privatizer(...)"
@@ -242,7 +242,7 @@ class _Privatizer(optax.GradientTransformation):
         return self.told
 
 
-def _shown_matrix(noising_matrix: Any) -> str:
+def shown_matrix(noising_matrix: Any) -> str:
     structure = getattr(noising_matrix, "structure", None)
     if isinstance(structure, NoisingMatrix):
         return str(structure)
@@ -397,7 +397,7 @@ def _dense(
     return optax.GradientTransformation(init, update)
 
 
-def _for_any_caller(init: Any, update: Any, dtype: Any) -> _Privatizer:
+def _for_any_caller(init: Any, update: Any, dtype: Any) -> Privatizer:
     """The privatizer, where JAX is strict about dtypes and where leaves are Python numbers, too."""
 
     def arrays(tree: Any) -> Any:
@@ -417,7 +417,7 @@ def _for_any_caller(init: Any, update: Any, dtype: Any) -> _Privatizer:
         with jax.numpy_dtype_promotion("standard"):
             return update(arrays(sum_of_clipped_grads), noise_state, params)
 
-    return _Privatizer(init_for_any_caller, update_for_any_caller)
+    return Privatizer(init_for_any_caller, update_for_any_caller)
 
 
 def _warn_of_16_bits(model: Any, dtype: Any) -> None:

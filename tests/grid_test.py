@@ -150,10 +150,15 @@ def test_nothing_to_clip():
         ({"grid_scale": 2.5}, (TypeError, ValueError), "grid_scale"),
         ({"grid_scale": 2**30}, ValueError, r"grid_scale < 2\^30, found 1073741824"),
         ({"grid_scale": 3, "gradient": jnp.ones(9)}, ValueError, "grid_scale > 3, .* found 3"),
-        ({"l2_clip_norm": 0.0}, ValueError, "l2_clip_norm to be positive and finite, found"),
+        ({"l2_clip_norm": 0.0}, ValueError, "l2_clip_norm to be positive and finite in float32"),
         ({"l2_clip_norm": np.nan}, ValueError, "l2_clip_norm"),
         ({"l2_clip_norm": np.inf}, ValueError, "l2_clip_norm"),
         ({"l2_clip_norm": "one"}, TypeError, "l2_clip_norm"),
+        ({"l2_clip_norm": np.complex64(1)}, TypeError, "l2_clip_norm"),
+        ({"l2_clip_norm": 1e39}, ValueError, "positive and finite in float32, found .*1e[+]39"),
+        ({"l2_clip_norm": 1e-50}, ValueError, "positive and finite in float32, found .*1e-50"),
+        ({"gradient": {"a": "b"}}, TypeError, r"leaf \['a'\] to be a floating array, found str"),
+        ({"gradient": np.ones(3, object)}, TypeError, "to be a floating array, found ndarray"),
     ],
 )
 def test_what_clipping_refuses(change, error, message):
@@ -184,6 +189,11 @@ def test_a_clipping_norm_is_one_number():
 def test_to_float_refuses_floats_and_shows_what_is_not_valid():
     with pytest.raises(TypeError, match="int32 or int64, found float32"):
         grid.to_float({"a": jnp.ones(3)}, 1.0, 100)
+    with pytest.raises(TypeError, match=r"leaf \['a'\] to be of int32 or int64, found word"):
+        grid.to_float({"a": "word"}, 1.0, 100)
+    for norm in (1e39, 1e-50):
+        with pytest.raises(ValueError, match="l2_clip_norm to be positive and finite in float32"):
+            grid.to_float(jnp.ones(3, jnp.int32), norm, 100)
     with pytest.raises(TypeError, match="found 1000000000000"):
         grid.to_float({"a": 10**30}, 1.0, 100)
     for large in (np.array([7, 2**40]), np.int64(2**40)):
@@ -579,7 +589,7 @@ def test_without_a_key_every_state_begins_elsewhere():
 
 def test_repr_tells_the_stream_and_no_key():
     shown = repr(privatizer())
-    assert shown.startswith("grid.privatizer(<inverse of a banded Toeplitz strategy, b = 5>, stddev")
+    assert shown.startswith("grid.privatizer(<inverse of a banded Toeplitz strategy, b = 5>, ")
     assert shown.endswith("noise stream chacha20)")
     secrets = np.asarray(jax.random.key_data(KEY)).tolist()
     for text in (shown, repr(privatizer().init(MODEL))):
@@ -607,6 +617,8 @@ BLT = buffered_toeplitz.BufferedToeplitz.build([0.9], [0.3], dtype=jnp.float32)
         ({"noising_matrix": np.ones(3)}, ValueError, r"2-D and not empty, found shape \(3,\)"),
         ({"noising_matrix": np.full((2, 2), np.nan)}, ValueError, "finite, found NaN"),
         ({"noising_matrix": np.ones((2, 2)) * 1j}, TypeError, "real, found dtype complex"),
+        ({"noising_matrix": np.ones((2, 2), bool)}, TypeError, "real, found dtype bool"),
+        ({"noising_matrix": np.array([["a"]])}, TypeError, "real, found dtype <U1"),
         ({"noising_matrix": np.eye(3) * 1e12}, ValueError, r"between 1/8 and 2\^42"),
         (
             {"noising_matrix": streaming_matrix.prefix_sum()},
@@ -643,6 +655,10 @@ BLT = buffered_toeplitz.BufferedToeplitz.build([0.9], [0.3], dtype=jnp.float32)
         ({"stddev": np.nan}, ValueError, "stddev"),
         ({"stddev": np.inf}, ValueError, "stddev"),
         ({"stddev": "1"}, TypeError, "stddev"),
+        ({"stddev": np.complex64(1)}, TypeError, "stddev"),
+        ({"stddev": np.array(True)}, TypeError, "stddev"),
+        ({"stddev": 1e308}, ValueError, r"between 1/8 and 2\^42, found inf"),
+        ({"implementation": "fast"}, ValueError, "implementation to be None or one of"),
         ({"stddev": 1e-4}, ValueError, r"between 1/8 and 2\^42, found 0.0128"),
         ({"stddev": 2.0**40}, ValueError, r"between 1/8 and 2\^42"),
         ({"prng_key": 3}, TypeError, "key of type random.chacha20.*found a int"),
@@ -683,11 +699,11 @@ def test_leaves_that_are_refused():
 def test_64_bits_outside_of_the_64_bit_mode_are_refused(leaf, matrix, stddev):
     """JAX would cut them down to 32, and noise that does not fit there with them."""
     p = privatizer(matrix, stddev=stddev)
-    with pytest.raises(TypeError, match="int32 outside of JAX's 64-bit mode.*found int64"):
+    with pytest.raises(TypeError, match=r"int32 outside of JAX's 64-bit mode.*found int64"):
         p.init({"w": leaf})
     with jax.enable_x64(True):
         state = p.init({"w": leaf})
-    with pytest.raises(TypeError, match="int32 outside of JAX's 64-bit mode.*found int64"):
+    with pytest.raises(TypeError, match=r"int32 outside of JAX's 64-bit mode.*found int64"):
         p.update({"w": np.zeros(3, np.int64)}, state)
 
 

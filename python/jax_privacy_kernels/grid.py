@@ -33,7 +33,6 @@ and says how nearly the z are normal: the total variation of a sample is below 2
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +53,7 @@ from jax_privacy_kernels._checks import (
     nan_unless,
     owned,
     promote_types,
+    shown,
 )
 from jax_privacy_kernels.matrix_factorization import banded, streaming_matrix
 from jax_privacy_kernels.noise_addition import Privatizer, on_mesh, shown_matrix
@@ -63,6 +63,7 @@ from jax_privacy_kernels.ops import (
     GridMatrix,
     MovingAverage,
     NoiseState,
+    check_name,
     grid_noise,
     init_grid_noise,
 )
@@ -112,15 +113,9 @@ def clip_and_round(
     x64 = bool(jax.config.read("jax_enable_x64"))
     integer: Any = jnp.int64 if x64 else jnp.int32
     scale = _check_grid_scale(grid_scale, 52 if x64 else 30)
-    _check_clip_norm(l2_clip_norm)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"expected leaf {leaf_name(path)} to be a floating array, found dtype {dtype}"
-            )
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(gradient)]
-    dtype = functools.reduce(promote_types, [x.dtype for x in leaves], jnp.dtype(jnp.float32))
+    leaves = [_floating(path, x) for path, x in jax.tree_util.tree_leaves_with_path(gradient)]
+    dtype: Any = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
+    _check_clip_norm(l2_clip_norm, dtype)
     leaves = [x.astype(dtype) for x in leaves]
     size = sum(x.size for x in leaves)
     target = (scale - math.sqrt(size) / 2) * (1 - 2.0**-12)
@@ -171,7 +166,7 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
     def convert(path: Any, leaf: Any) -> jax.Array:
         try:
             x = jnp.asarray(leaf)
-        except OverflowError:
+        except (OverflowError, TypeError):
             x = leaf
         found = getattr(x, "dtype", x)
         if found not in (jnp.int32, jnp.int64):
@@ -184,6 +179,7 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
                 f"found {leaf.dtype} with numbers that int32 does not hold"
             )
         dtype: Any = jnp.float32 if x.dtype == jnp.int32 else jnp.float64
+        _check_clip_norm(l2_clip_norm, dtype)
         step = jnp.asarray(l2_clip_norm, dtype) / scale
         return nan_unless(x != jnp.iinfo(x.dtype).min, x.astype(dtype) * step)
 
@@ -209,15 +205,31 @@ def _check_grid_scale(grid_scale: Any, bits: int) -> int:
     return scale
 
 
-def _check_clip_norm(l2_clip_norm: Any) -> None:
+def _floating(path: Any, leaf: Any) -> jax.Array:
+    """A leaf of a gradient as an array; a TypeError if it is not floating."""
+    try:
+        found = jnp.result_type(leaf)
+    except TypeError:  # nothing that JAX has arrays of
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        what = type(leaf).__name__ if found is None else f"dtype {found}"
+        raise TypeError(f"expected leaf {leaf_name(path)} to be a floating array, found {what}")
+    return jnp.asarray(leaf)
+
+
+def _check_clip_norm(l2_clip_norm: Any, dtype: Any = jnp.float64) -> None:
     if np.ndim(l2_clip_norm):
         raise TypeError(
             f"expected l2_clip_norm to be one number, found shape {np.shape(l2_clip_norm)}"
         )
     if is_concrete(l2_clip_norm):
-        check_scalar(
-            "l2_clip_norm", l2_clip_norm, lambda c: 0 < c < math.inf, "positive and finite"
-        )
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+
+        def is_valid(norm: float) -> bool:
+            with np.errstate(over="ignore"):
+                return bool(0 < np.asarray(norm, dtype) < math.inf)
+
+        check_scalar("l2_clip_norm", l2_clip_norm, is_valid, f"positive and finite in {dtype}")
 
 
 # -- Coefficients -----------------------------------------------------------------------------
@@ -366,6 +378,7 @@ def privatizer(
         `noise_addition.matrix_factorization_privatizer` refuses of states, meshes and vmap.
       NotImplementedError: a noising matrix that has no exact noise, which says why.
     """
+    check_name(implementation)
     matrix = _grid_matrix(noising_matrix, _check_stddev(stddev))
     draw = _key_source(prng_key)
 
@@ -392,7 +405,7 @@ def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:
     structure = getattr(noising_matrix, "structure", None)
     if isinstance(structure, BandedRecurrence):
         coef, bits = _grid_coefs(structure)
-        scale = math.ldexp(stddev, bits)
+        scale = stddev * 2.0**bits  # infinite where it overflows
         if not _grid_bounds.LEAST_SCALE <= scale <= _grid_bounds.MOST_SCALE:
             raise ValueError(
                 f"expected 2^k stddev between 1/8 and 2^42, found {scale:.6g} for stddev={stddev} "
@@ -423,7 +436,8 @@ def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:
             )
         return _grid_bounds.sums(_weights(noising_matrix), stddev, 0)
     raise TypeError(
-        f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
+        "expected noising_matrix to be an array or a StreamingMatrix, found "
+        f"{shown(noising_matrix)}"
     )
 
 
@@ -431,7 +445,7 @@ def _weights(coef: Any) -> np.ndarray:
     """Rows of C^-1, float64."""
     if not is_concrete(coef):
         raise ValueError("expected the coefficients of noising_matrix outside of traces")
-    if jnp.issubdtype(coef.dtype, jnp.complexfloating):
+    if not any(jnp.issubdtype(coef.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"expected noising_matrix to be real, found dtype {coef.dtype}")
     weights = np.array(coef, np.float64)
     if not np.isfinite(weights).all():

@@ -50,6 +50,7 @@ from jax_privacy_kernels._checks import (
     nan_unless,
     owned,
     promote_types,
+    shown,
 )
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
@@ -216,7 +217,8 @@ def matrix_factorization_privatizer(
         )
     else:
         raise TypeError(
-            f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
+            "expected noising_matrix to be an array or a StreamingMatrix, found "
+            f"{shown(noising_matrix)}"
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
@@ -589,8 +591,9 @@ def _as_key(prng_key: Any) -> jax.Array:
                 f"found a {type(prng_key).__name__}"
             ) from error
         except OverflowError as error:
+            bits = int(prng_key).bit_length()  # its value is somebody's secret
             raise ValueError(
-                f"expected prng_key to be an integer of 64 bits, found {prng_key}"
+                f"expected prng_key to be an integer of 64 bits, found one of {bits} bits"
             ) from error
     key = jnp.asarray(prng_key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -630,7 +633,7 @@ def _check_stddev(stddev: Any) -> Any:
     value = np.asarray(stddev)
     kinds = (jnp.floating, jnp.integer)
     if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
-        raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
+        raise TypeError(f"expected stddev to be a real number, found {shown(stddev)}")
     # Noise is scaled in float32, where less than 1e-38 is zero.
     if value != 0 and not LEAST_STDDEV <= value <= MOST_STDDEV:
         raise ValueError(

@@ -99,7 +99,8 @@ def clip_and_round(
 
     Args:
       gradient: tree of floating arrays, d elements in all. One that is not finite gives zeros.
-      l2_clip_norm: the norm that stands for grid_scale, positive and finite.
+      l2_clip_norm: the norm that stands for grid_scale, positive and finite as a float32, or as a
+        float64 if a leaf is of float64.
       grid_scale: the norm in integers, more than sqrt(d); less than 2^30 (2^52 in x64 mode).
 
     Returns:
@@ -157,7 +158,8 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
       where a trace has hidden that its state does not fit, becomes NaN.
 
     Raises:
-      TypeError: a leaf that is not int32 or int64; an l2_clip_norm that is not one number.
+      TypeError: a leaf that is not int32 or int64, or, outside of x64 mode, has numbers that int32
+        does not hold; an l2_clip_norm that is not one number.
       ValueError: a grid_scale or l2_clip_norm out of range.
     """
     scale = _check_grid_scale(grid_scale, 52)
@@ -362,20 +364,21 @@ def privatizer(
 
     Returns:
       A transformation with ``init(model)``, which takes arrays or ShapeDtypeStructs shaped like the
-      gradients, of int32 or int64, and ``update(sum_of_clipped_grads, noise_state, params=None)``,
-      which gives noisy integers of the same dtype. Sums of gradients and noise that do not fit wrap
-      around, which costs no privacy; noise stays within half of the dtype's range with probability
-      1 - 2^-100, and sums of gradients should stay within the other half. Where a trace hides that
-      a state is of another matrix or that steps are beyond the rows of C, all gradients are the
-      least number of their dtype.
+      gradients, of int32, or int64 in x64 mode, and ``update(sum_of_clipped_grads, noise_state,
+      params=None)``, which gives noisy integers of the same dtype. Sums of gradients and noise that
+      do not fit wrap around, which costs no privacy; noise stays within half of the dtype's range
+      with probability 1 - 2^-100, and sums of gradients should stay within the other half. Where a
+      trace hides that a state is of another matrix or that steps are beyond the rows of C, all
+      gradients are the least number of their dtype.
 
     Raises:
       TypeError: a noising matrix, stddev or key of a wrong type: keys of other types are no
-        secrets. From init and update: leaves that are not int32 or int64.
-      ValueError: coefficients that are not on a grid, or traced; a stddev that is not positive, NaN
-        or out of range; a C whose inverse grows without bound; sums that do not fit into 64 bits.
-        From init and update, noise that does not fit into a leaf's dtype. Also what
-        `noise_addition.matrix_factorization_privatizer` refuses of states, meshes and vmap.
+        secrets. From init and update: leaves that are not int32 or, in x64 mode, int64.
+      ValueError: an implementation that there is not; coefficients that are not on a grid, or
+        traced; a stddev that is not positive, NaN or out of range; a C whose inverse grows without
+        bound; sums that do not fit into 64 bits. From init and update, noise that does not fit into
+        a leaf's dtype. Also what `noise_addition.matrix_factorization_privatizer` refuses of
+        states, meshes and vmap.
       NotImplementedError: a noising matrix that has no exact noise, which says why.
     """
     check_name(implementation)

@@ -25,7 +25,7 @@ def discrete_gaussian(rng: np.random.Generator, stddev: float, size: int) -> np.
     found = np.empty(size, np.int64)
     have = 0
     while have < size:
-        count = int(1.5 * (size - have)) + 16
+        count = int(1.35 * (size - have)) + 16  # once is enough if three quarters are accepted
         candidates = rng.geometric(success, count) - rng.geometric(success, count)
         distance = np.abs(candidates) - stddev**2 / t
         accepted = candidates[rng.random(count) < np.exp(-(distance**2) / (2 * stddev**2))]

@@ -150,10 +150,15 @@ def test_nothing_to_clip():
         ({"grid_scale": 2.5}, (TypeError, ValueError), "grid_scale"),
         ({"grid_scale": 2**30}, ValueError, r"grid_scale < 2\^30, found 1073741824"),
         ({"grid_scale": 3, "gradient": jnp.ones(9)}, ValueError, "grid_scale > 3, .* found 3"),
-        ({"l2_clip_norm": 0.0}, ValueError, "l2_clip_norm to be positive and finite, found"),
+        ({"l2_clip_norm": 0.0}, ValueError, "l2_clip_norm to be positive and finite in float32"),
         ({"l2_clip_norm": np.nan}, ValueError, "l2_clip_norm"),
         ({"l2_clip_norm": np.inf}, ValueError, "l2_clip_norm"),
         ({"l2_clip_norm": "one"}, TypeError, "l2_clip_norm"),
+        ({"l2_clip_norm": np.complex64(1)}, TypeError, "l2_clip_norm"),
+        ({"l2_clip_norm": 1e39}, ValueError, "positive and finite in float32, found .*1e[+]39"),
+        ({"l2_clip_norm": 1e-50}, ValueError, "positive and finite in float32, found .*1e-50"),
+        ({"gradient": {"a": "b"}}, TypeError, r"leaf \['a'\] to be a floating array, found str"),
+        ({"gradient": np.ones(3, object)}, TypeError, "to be a floating array, found ndarray"),
     ],
 )
 def test_what_clipping_refuses(change, error, message):
@@ -184,8 +189,17 @@ def test_a_clipping_norm_is_one_number():
 def test_to_float_refuses_floats_and_shows_what_is_not_valid():
     with pytest.raises(TypeError, match="int32 or int64, found float32"):
         grid.to_float({"a": jnp.ones(3)}, 1.0, 100)
+    with pytest.raises(TypeError, match=r"leaf \['a'\] to be of int32 or int64, found word"):
+        grid.to_float({"a": "word"}, 1.0, 100)
+    for norm in (1e39, 1e-50):
+        with pytest.raises(ValueError, match="l2_clip_norm to be positive and finite in float32"):
+            grid.to_float(jnp.ones(3, jnp.int32), norm, 100)
     with pytest.raises(TypeError, match="found 1000000000000"):
         grid.to_float({"a": 10**30}, 1.0, 100)
+    for large in (np.array([7, 2**40]), np.int64(2**40)):
+        with pytest.raises(TypeError, match="int64 with numbers that int32 does not hold"):
+            grid.to_float({"a": large}, 1.0, 100)
+    np.testing.assert_allclose(grid.to_float(np.array([7, -50]), 1.0, 100), [0.07, -0.5])
     least = jnp.array([jnp.iinfo(jnp.int32).min, 50], jnp.int32)
     np.testing.assert_array_equal(grid.to_float(least, 1.0, 100), [np.nan, 0.5])
 
@@ -303,6 +317,19 @@ def test_the_law_of_a_hundred_million_samples(stddev):
     statistic = (np.square(found - expected) / expected).sum()
     degrees = law.size - 1
     assert abs(statistic - degrees) < 5 * np.sqrt(2 * degrees)
+
+
+def test_low_order_bits_tell_nothing():
+    """Every integer comes out, and the last bits are uniform, however large the noise is."""
+    zeros, identity = jnp.zeros(2**20, jnp.int32), streaming_matrix.identity()
+    (few,), _ = run(privatizer(identity, stddev=30.0), zeros, 1)
+    assert set(range(-90, 91)) <= set(few.tolist())
+    (noise,), _ = run(privatizer(identity, stddev=2.0**20), zeros, 1)
+    for part in (noise, noise[np.abs(noise) < 2**18], noise[np.abs(noise) > 2**21]):
+        found = np.bincount(part % 64, minlength=64)
+        expected = part.size / 64
+        statistic = np.square(found - expected).sum() / expected
+        assert abs(statistic - 63) < 5 * np.sqrt(2 * 63)
 
 
 @functools.cache  # it takes long to compile
@@ -560,6 +587,15 @@ def test_without_a_key_every_state_begins_elsewhere():
     assert keys[0].shape[-1] == 8
 
 
+def test_repr_tells_the_stream_and_no_key():
+    shown = repr(privatizer())
+    assert shown.startswith("grid.privatizer(<inverse of a banded Toeplitz strategy, b = 5>, ")
+    assert shown.endswith("noise stream chacha20)")
+    secrets = np.asarray(jax.random.key_data(KEY)).tolist()
+    for text in (shown, repr(privatizer().init(MODEL))):
+        assert not any(str(word) in text for word in secrets)
+
+
 def test_it_chains_with_optax():
     grads = jax.tree.map(lambda x: x + 5, MODEL)
     to_float = optax.stateless(lambda g, _: grid.to_float(g, 1.0, 1000))
@@ -581,6 +617,8 @@ BLT = buffered_toeplitz.BufferedToeplitz.build([0.9], [0.3], dtype=jnp.float32)
         ({"noising_matrix": np.ones(3)}, ValueError, r"2-D and not empty, found shape \(3,\)"),
         ({"noising_matrix": np.full((2, 2), np.nan)}, ValueError, "finite, found NaN"),
         ({"noising_matrix": np.ones((2, 2)) * 1j}, TypeError, "real, found dtype complex"),
+        ({"noising_matrix": np.ones((2, 2), bool)}, TypeError, "real, found dtype bool"),
+        ({"noising_matrix": np.array([["a"]])}, TypeError, "real, found dtype <U1"),
         ({"noising_matrix": np.eye(3) * 1e12}, ValueError, r"between 1/8 and 2\^42"),
         (
             {"noising_matrix": streaming_matrix.prefix_sum()},
@@ -617,6 +655,10 @@ BLT = buffered_toeplitz.BufferedToeplitz.build([0.9], [0.3], dtype=jnp.float32)
         ({"stddev": np.nan}, ValueError, "stddev"),
         ({"stddev": np.inf}, ValueError, "stddev"),
         ({"stddev": "1"}, TypeError, "stddev"),
+        ({"stddev": np.complex64(1)}, TypeError, "stddev"),
+        ({"stddev": np.array(True)}, TypeError, "stddev"),
+        ({"stddev": 1e308}, ValueError, r"between 1/8 and 2\^42, found inf"),
+        ({"implementation": "fast"}, ValueError, "implementation to be None or one of"),
         ({"stddev": 1e-4}, ValueError, r"between 1/8 and 2\^42, found 0.0128"),
         ({"stddev": 2.0**40}, ValueError, r"between 1/8 and 2\^42"),
         ({"prng_key": 3}, TypeError, "key of type random.chacha20.*found a int"),
@@ -649,6 +691,20 @@ def test_leaves_that_are_refused():
         privatizer().update(floats, state)
     with pytest.raises(TypeError, match="found int16"):
         privatizer().init({"w": jnp.zeros(3, jnp.int16)})
+
+
+@pytest.mark.parametrize("leaf", [np.zeros(3, np.int64), jax.ShapeDtypeStruct((3,), np.int64)])
+@pytest.mark.parametrize("matrix", [streaming_matrix.identity(), BANDED, np.eye(3)])
+@pytest.mark.parametrize("stddev", [100.0, 2.0**33])
+def test_64_bits_outside_of_the_64_bit_mode_are_refused(leaf, matrix, stddev):
+    """JAX would cut them down to 32, and noise that does not fit there with them."""
+    p = privatizer(matrix, stddev=stddev)
+    with pytest.raises(TypeError, match=r"int32 outside of JAX's 64-bit mode.*found int64"):
+        p.init({"w": leaf})
+    with jax.enable_x64(True):
+        state = p.init({"w": leaf})
+    with pytest.raises(TypeError, match=r"int32 outside of JAX's 64-bit mode.*found int64"):
+        p.update({"w": np.zeros(3, np.int64)}, state)
 
 
 def test_noise_that_does_not_fit_is_refused():

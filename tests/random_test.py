@@ -14,8 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import chacha20
 
-from jax_privacy_kernels import random
+from jax_privacy_kernels import grid, noise_addition, random
 from jax_privacy_kernels.kernels import _chacha20 as kernel
+from jax_privacy_kernels.matrix_factorization import toeplitz
 from jax_privacy_kernels.ops import _chacha20, _counter_prng
 
 DATA = bytes(range(100, 132))
@@ -100,6 +101,11 @@ def test_a_seed_is_a_block_of_the_key_of_zeros():
     assert words(key).tolist() == chacha20.block([0] * 8, (5, 1, 9, 0))[:8]
 
 
+def test_a_seed_is_an_integer():
+    with pytest.raises(TypeError, match="seed of a key to be an integer, found dtype float32"):
+        jax.random.key(1.5, impl=random.chacha20)
+
+
 # -- Keys -------------------------------------------------------------------------------------
 
 
@@ -148,6 +154,32 @@ def test_no_message_shows_data():
     with pytest.raises(ValueError, match="32 bytes") as error:
         random.secure_key(b"secret")
     assert "secret" not in str(error.value)
+
+
+def test_no_error_shows_a_key():
+    """Wherever it is given by mistake."""
+    matrix = toeplitz.inverse_as_streaming_matrix(jnp.ones(1))
+    zeros = jnp.zeros(3, jnp.int32)
+    for function in (
+        lambda: grid.privatizer(matrix, stddev=KEY),
+        lambda: grid.privatizer(KEY, stddev=1.0),
+        lambda: grid.clip_and_round(jnp.ones(3), KEY, 100),
+        lambda: grid.clip_and_round(jnp.ones(3), 1.0, KEY),
+        lambda: grid.clip_and_round(KEY, 1.0, 100),
+        lambda: grid.to_float(KEY, 1.0, 100),
+        lambda: grid.round_coefs(KEY, 8),
+        lambda: grid.round_coefs([1.0], KEY),
+        lambda: grid.privatizer(matrix, stddev=1.0).update(zeros, KEY),
+        lambda: noise_addition.gaussian_privatizer(stddev=KEY),
+        lambda: noise_addition.matrix_factorization_privatizer(KEY, stddev=1.0),
+        lambda: random.secure_key(KEY),
+        lambda: toeplitz.optimal_max_error_strategy_coefs(KEY),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            function()
+        assert not any(str(word) in str(error.value) for word in WORDS)
+    with pytest.raises(ValueError, match="64 bits, found one of 250 bits"):
+        noise_addition.gaussian_privatizer(stddev=1.0, prng_key=2**249).init(jnp.zeros(3))
 
 
 def test_no_secure_key_is_drawn_inside_a_trace():

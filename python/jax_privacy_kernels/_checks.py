@@ -36,6 +36,7 @@ __all__ = [
     "nan_unless",
     "owned",
     "promote_types",
+    "shown",
     "standard_promotion",
     "type_of",
 ]
@@ -65,6 +66,14 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "(the only one)"
 
 
+def shown(x: Any) -> str:
+    """What errors show of a value that was given: of a key its type, as logs keep errors."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return f"a key of type {jax.random.key_impl(x)}"
+    return repr(x)
+
+
 def promote_types(first: Any, second: Any) -> Any:
     """The dtype that two dtypes promote to, also where JAX's strict mode has operands agree."""
     with jax.numpy_dtype_promotion("standard"):
@@ -90,8 +99,9 @@ def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be p
             raise TypeError
         whole = isinstance(scalar, float) and scalar.is_integer()
         result = int(scalar) if whole else operator.index(scalar)
-    except (TypeError, ValueError) as error:  # ValueError: a ragged list has no dimension
-        raise TypeError(f"expected {name} to be an integer, found {value!r}") from error
+    except (TypeError, ValueError, NotImplementedError) as error:
+        # A ragged list has no dimension, a key of jax.random no item.
+        raise TypeError(f"expected {name} to be an integer, found {shown(value)}") from error
     if result < minimum:
         begin = f"{name} {rule}: " if minimum == 1 else ""
         raise ValueError(f"{begin}expected {name} >= {minimum}, found {name}={result}")
@@ -118,7 +128,7 @@ def check_instance(name: str, value: Any, expected: type) -> None:
     """Raises a TypeError unless ``value`` is of the class ``expected``, or its twin."""
     if not isinstance(value, expected):
         raise TypeError(
-            f"expected {name} to be a {expected.__name__}, found {value!r} of type "
+            f"expected {name} to be a {expected.__name__}, found {shown(value)} of type "
             f"{type(value).__name__}"
         )
 
@@ -134,13 +144,13 @@ def check_scalar(
     ``expected`` describes numbers that pass.
     """
     try:
-        if np.ndim(value) != 0 or isinstance(value, str | bytes | bool | np.bool_):
+        if np.ndim(value) != 0 or np.asarray(value).dtype.kind in "bcSU":
             raise TypeError
         number = float(value)
     except OverflowError as error:
         raise ValueError(f"expected {name} to be {expected}, found {name}={value}") from error
     except (TypeError, ValueError) as error:
-        raise TypeError(f"expected {name} to be {expected}, found {value!r}") from error
+        raise TypeError(f"expected {name} to be {expected}, found {shown(value)}") from error
     if not is_valid(number):
         raise ValueError(f"expected {name} to be {expected}, found {name}={value}")
     return number
@@ -159,11 +169,11 @@ def owned(name: str, x: Any) -> jax.Array:
         with np.errstate(over="ignore"):  # an overflow is a value
             return jnp.asarray(x)
     except OverflowError as error:
-        raise ValueError(f"expected {name} in the range of a dtype, found {x!r}") from error
+        raise ValueError(f"expected {name} in the range of a dtype, found {shown(x)}") from error
     except (TypeError, ValueError) as error:
         if isinstance(error, jax.errors.JAXTypeError):
             raise
-        raise TypeError(f"expected {name} to be an array of numbers, found {x!r}") from error
+        raise TypeError(f"expected {name} to be an array of numbers, found {shown(x)}") from error
 
 
 def floats(name: str, x: Any) -> np.ndarray:
@@ -171,9 +181,9 @@ def floats(name: str, x: Any) -> np.ndarray:
     try:
         return np.asarray(x, np.float64)
     except OverflowError as error:
-        raise ValueError(f"expected {name} in the range of float64, found {x!r}") from error
+        raise ValueError(f"expected {name} in the range of float64, found {shown(x)}") from error
     except (TypeError, ValueError) as error:
-        raise TypeError(f"expected {name} to be an array of numbers, found {x!r}") from error
+        raise TypeError(f"expected {name} to be an array of numbers, found {shown(x)}") from error
 
 
 def type_of(name: str, x: Any) -> Any:
@@ -181,7 +191,7 @@ def type_of(name: str, x: Any) -> Any:
     try:
         return jax.typeof(x)
     except OverflowError as error:
-        raise ValueError(f"expected {name} in the range of a dtype, found {x!r}") from error
+        raise ValueError(f"expected {name} in the range of a dtype, found {shown(x)}") from error
 
 
 def check_one_given(**arguments: Any) -> None:

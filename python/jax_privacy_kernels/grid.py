@@ -33,7 +33,6 @@ and says how nearly the z are normal: the total variation of a sample is below 2
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,15 +53,17 @@ from jax_privacy_kernels._checks import (
     nan_unless,
     owned,
     promote_types,
+    shown,
 )
 from jax_privacy_kernels.matrix_factorization import banded, streaming_matrix
-from jax_privacy_kernels.noise_addition import on_mesh
+from jax_privacy_kernels.noise_addition import Privatizer, on_mesh, shown_matrix
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     BufferedToeplitz,
     GridMatrix,
     MovingAverage,
     NoiseState,
+    check_name,
     grid_noise,
     init_grid_noise,
 )
@@ -98,7 +99,8 @@ def clip_and_round(
 
     Args:
       gradient: tree of floating arrays, d elements in all. One that is not finite gives zeros.
-      l2_clip_norm: the norm that stands for grid_scale, positive and finite.
+      l2_clip_norm: the norm that stands for grid_scale, positive and finite as a float32, or as a
+        float64 if a leaf is of float64.
       grid_scale: the norm in integers, more than sqrt(d); less than 2^30 (2^52 in x64 mode).
 
     Returns:
@@ -112,15 +114,9 @@ def clip_and_round(
     x64 = bool(jax.config.read("jax_enable_x64"))
     integer: Any = jnp.int64 if x64 else jnp.int32
     scale = _check_grid_scale(grid_scale, 52 if x64 else 30)
-    _check_clip_norm(l2_clip_norm)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"expected leaf {leaf_name(path)} to be a floating array, found dtype {dtype}"
-            )
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(gradient)]
-    dtype = functools.reduce(promote_types, [x.dtype for x in leaves], jnp.dtype(jnp.float32))
+    leaves = [_floating(path, x) for path, x in jax.tree_util.tree_leaves_with_path(gradient)]
+    dtype: Any = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
+    _check_clip_norm(l2_clip_norm, dtype)
     leaves = [x.astype(dtype) for x in leaves]
     size = sum(x.size for x in leaves)
     target = (scale - math.sqrt(size) / 2) * (1 - 2.0**-12)
@@ -162,7 +158,8 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
       where a trace has hidden that its state does not fit, becomes NaN.
 
     Raises:
-      TypeError: a leaf that is not int32 or int64; an l2_clip_norm that is not one number.
+      TypeError: a leaf that is not int32 or int64, or, outside of x64 mode, has numbers that int32
+        does not hold; an l2_clip_norm that is not one number.
       ValueError: a grid_scale or l2_clip_norm out of range.
     """
     scale = _check_grid_scale(grid_scale, 52)
@@ -171,14 +168,20 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
     def convert(path: Any, leaf: Any) -> jax.Array:
         try:
             x = jnp.asarray(leaf)
-        except OverflowError:
+        except (OverflowError, TypeError):
             x = leaf
         found = getattr(x, "dtype", x)
         if found not in (jnp.int32, jnp.int64):
             raise TypeError(
                 f"expected leaf {leaf_name(path)} to be of int32 or int64, found {found}"
             )
+        if isinstance(leaf, np.ndarray | np.generic) and (np.asarray(x) != leaf).any():
+            raise TypeError(
+                f"expected leaf {leaf_name(path)} to be of int32 outside of JAX's 64-bit mode, "
+                f"found {leaf.dtype} with numbers that int32 does not hold"
+            )
         dtype: Any = jnp.float32 if x.dtype == jnp.int32 else jnp.float64
+        _check_clip_norm(l2_clip_norm, dtype)
         step = jnp.asarray(l2_clip_norm, dtype) / scale
         return nan_unless(x != jnp.iinfo(x.dtype).min, x.astype(dtype) * step)
 
@@ -204,15 +207,31 @@ def _check_grid_scale(grid_scale: Any, bits: int) -> int:
     return scale
 
 
-def _check_clip_norm(l2_clip_norm: Any) -> None:
+def _floating(path: Any, leaf: Any) -> jax.Array:
+    """A leaf of a gradient as an array; a TypeError if it is not floating."""
+    try:
+        found = jnp.result_type(leaf)
+    except TypeError:  # nothing that JAX has arrays of
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        what = type(leaf).__name__ if found is None else f"dtype {found}"
+        raise TypeError(f"expected leaf {leaf_name(path)} to be a floating array, found {what}")
+    return jnp.asarray(leaf)
+
+
+def _check_clip_norm(l2_clip_norm: Any, dtype: Any = jnp.float64) -> None:
     if np.ndim(l2_clip_norm):
         raise TypeError(
             f"expected l2_clip_norm to be one number, found shape {np.shape(l2_clip_norm)}"
         )
     if is_concrete(l2_clip_norm):
-        check_scalar(
-            "l2_clip_norm", l2_clip_norm, lambda c: 0 < c < math.inf, "positive and finite"
-        )
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+
+        def is_valid(norm: float) -> bool:
+            with np.errstate(over="ignore"):
+                return bool(0 < np.asarray(norm, dtype) < math.inf)
+
+        check_scalar("l2_clip_norm", l2_clip_norm, is_valid, f"positive and finite in {dtype}")
 
 
 # -- Coefficients -----------------------------------------------------------------------------
@@ -345,22 +364,24 @@ def privatizer(
 
     Returns:
       A transformation with ``init(model)``, which takes arrays or ShapeDtypeStructs shaped like the
-      gradients, of int32 or int64, and ``update(sum_of_clipped_grads, noise_state, params=None)``,
-      which gives noisy integers of the same dtype. Sums of gradients and noise that do not fit wrap
-      around, which costs no privacy; noise stays within half of the dtype's range with probability
-      1 - 2^-100, and sums of gradients should stay within the other half. Where a trace hides that
-      a state is of another matrix or that steps are beyond the rows of C, all gradients are the
-      least number of their dtype.
+      gradients, of int32, or int64 in x64 mode, and ``update(sum_of_clipped_grads, noise_state,
+      params=None)``, which gives noisy integers of the same dtype. Sums of gradients and noise that
+      do not fit wrap around, which costs no privacy; noise stays within half of the dtype's range
+      with probability 1 - 2^-100, and sums of gradients should stay within the other half. Where a
+      trace hides that a state is of another matrix or that steps are beyond the rows of C, all
+      gradients are the least number of their dtype.
 
     Raises:
       TypeError: a noising matrix, stddev or key of a wrong type: keys of other types are no
-        secrets. From init and update: leaves that are not int32 or int64.
-      ValueError: coefficients that are not on a grid, or traced; a stddev that is not positive, NaN
-        or out of range; a C whose inverse grows without bound; sums that do not fit into 64 bits.
-        From init and update, noise that does not fit into a leaf's dtype. Also what
-        `noise_addition.matrix_factorization_privatizer` refuses of states, meshes and vmap.
+        secrets. From init and update: leaves that are not int32 or, in x64 mode, int64.
+      ValueError: an implementation that there is not; coefficients that are not on a grid, or
+        traced; a stddev that is not positive, NaN or out of range; a C whose inverse grows without
+        bound; sums that do not fit into 64 bits. From init and update, noise that does not fit into
+        a leaf's dtype. Also what `noise_addition.matrix_factorization_privatizer` refuses of
+        states, meshes and vmap.
       NotImplementedError: a noising matrix that has no exact noise, which says why.
     """
+    check_name(implementation)
     matrix = _grid_matrix(noising_matrix, _check_stddev(stddev))
     draw = _key_source(prng_key)
 
@@ -376,7 +397,10 @@ def privatizer(
                 sum_of_clipped_grads, noise_state, matrix, implementation=implementation
             )
 
-    return optax.GradientTransformation(on_mesh(init), update)
+    privatizer = Privatizer(on_mesh(init), update)
+    told = f"<{shown_matrix(noising_matrix)}>, stddev={stddev}, implementation={implementation!r}"
+    privatizer.told = f"grid.privatizer({told}, noise stream chacha20)"
+    return privatizer
 
 
 def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:
@@ -384,7 +408,7 @@ def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:
     structure = getattr(noising_matrix, "structure", None)
     if isinstance(structure, BandedRecurrence):
         coef, bits = _grid_coefs(structure)
-        scale = math.ldexp(stddev, bits)
+        scale = stddev * 2.0**bits  # infinite where it overflows
         if not _grid_bounds.LEAST_SCALE <= scale <= _grid_bounds.MOST_SCALE:
             raise ValueError(
                 f"expected 2^k stddev between 1/8 and 2^42, found {scale:.6g} for stddev={stddev} "
@@ -415,7 +439,8 @@ def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:
             )
         return _grid_bounds.sums(_weights(noising_matrix), stddev, 0)
     raise TypeError(
-        f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
+        "expected noising_matrix to be an array or a StreamingMatrix, found "
+        f"{shown(noising_matrix)}"
     )
 
 
@@ -423,7 +448,7 @@ def _weights(coef: Any) -> np.ndarray:
     """Rows of C^-1, float64."""
     if not is_concrete(coef):
         raise ValueError("expected the coefficients of noising_matrix outside of traces")
-    if jnp.issubdtype(coef.dtype, jnp.complexfloating):
+    if not any(jnp.issubdtype(coef.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"expected noising_matrix to be real, found dtype {coef.dtype}")
     weights = np.array(coef, np.float64)
     if not np.isfinite(weights).all():

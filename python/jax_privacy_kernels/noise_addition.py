@@ -50,6 +50,7 @@ from jax_privacy_kernels._checks import (
     nan_unless,
     owned,
     promote_types,
+    shown,
 )
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
@@ -216,12 +217,13 @@ def matrix_factorization_privatizer(
         )
     else:
         raise TypeError(
-            f"expected noising_matrix to be an array or a StreamingMatrix, found {noising_matrix!r}"
+            "expected noising_matrix to be an array or a StreamingMatrix, found "
+            f"{shown(noising_matrix)}"
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
     told = [
-        f"<{_shown_matrix(noising_matrix)}>",
+        f"<{shown_matrix(noising_matrix)}>",
         f"stddev={stddev if is_concrete(stddev) else 'traced'}",
         f"dtype={None if dtype is None else jnp.dtype(dtype).name}",
         f"intermediate_strategy={intermediate_strategy.name}",
@@ -233,7 +235,7 @@ def matrix_factorization_privatizer(
     return privatizer
 
 
-class _Privatizer(optax.GradientTransformation):
+class Privatizer(optax.GradientTransformation):
     """A transformation that tells what it is, but not its key: errors print what they are about."""
 
     told = "matrix_factorization_privatizer(...)"
@@ -242,7 +244,7 @@ class _Privatizer(optax.GradientTransformation):
         return self.told
 
 
-def _shown_matrix(noising_matrix: Any) -> str:
+def shown_matrix(noising_matrix: Any) -> str:
     structure = getattr(noising_matrix, "structure", None)
     if isinstance(structure, NoisingMatrix):
         return str(structure)
@@ -397,7 +399,7 @@ def _dense(
     return optax.GradientTransformation(init, update)
 
 
-def _for_any_caller(init: Any, update: Any, dtype: Any) -> _Privatizer:
+def _for_any_caller(init: Any, update: Any, dtype: Any) -> Privatizer:
     """The privatizer, where JAX is strict about dtypes and where leaves are Python numbers, too."""
 
     def arrays(tree: Any) -> Any:
@@ -417,7 +419,7 @@ def _for_any_caller(init: Any, update: Any, dtype: Any) -> _Privatizer:
         with jax.numpy_dtype_promotion("standard"):
             return update(arrays(sum_of_clipped_grads), noise_state, params)
 
-    return _Privatizer(init_for_any_caller, update_for_any_caller)
+    return Privatizer(init_for_any_caller, update_for_any_caller)
 
 
 def _warn_of_16_bits(model: Any, dtype: Any) -> None:
@@ -589,8 +591,9 @@ def _as_key(prng_key: Any) -> jax.Array:
                 f"found a {type(prng_key).__name__}"
             ) from error
         except OverflowError as error:
+            bits = int(prng_key).bit_length()  # its value is somebody's secret
             raise ValueError(
-                f"expected prng_key to be an integer of 64 bits, found {prng_key}"
+                f"expected prng_key to be an integer of 64 bits, found one of {bits} bits"
             ) from error
     key = jnp.asarray(prng_key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -630,7 +633,7 @@ def _check_stddev(stddev: Any) -> Any:
     value = np.asarray(stddev)
     kinds = (jnp.floating, jnp.integer)
     if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
-        raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
+        raise TypeError(f"expected stddev to be a real number, found {shown(stddev)}")
     # Noise is scaled in float32, where less than 1e-38 is zero.
     if value != 0 and not LEAST_STDDEV <= value <= MOST_STDDEV:
         raise ValueError(

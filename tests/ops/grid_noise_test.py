@@ -322,3 +322,23 @@ def test_x_solves_the_system_up_to_rounding(name):
         for i in range(40):
             left = sum(c * x[t - lag][i] for lag, c in enumerate(row) if lag <= t)
             assert abs(Fraction(left - samples[t][i], row[0])) <= Fraction(1, 2)
+
+
+@pytest.mark.parametrize("name", ["five", "by row", "negative diagonal"])
+def test_what_is_released_is_made_of_the_gaussian_mechanism(name):
+    """The claim of docs/security.md: by C G + z alone, with G chosen after what was released."""
+    matrix, zeros = matrix_of(name), {"a": jnp.zeros(40, jnp.int32)}
+    state = init_grid_noise(zeros, matrix, key=KEY)
+    step = jax.jit(functools.partial(grid_noise, matrix=matrix, implementation=None))
+    (samples,) = samples_of(KEY, 9, 1, [40], matrix.rounding)
+    grads, outs = [], []
+    for t in range(9):
+        grads.append([(31 * x + t) % 2001 - 1000 for x in (outs[-1] if outs else range(40))])
+        out, state = step({"a": jnp.array(grads[-1], jnp.int32)}, state)
+        outs.append(np.asarray(out["a"]).tolist())
+        row = COEFS[name] if name == "five" else COEFS[name][t]
+        for i in range(40):
+            lags = [(lag, c) for lag, c in enumerate(row) if lag <= t]
+            mechanism = sum(c * grads[t - lag][i] for lag, c in lags) + samples[t][i]
+            before = sum(c * outs[t - lag][i] for lag, c in lags if lag)
+            assert outs[t][i] == (Fraction(mechanism - before, row[0]) + Fraction(1, 2)).__floor__()

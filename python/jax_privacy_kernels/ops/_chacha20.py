@@ -183,12 +183,14 @@ def _fold_in(key: jax.Array, data: jax.typing.ArrayLike) -> jax.Array:
 
 
 def _seed(seed: Any) -> jax.Array:
+    seed = jnp.asarray(seed)
+    if not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise TypeError(f"expected the seed of a key to be an integer, found dtype {seed.dtype}")
     warnings.warn(
         "an integer is no secret: whoever guesses the seed of a chacha20 key knows all of its "
         "noise. Use jax_privacy_kernels.random.secure_key() unless a run is to be reproduced",
         stacklevel=2,
     )
-    seed = jnp.asarray(seed)
     high = (seed >> 32).astype(jnp.uint32) if seed.dtype.itemsize > 4 else jnp.uint32(0)
     zeros = jnp.zeros(KEY_WORDS, jnp.uint32)
     return _jitted_children(zeros, Domain.SEED, (high, seed.astype(jnp.uint32)))

@@ -192,6 +192,11 @@ def _plan(grads: Any, matrix: GridMatrix) -> tuple[Leaf, ...]:
                 f"expected leaf {name} to have gradients of dtype int32 or int64, as "
                 f"grid.clip_and_round gives them, found {found}"
             )
+        if dtype != jax.dtypes.canonicalize_dtype(dtype):
+            raise TypeError(
+                f"expected leaf {name} to have gradients of dtype int32 outside of JAX's 64-bit "
+                f"mode, which would cut numbers and noise down to 32 bits, found {found}"
+            )
         if not _fits(matrix, dtype):
             raise ValueError(
                 f"expected noise that fits into the {dtype} of leaf {name}, found terms of up to "

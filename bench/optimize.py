@@ -177,7 +177,7 @@ def contestant(name: str, case: Case) -> Callable[[], Any]:
     """The call of one contestant."""
     module, function = case.function.split(".")
     library = getattr(peer if name == "peer" else matrix_factorization, module)
-    arguments = dict(case.arguments) | (case.of_peer if name == "peer" else {})
+    arguments = dict(case.arguments) | dict(case.of_peer if name == "peer" else {})
     if name != "peer" and function == "optimize_coefs_for_amplifications":
         arguments["accountant"] = "rdp"  # as the peer accounts
     return harness.contestant(name, functools.partial(getattr(library, function), **arguments))

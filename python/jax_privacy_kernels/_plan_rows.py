@@ -157,12 +157,13 @@ def _optimized(problem: Problem, bands: int) -> Mechanism:
 
 def _optimized_by_column(problem: Problem, bands: int) -> Mechanism:
     n, A = problem.steps, problem.followed
-    start = optimized_bands(n, bands, problem.workload, problem.A)
-    C = banded.optimize(
+    start: Any = optimized_bands(n, bands, problem.workload, problem.A)
+    found = banded.optimize(
         n, bands=bands, A=A, C=banded.ColumnNormalizedBanded.from_banded_toeplitz(n, start)
     )
-    C = banded.ColumnNormalizedBanded(np.asarray(C.params, np.float32))
-    wide = banded.ColumnNormalizedBanded(np.asarray(C.params, np.float64))
+    params: Any = np.asarray(found.params, np.float32)
+    C = banded.ColumnNormalizedBanded(params)
+    wide = banded.ColumnNormalizedBanded(params.astype(np.float64))
     squared = banded.minsep_sensitivity_squared(wide, problem.min_sep, problem.participations)
     return Mechanism(
         f"column-normalized, {bands} bands",

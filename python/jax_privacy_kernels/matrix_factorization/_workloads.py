@@ -80,7 +80,8 @@ def toeplitz_coefs(structure: Any, n: int) -> np.ndarray | None:
     if not isinstance(structure, ops.Momentum):
         return None
     rates: Any = np.ones(1) if structure.learning_rates is None else structure.learning_rates
-    momentum, decay = structure.momentum, structure.decay
+    momentum: Any = structure.momentum
+    decay: Any = structure.decay
     if not is_concrete((rates, momentum, decay)) or not 0 <= float(momentum) < 1:
         return None
     rates = np.asarray(rates, np.float64)[:n]

@@ -361,6 +361,8 @@ def test_epochs_are_participations():
         ({"workload": np.ones(33)}, r"workload of shape \(32,\), found \(33,\)"),
         ({"accountant": "gdp"}, "accountant to be one of"),
         ({"sampling": "bins"}, "expected accountant='monte_carlo' with sampling='bins'"),
+        ({"seed": -1}, "expected seed >= 0, found seed=-1"),
+        ({"seed": 2**64}, "expected seed < 2"),
         ({"epsilon": math.nan}, "0 < epsilon < inf, found epsilon=nan"),
         ({"memory_budget": math.nan, "parameters": 10}, "memory_budget to be at least 0"),
     ],
@@ -375,6 +377,8 @@ def test_bad_input_is_told(changed, message):
 def test_bad_types_are_told(name, value):
     with pytest.raises(TypeError, match=f"expected {name} to be"):
         planning.plan(**(TARGET | {name: value}))
+    with pytest.raises(TypeError, match="expected seed to be an integer"):
+        planning.plan(**TARGET, seed="3")
     with pytest.raises(TypeError, match="expected progress to be True, False or None"):
         planning.plan(**TARGET, progress=3)
 

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from jax_privacy_kernels import _step_times
-from jax_privacy_kernels._checks import check_int, check_scalar
+from jax_privacy_kernels._checks import check_int, check_scalar, check_seed
 from jax_privacy_kernels._files import draw_whole
 from jax_privacy_kernels._plan_privacy import BallsInBins, FixedOrder, Job, Poisson, Private
 from jax_privacy_kernels._plan_rows import Problem
@@ -321,6 +321,8 @@ def plan(
         raise TypeError(f"expected progress to be True, False or None, found {progress!r}")
     if parameters is not None:
         parameters = check_int("parameters", parameters)
+    if seed is not None:
+        seed = check_seed(seed)
     slots = _slots(parameters, memory_budget)
     coefs, A, followed = _workload(workload, n)
     apart, participations = _participation(n, dataset_size, batch_size, epochs, min_sep)

@@ -13,6 +13,9 @@ buffers the largest squared error. Cases:
   inverse         optimize_banded_inverse_toeplitz, which jax_privacy 2.0.0 does not have
   by_row          banded.optimize, 1,000 steps, 16 bands, as many coefficients in every column
   dense           dense.optimize, 128 steps, 8 epochs, which ends within 1e-5 of the optimum
+  dense_512_1     the same for 512 steps and 1 epoch, and with 8 and 16 epochs dense_512_8 and
+                  dense_512_16; jax_privacy is called just once
+  dense_1024_1    for 1,024 steps, and with more epochs likewise; jax_privacy ends after 40 steps
   buffers         buffered_toeplitz.optimize, 1,000 steps, 10 participations, up to 3 buffers
   amplified       optimize_coefs_for_amplifications; jax_privacy, slow there, is called just once
 """
@@ -47,6 +50,7 @@ import matplotlib.pyplot as plt
 NAMES = harness.NAMES
 AS_LOW = 1e-9  # A loss is as low as another if it is above by less, relatively.
 OFTEN = 1_000_000  # times: as often as the options say
+FEW_STEPS = {"max_optimizer_steps": 40}  # in place of hundreds, for many minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Case:
     first_floor: float | None = None  # and on first calls
     at_most: float | None = None  # seconds that a first call of cpp may take
     as_low: float = AS_LOW
+    of_peer: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of its own
 
     def smaller(self) -> Case:
         """The same at a size for a quick look."""
@@ -70,6 +75,20 @@ class Case:
     @property
     def steps(self) -> int:
         return self.arguments["n"]
+
+
+def _dense(n: int, epochs: int, **options: Any) -> Case:
+    """A dense strategy that takes the peer long; it plans just once."""
+    return Case(
+        "dense.optimize",
+        {"n": n, "epochs": epochs},
+        {"n": 16, "epochs": min(epochs, 4)},
+        first={"peer": 1, "cpp": OFTEN},
+        again={"cpp": 3},
+        first_floor=1,
+        as_low=1e-5,
+        **options,
+    )
 
 
 EVERYONE = dict.fromkeys(NAMES, OFTEN)
@@ -117,6 +136,12 @@ CASES = {
         first_floor=1,
         as_low=1e-5,
     ),
+    "dense_512_1": _dense(512, 1, at_most=10),
+    "dense_512_8": _dense(512, 8, at_most=10),
+    "dense_512_16": _dense(512, 16, at_most=10),
+    "dense_1024_1": _dense(1024, 1, at_most=60, of_peer=FEW_STEPS),
+    "dense_1024_8": _dense(1024, 8, at_most=60, of_peer=FEW_STEPS),
+    "dense_1024_16": _dense(1024, 16, at_most=60, of_peer=FEW_STEPS),
     "buffers": Case(
         "buffered_toeplitz.optimize",
         {"n": 1_000, "min_sep": 100, "max_participations": 10, "max_buffers": 3},
@@ -152,7 +177,7 @@ def contestant(name: str, case: Case) -> Callable[[], Any]:
     """The call of one contestant."""
     module, function = case.function.split(".")
     library = getattr(peer if name == "peer" else matrix_factorization, module)
-    arguments = dict(case.arguments)
+    arguments = dict(case.arguments) | dict(case.of_peer if name == "peer" else {})
     if name != "peer" and function == "optimize_coefs_for_amplifications":
         arguments["accountant"] = "rdp"  # as the peer accounts
     return harness.contestant(name, functools.partial(getattr(library, function), **arguments))
@@ -252,6 +277,7 @@ def measure(name: str, case: Case, processes: int, repeats: int, quick: bool) ->
         "case": name,
         "function": case.function,
         "arguments": dict(case.arguments),
+        "arguments_of_peer": dict(case.of_peer),
         "speedup": harness.speedups(times, "median_s"),
         "first_call_speedup": harness.speedups(times, "first_call_s"),
         "implementations": times,
@@ -369,7 +395,11 @@ def settings(row: dict[str, Any]) -> str:
     if "min_sep" in arguments:
         parts.append(f"min_sep = {arguments['min_sep']}")
     if "epochs" in arguments:
-        return ", ".join([*parts, f"{arguments['epochs']} epochs"])
+        epochs, of_peer = arguments["epochs"], row["arguments_of_peer"]
+        parts.append(f"{epochs} epoch{'s' if epochs > 1 else ''}")
+        if of_peer:
+            parts[-1] += f"\njax_privacy ended after {of_peer['max_optimizer_steps']} steps"
+        return ", ".join(parts)
     if "max_buffers" in arguments:
         return ", ".join([*parts, f"{found['coefficients'] // 2} buffers chosen"])
     chosen = " chosen" if "epsilon" in arguments else ""

@@ -15,9 +15,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jax_privacy_kernels import _plan_command, _plan_privacy, _step_times, monte_carlo, planning
+from jax_privacy_kernels import (
+    _plan_command,
+    _plan_privacy,
+    _plan_rows,
+    _step_times,
+    monte_carlo,
+    planning,
+)
 from jax_privacy_kernels.__main__ import main
-from jax_privacy_kernels.matrix_factorization import _amplification, streaming_matrix, toeplitz
+from jax_privacy_kernels.matrix_factorization import (
+    _amplification,
+    dense,
+    streaming_matrix,
+    toeplitz,
+)
 
 TARGET = {"steps": 32, "dataset_size": 80, "batch_size": 10, "epsilon": 2.0, "delta": 1e-3}
 
@@ -31,7 +43,8 @@ def workload():
 def table(workload, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield planning.plan(**TARGET, workload=workload, parameters=1000)
+    A = streaming_matrix.momentum_sgd_matrix(0.5)
+    yield planning.plan(**TARGET, workload=A, parameters=1000)
     patch.undo()
 
 
@@ -44,13 +57,46 @@ def test_rows_are_those_asked_for(table):
     samplings = {row.sampling for row in table.rows}
     assert samplings == {"fixed", "poisson"}
     names = [row.mechanism.split(",")[0] for row in table.rows]
-    expected = {"independent noise", "banded Toeplitz", "BLT", "lambda-CGD", "banded inverse"}
-    assert set(names) == expected
+    toeplitz_families = {"independent noise", "banded Toeplitz", "BLT", "banded inverse"}
+    assert set(names) == toeplitz_families | {"column-normalized", "lambda-CGD"}
     rmse = [row.rmse for row in table.rows]
     assert rmse == sorted(rmse)
     assert table.best() is table.rows[0]
     assert table.target["min_sep"] == 8
     assert table.target["participations"] == 4
+
+
+def test_columns_of_their_own_have_less_error(table):
+    by_name = {row.mechanism: row for row in table.rows if row.sampling == "fixed"}
+    best = by_name["column-normalized, 8 bands"]
+    assert 0.97 < best.rmse / by_name["banded Toeplitz, 8 bands"].rmse < 1
+    assert best is table.best() or table.best().sampling == "poisson"
+    reports = []
+    with jax.enable_x64(True):
+        A = jnp.asarray(streaming_matrix.momentum_sgd_matrix(0.5).materialize(32))
+        dense.optimize(
+            32, bands=8, epochs=4, equal_norm=True, A=A, rtol=1e-4, report=reports.append
+        )
+    least = best.noise_multiplier / TARGET["batch_size"] * math.sqrt(reports[0].loss)
+    np.testing.assert_allclose(best.rmse, least, rtol=1e-3)
+
+
+def test_workloads_are_known_by_their_coefficients(workload):
+    """Where they are Toeplitz; and columns of their own are optimized where errors are cheap."""
+    matrix = streaming_matrix.momentum_sgd_matrix(0.5, np.full(3, 2.0))
+    coefs, A, followed = planning._workload(matrix, 32)
+    np.testing.assert_allclose(coefs, 2 * workload, rtol=1e-6)
+    assert A is None
+    assert followed is matrix
+    changing = streaming_matrix.momentum_sgd_matrix(0.5, np.array([2.0, 1.0]))
+    assert planning._workload(changing, 32) == (None, changing, changing)
+    assert planning._workload(changing, 1)[0] == pytest.approx([2.0])
+    other = streaming_matrix.diagonal(np.ones(32))
+    assert planning._workload(other, 32) == (None, other, None)
+    coefs, A, followed = planning._workload(workload, 32)
+    np.testing.assert_array_equal(coefs, workload)
+    assert A is None
+    assert followed is None
 
 
 def test_epsilon_is_what_an_accountant_says(table):
@@ -87,7 +133,7 @@ def test_error_and_sensitivity_are_those_of_the_matrix(table, workload):
             worst = max(norms)
         else:
             worst = np.linalg.norm(C, axis=0).max()
-        assert row.sensitivity >= worst * (1 - 1e-6)
+        assert row.sensitivity >= worst
         assert row.sensitivity <= worst * 1.05
         assert row.stddev >= row.noise_multiplier * row.sensitivity
 
@@ -115,6 +161,23 @@ def test_the_table_is_shown(table, tmp_path):
     pytest.importorskip("matplotlib")
     table.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_the_plot_can_be_read(table, tmp_path, monkeypatch):
+    """A line for every family and sampling, and at every point but a number."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(planning, "draw_whole", lambda figure, path: drawn.append(figure))
+    table.plot(tmp_path / "plan.png")
+    (axes,) = drawn[0].axes
+    families = {(row.mechanism.partition(",")[0], row.sampling) for row in table.rows}
+    lines = axes.get_lines()
+    assert {line.get_label() for line in lines} == {", ".join(x) for x in families}
+    assert sum(len(line.get_xdata()) for line in lines) == len(table.rows)
+    assert all(len(text.get_text()) <= 2 for text in axes.texts)
+    assert -4000 < axes.get_xlim()[0] < 0  # there is no negative state
+    ticks = [axes.xaxis.get_major_formatter()(x, 0) for x in (0, 2**12, 2**13)]
+    assert ticks == ["0", "4 KiB", "8 KiB"]
 
 
 def test_wide_numbers_fit(table):
@@ -183,7 +246,7 @@ def test_workloads_that_are_matrices():
     with jax.enable_x64(True):
         coef = toeplitz.optimize_banded_toeplitz(32, 8, A=A)
         least = math.sqrt(toeplitz.loss(coef, 32, A=A) * 4) / TARGET["batch_size"]
-    np.testing.assert_allclose(best.rmse, best.noise_multiplier * least, rtol=1e-6)
+    np.testing.assert_allclose(best.rmse, best.noise_multiplier * least, rtol=2e-6)
 
 
 @pytest.mark.slow
@@ -226,6 +289,49 @@ def test_no_more_is_spent_than_the_target(bands):
     assert multiplier == pytest.approx({1: 1.11, 5: 1.5027}[bands], rel=1e-4)
 
 
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-3])
+def test_tiny_targets_take_few_steps(monkeypatch, epsilon):
+    """Where epsilon is 0 for a little more noise than enough: four steps that all take part in."""
+    target = _amplification.Target(32, 80, 10, epsilon, 1e-3)
+    tried = []
+    excess = target._excess
+    monkeypatch.setattr(target, "_excess", lambda *x: tried.append(x) or excess(*x))
+    multiplier, spent = target.amplified(8)
+    assert spent <= epsilon
+    assert len(tried) <= 10
+
+    def delta(s):  # of the Gaussian mechanism, https://arxiv.org/abs/1805.06530, Theorem 8
+        return stats.norm.cdf(s / 2 - epsilon / s) - np.exp(epsilon) * stats.norm.cdf(
+            -s / 2 - epsilon / s
+        )
+
+    assert delta(2 / multiplier) <= 1e-3
+    assert delta(2 / multiplier * (1 + 4e-4)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("size", "bands"),
+    [
+        (80, [1, 2, 4, 8]),
+        (83, [1, 2, 4, 8]),  # a prime
+        (85, [1, 2, 4, 5]),  # five of 85 are too many to leave out for 8 parts
+        (60_000, [1, 2, 4, 8, 16, 32]),
+        (1_281_167, [1, 2, 4, 8, 16, 32]),  # ImageNet, a prime as well
+    ],
+)
+def test_parts_of_data_that_cannot_be_divided(size, bands):
+    target = _amplification.Target(32, size, 10, 2.0, 1e-3)
+    problem = _plan_rows.Problem(32, 8, 4, None, None, None, math.inf)
+    poisson = _plan_privacy.Poisson(target, problem)
+    assert sorted({poisson._near(2**i) for i in range(8)}) == bands
+    if size == 83:
+        few = _plan_privacy.Poisson(target, dataclasses.replace(problem, slots=2))
+        assert sorted({few._near(2**i) for i in range(8)}) == [1, 2]
+        row = poisson._private(4)
+        assert "the data but 3 of them are cut into 4 equal parts" in row.guarantee
+        assert row.event.event.sampling_probability == 10 / 20
+
+
 def test_epochs_are_participations():
     assert planning._participation(32, 80, 10, 4, None) == (8, 4)
     # 33 steps of 8 or more between participations have room for five.
@@ -255,6 +361,8 @@ def test_epochs_are_participations():
         ({"workload": np.ones(33)}, r"workload of shape \(32,\), found \(33,\)"),
         ({"accountant": "gdp"}, "accountant to be one of"),
         ({"sampling": "bins"}, "expected accountant='monte_carlo' with sampling='bins'"),
+        ({"seed": -1}, "expected seed >= 0, found seed=-1"),
+        ({"seed": 2**64}, "expected seed < 2"),
         ({"epsilon": math.nan}, "0 < epsilon < inf, found epsilon=nan"),
         ({"memory_budget": math.nan, "parameters": 10}, "memory_budget to be at least 0"),
     ],
@@ -269,6 +377,8 @@ def test_bad_input_is_told(changed, message):
 def test_bad_types_are_told(name, value):
     with pytest.raises(TypeError, match=f"expected {name} to be"):
         planning.plan(**(TARGET | {name: value}))
+    with pytest.raises(TypeError, match="expected seed to be an integer"):
+        planning.plan(**TARGET, seed="3")
     with pytest.raises(TypeError, match="expected progress to be True, False or None"):
         planning.plan(**TARGET, progress=3)
 
@@ -320,7 +430,7 @@ def test_extreme_targets_are_reached(epsilon, delta):
 def test_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TARGET.items()]
-    main(["plan", *options, "--sampling=poisson", "--json"])
+    main(["plan", *options, "--sampling=poisson", "--json", "--steps=3.2e1"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["target"]["steps"] == 32
     assert all(row["sampling"] == "poisson" for row in shown["rows"])
@@ -329,7 +439,9 @@ def test_the_command(capsys, tmp_path, monkeypatch):
         ("--plot=missing/x.png", "expected a file that can be written"),  # before any work
         ("--plot=x.txt", "expected a picture, whose name ends in one of"),
         ("--plot=-", "expected a picture, whose name ends in one of"),
-        ("--parameters=nan", "expected parameters to be an integer, found nan"),
+        ("--parameters=nan", "argument --parameters: expected a number, found 'nan'"),
+        ("--steps=0", "argument --steps: expected a whole number from 1 on, found '0'"),
+        ("--batch-size=1.5", "argument --batch-size: expected a whole number"),
         ("--memory-budget=1e9", "expected parameters with memory_budget"),
         ("--momentum=1", "expected momentum to be in [0, 1)"),
         ("--decay=0", "expected decay to be in (0, 1]"),

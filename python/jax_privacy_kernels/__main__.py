@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -96,12 +97,17 @@ def _piped(call: Callable[..., None], *arguments: Any) -> None:
     try:
         call(*arguments)
         sys.stdout.flush()
+        return
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells count it: 128 + SIGINT
+        pass  # so that the frames of the call go, with their progress bars
     except BrokenPipeError:
         # Python flushes once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    # At once: what JAX still computes would find an interpreter that is half gone, and crash.
+    os._exit(130)  # as shells count it: 128 + SIGINT
 
 
 if __name__ == "__main__":

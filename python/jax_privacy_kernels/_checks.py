@@ -28,6 +28,7 @@ __all__ = [
     "check_one_given",
     "check_real",
     "check_scalar",
+    "check_seed",
     "check_vector",
     "floats",
     "is_concrete",
@@ -106,6 +107,14 @@ def check_int(name: str, value: Any, minimum: int = 1, *, rule: str = "must be p
         begin = f"{name} {rule}: " if minimum == 1 else ""
         raise ValueError(f"{begin}expected {name} >= {minimum}, found {name}={result}")
     return result
+
+
+def check_seed(seed: Any) -> int:
+    """Returns a seed from 0 to 2^64 - 1; a TypeError or ValueError if it is none."""
+    seed = check_int("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"expected seed < 2^64, found seed={seed}")
+    return seed
 
 
 def check_memory(name: str, n: int, size: int) -> None:

@@ -10,7 +10,8 @@ import argparse
 import json
 
 from jax_privacy_kernels import _arguments, planning
-from jax_privacy_kernels.matrix_factorization import toeplitz
+from jax_privacy_kernels._checks import check_scalar
+from jax_privacy_kernels.matrix_factorization import streaming_matrix
 
 __all__ = ["EXAMPLES", "add_arguments", "main"]
 
@@ -23,18 +24,24 @@ EXAMPLES = """
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to its parser."""
     required = parser.add_argument_group("the run")
-    required.add_argument("--steps", type=int, required=True)
-    required.add_argument("--dataset-size", type=int, required=True, help="examples")
-    required.add_argument("--batch-size", type=int, required=True, help="examples in a step")
+    required.add_argument("--steps", type=_arguments.count, required=True, help="e.g. 1e4")
+    required.add_argument("--dataset-size", type=_arguments.count, required=True, help="examples")
+    required.add_argument(
+        "--batch-size", type=_arguments.count, required=True, help="examples in a step"
+    )
     required.add_argument("--epsilon", type=float, required=True)
     required.add_argument("--delta", type=float, required=True)
-    parser.add_argument("--epochs", type=int, help="how often an example takes part")
-    parser.add_argument("--min-sep", type=int, help="the fewest steps between its participations")
+    parser.add_argument("--epochs", type=_arguments.count, help="how often an example takes part")
+    parser.add_argument(
+        "--min-sep", type=_arguments.count, help="the fewest steps between its participations"
+    )
     parser.add_argument("--momentum", type=float, default=0.0, help="of SGD")
     parser.add_argument(
         "--decay", type=float, default=1.0, help="1 - learning rate * weight decay, e.g. 0.9999"
     )
-    parser.add_argument("--parameters", type=float, help="the size of the model, e.g. 1e8")
+    parser.add_argument(
+        "--parameters", type=_arguments.count, help="the size of the model, e.g. 1e8"
+    )
     parser.add_argument("--memory-budget", type=float, help="the most bytes of state, e.g. 4e9")
     parser.add_argument("--sampling", choices=("any", "fixed", "poisson", "bins"), default="any")
     parser.add_argument(
@@ -61,9 +68,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         workload = None
         if args.momentum or args.decay != 1:
-            workload = toeplitz.momentum_sgd_coefs(
-                args.steps, momentum=args.momentum, decay=args.decay
-            )
+            check_scalar("momentum", args.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+            workload = streaming_matrix.momentum_sgd_matrix(args.momentum, decay=args.decay)
         table = planning.plan(
             steps=args.steps,
             dataset_size=args.dataset_size,

@@ -34,6 +34,8 @@ class Private:
 
 Job = Callable[[], Private]
 
+_MOST_LEFT_OUT = 0.05  # of the data, so that parts are equal
+
 
 class FixedOrder:
     """Examples in a fixed order: one Gaussian mechanism, of the sensitivity of the strategy."""
@@ -73,11 +75,16 @@ class Poisson:
 
     def jobs(self) -> Iterator[Job]:
         """Independent noise, and a few numbers of bands, from few to as many as fit."""
-        all_bands = [b for b in self.target.candidates() if b - 1 <= self.problem.slots]
-        wanted = [1, 2, 4, 8, 16, 32, 64, 128]
-        chosen = {max((b for b in all_bands if b <= w), default=1) for w in wanted}
-        for bands in sorted(chosen):
+        for bands in sorted({self._near(2**i) for i in range(8)}):
             yield functools.partial(self._private, bands)
+
+    def _near(self, bands: int) -> int:
+        """A number of parts that divides the data; or so many, if few examples are left out."""
+        target, problem = self.target, self.problem
+        most = min(int(target.dataset_size / target.batch_size), problem.steps, problem.slots + 1)
+        divides = max(b for b in target.candidates() if b <= min(bands, problem.slots + 1))
+        few = target.dataset_size % bands <= _MOST_LEFT_OUT * target.dataset_size
+        return bands if 2 * divides <= bands <= most and few else divides
 
     def _private(self, bands: int) -> Private:
         target = self.target
@@ -87,9 +94,10 @@ class Poisson:
         probability, rounds = target.sampling(bands)
         parts = "every step samples every example"
         if bands > 1:
+            left_out = target.dataset_size % bands
             parts = (
-                f"the data are cut into {bands} equal parts, and step t samples every example of "
-                f"part t mod {bands}"
+                f"the data{f' but {left_out} of them' if left_out else ''} are cut into {bands} "
+                f"equal parts, and step t samples every example of part t mod {bands}"
             )
         return Private(
             mechanism=mechanism,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels.matrix_factorization import (
+    banded,
     buffered_toeplitz,
     streaming_matrix,
     toeplitz,
@@ -25,6 +26,8 @@ from jax_privacy_kernels.matrix_factorization._toeplitz_optimization import opti
 from jax_privacy_kernels.matrix_factorization.buffered_toeplitz._optimization import grow
 
 __all__ = ["Mechanism", "Problem", "in_fixed_order"]
+
+_MOST_WORK = 2**23  # n b^2 of a step of optimization by columns: some hundredths of a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Problem:
       participations: The most of them.
       workload: ``[n]`` coefficients, float64; None for prefix sums, unless there is
       A: a StreamingMatrix. Banded strategies are optimized for it, others for prefix sums.
+      followed: The workload, Toeplitz or not, as a matrix whose errors take O(n b^2) for any banded
+        strategy; None if it has no such structure.
       slots: The most numbers of state that there may be for every parameter.
     """
 
@@ -45,6 +50,7 @@ class Problem:
     participations: int
     workload: Any
     A: streaming_matrix.StreamingMatrix | None
+    followed: streaming_matrix.StreamingMatrix | None
     slots: float
 
     def errors_of(self, noising_matrix: streaming_matrix.StreamingMatrix) -> np.ndarray:
@@ -76,10 +82,12 @@ class Mechanism:
 
 def independent(problem: Problem, participations: int) -> Mechanism:
     coef = np.ones(1, np.float32)
-    return banded(problem, coef, float(participations), "independent noise")
+    return banded_toeplitz(problem, coef, float(participations), "independent noise")
 
 
-def banded(problem: Problem, coef: Any, squared: float | None = None, name: str = "") -> Mechanism:
+def banded_toeplitz(
+    problem: Problem, coef: Any, squared: float | None = None, name: str = ""
+) -> Mechanism:
     """Of strategy coefficients in float32; its sensitivity is that of the problem by default.
 
     Columns that are at least as many steps apart as there are bands are orthogonal.
@@ -114,14 +122,18 @@ def for_one_participation(problem: Problem, bands: int) -> Mechanism:
     coef = optimized_bands(problem.steps, bands, problem.workload, problem.A)
     # Negative coefficients, of which there hardly are any, would make its analysis another one.
     coef = np.maximum(coef, 0).astype(np.float32)
-    return banded(problem, coef, float(np.sum(coef.astype(np.float64) ** 2)) * (1 + 1e-12))
+    return banded_toeplitz(problem, coef, float(np.sum(coef.astype(np.float64) ** 2)) * (1 + 1e-12))
 
 
 def in_fixed_order(problem: Problem) -> Iterator[Callable[[], Mechanism]]:
     """Makes the mechanisms for participations that are only known to be far apart, one by one."""
     yield functools.partial(independent, problem, problem.participations)
-    for bands in _sizes(min(problem.min_sep, problem.steps, problem.slots + 1)):
+    sizes = _sizes(min(problem.min_sep, problem.steps, problem.slots + 1))
+    for bands in sizes:
         yield functools.partial(_optimized, problem, bands)
+    few = [b for b in sizes if problem.steps * b**2 <= _MOST_WORK]
+    if few and problem.followed is not None:
+        yield functools.partial(_optimized_by_column, problem, few[-1])
     most = int(min(problem.slots, 4))
     blts = _blts(problem, most)
     for buffers in range(1, most + 1):
@@ -140,7 +152,26 @@ def _sizes(most: float) -> list[int]:
 
 def _optimized(problem: Problem, bands: int) -> Mechanism:
     coef = optimized_bands(problem.steps, bands, problem.workload, problem.A)
-    return banded(problem, coef.astype(np.float32))
+    return banded_toeplitz(problem, coef.astype(np.float32))
+
+
+def _optimized_by_column(problem: Problem, bands: int) -> Mechanism:
+    n, A = problem.steps, problem.followed
+    start: Any = optimized_bands(n, bands, problem.workload, problem.A)
+    found = banded.optimize(
+        n, bands=bands, A=A, C=banded.ColumnNormalizedBanded.from_banded_toeplitz(n, start)
+    )
+    params: Any = np.asarray(found.params, np.float32)
+    C = banded.ColumnNormalizedBanded(params)
+    wide = banded.ColumnNormalizedBanded(params.astype(np.float64))
+    squared = banded.minsep_sensitivity_squared(wide, problem.min_sep, problem.participations)
+    return Mechanism(
+        f"column-normalized, {bands} bands",
+        bands - 1,
+        C.inverse_as_streaming_matrix,
+        squared * (1 + 1e-6),  # columns are divided by norms that are rounded to float32
+        np.asarray(banded.per_query_error(wide, A)),
+    )
 
 
 def _blts(problem: Problem, most: int) -> Iterator[buffered_toeplitz.BufferedToeplitz]:

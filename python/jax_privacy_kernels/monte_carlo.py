@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_privacy_kernels import _estimates, _sampling
-from jax_privacy_kernels._checks import check_int, check_scalar
+from jax_privacy_kernels._checks import check_int, check_scalar, check_seed
 from jax_privacy_kernels.experimental.monte_carlo import delta_calculation
 from jax_privacy_kernels.ops.privacy_loss_sums import (
     BallsInBins,
@@ -533,9 +533,7 @@ _PURPOSES = (
 
 def _keys(seed: int | None, *purposes: str) -> tuple[int, list[np.ndarray]]:
     """A seed, the system's if there is none, and the keys that it makes, words ``[2]``."""
-    seed = secrets.randbits(64) if seed is None else check_int("seed", seed, 0)
-    if seed >= 2**64:
-        raise ValueError(f"expected seed < 2^64, found seed={seed}")
+    seed = secrets.randbits(64) if seed is None else check_seed(seed)
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     found = [jax.random.fold_in(key, _PURPOSES.index(purpose)) for purpose in purposes]

@@ -28,13 +28,17 @@ import numpy as np
 import optax
 
 from jax_privacy_kernels import _step_times
-from jax_privacy_kernels._checks import check_int, check_scalar
+from jax_privacy_kernels._checks import check_int, check_scalar, check_seed
 from jax_privacy_kernels._files import draw_whole
 from jax_privacy_kernels._plan_privacy import BallsInBins, FixedOrder, Job, Poisson, Private
 from jax_privacy_kernels._plan_rows import Problem
 from jax_privacy_kernels.matrix_factorization._amplification import Target
-from jax_privacy_kernels.matrix_factorization._workloads import known_workload
-from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix
+from jax_privacy_kernels.matrix_factorization._workloads import (
+    can_follow,
+    known_workload,
+    toeplitz_coefs,
+)
+from jax_privacy_kernels.matrix_factorization.streaming_matrix import StreamingMatrix, prefix_sum
 from jax_privacy_kernels.noise_addition import matrix_factorization_privatizer
 
 __all__ = ["Plan", "Row", "plan"]
@@ -181,22 +185,38 @@ class Plan:
             raise ImportError("expected matplotlib, for a plot, found none installed") from error
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        for sampling, marker in (("fixed", "o"), ("poisson", "s"), ("bins", "^")):
-            rows = [row for row in self.rows if row.sampling == sampling]
-            if rows:
-                x = [row.state_bytes for row in rows]
-                axes.plot(x, [row.rmse for row in rows], marker, label=f"{sampling} sampling")
-            for row in rows:
-                axes.annotate(
-                    row.mechanism,
-                    (row.state_bytes, row.rmse),
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
-        axes.set(xlabel="bytes of state", ylabel="RMSE of the iterates", yscale="log")
-        axes.set_xscale("symlog", linthresh=max(1, self.target["parameters"] or 1) * _BYTES)
-        axes.legend()
+        families: dict[str, dict[str, list[Row]]] = {}
+        for row in sorted(self.rows, key=lambda row: row.state_bytes):
+            family = row.mechanism.partition(",")[0]
+            families.setdefault(family, {}).setdefault(row.sampling, []).append(row)
+        markers = {"fixed": "o-", "poisson": "s--", "bins": "^:"}
+        for i, (family, samplings) in enumerate(families.items()):
+            for sampling, rows in samplings.items():
+                x, y = [row.state_bytes for row in rows], [row.rmse for row in rows]
+                label = f"{family}, {sampling}"
+                axes.plot(x, y, markers[sampling], color=f"C{i}", markersize=5, label=label)
+                for row in rows:  # with the number of bands, buffers or coefficients
+                    number = row.mechanism.partition(", ")[2].partition(" ")[0]
+                    axes.annotate(
+                        number if number.isdigit() else "",
+                        (row.state_bytes, row.rmse),
+                        xytext=(3, 4),
+                        textcoords="offset points",
+                        color=f"C{i}",
+                        fontsize=7,
+                    )
+        model = max(1, self.target["parameters"] or 1) * _BYTES
+        axes.set_xscale("symlog", base=2, linthresh=model)
+        axes.set_xlim(-0.2 * model, 1.5 * max(model, *(row.state_bytes for row in self.rows)))
+        axes.xaxis.set_major_formatter(lambda x, _: _size(round(x)))
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter("{x:.3g}" if high < 10 * low else "")
+        per = "" if self.target["parameters"] else " per parameter"
+        axes.set(xlabel=f"state{per}", ylabel="RMSE of the iterates")
+        figure.legend(loc="outside right upper", fontsize=8)
         target = self.target
         axes.set_title(f"({target['epsilon']:g}, {target['delta']:g})-DP, {target['steps']} steps")
         draw_whole(figure, pathlib.Path(path))
@@ -240,11 +260,11 @@ def plan(
 ) -> Plan:
     """Compares the mechanisms that fit a run, each with the noise for a privacy target.
 
-    Independent noise, banded Toeplitz strategies, buffered ones (BLT), lambda-CGD and banded
-    inverses (BandInvMF), optimized for the workload and the participation, with examples in a fixed
-    order; independent noise and banded strategies with block-cyclic Poisson sampling, which
-    amplifies privacy. Epsilon is computed by dp-accounting, by privacy loss distributions or, where
-    that is less, by Renyi divergences.
+    With examples in a fixed order: independent noise, banded Toeplitz strategies, banded ones whose
+    columns differ, buffered ones (BLT), lambda-CGD and banded inverses (BandInvMF), optimized for
+    the workload and the participation. With block-cyclic Poisson sampling, which amplifies privacy:
+    independent noise and banded Toeplitz strategies. Epsilon is computed by dp-accounting, by
+    privacy loss distributions or, where that is less, by Renyi divergences.
 
     Cost: some seconds to a minute; the time of a step is measured once per machine and remembered
     in ``$XDG_CACHE_HOME/jax_privacy_kernels``.
@@ -261,8 +281,9 @@ def plan(
         order. By default ``dataset_size // batch_size``, the most there can be.
       workload: ``[n]`` coefficients of the workload, by default ones: prefix sums. See
         `toeplitz.momentum_sgd_coefs`. Or a `StreamingMatrix`, such as that of
-        `streaming_matrix.momentum_sgd_matrix` with learning rates: banded strategies are optimized
-        for it, the others for prefix sums; errors are its own for all, in O(n^2).
+        `streaming_matrix.momentum_sgd_matrix`: with learning rates that change, banded strategies
+        are optimized for it and the others for prefix sums; errors are its own for all, in O(n^2).
+        Strategies whose columns differ need either it or the default.
       parameters: The size of the model. Without it there are no times, and state is that of one
         parameter.
       memory_budget: The most bytes that the noise state may take, with ``parameters``. Beyond it
@@ -300,10 +321,12 @@ def plan(
         raise TypeError(f"expected progress to be True, False or None, found {progress!r}")
     if parameters is not None:
         parameters = check_int("parameters", parameters)
+    if seed is not None:
+        seed = check_seed(seed)
     slots = _slots(parameters, memory_budget)
-    coefs, A = _workload(workload, n)
+    coefs, A, followed = _workload(workload, n)
     apart, participations = _participation(n, dataset_size, batch_size, epochs, min_sep)
-    problem = Problem(n, apart, participations, coefs, A, slots)
+    problem = Problem(n, apart, participations, coefs, A, followed, slots)
     arguments = {
         "steps": n,
         "dataset_size": dataset_size,
@@ -341,14 +364,20 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"expected {name} to be one of {choices}, found {value!r}")
 
 
-def _workload(workload: Any, n: int) -> tuple[np.ndarray | None, StreamingMatrix | None]:
-    """Coefficients of a workload, or the matrix that it is."""
+def _workload(
+    workload: Any, n: int
+) -> tuple[np.ndarray | None, StreamingMatrix | None, StreamingMatrix | None]:
+    """Coefficients of a workload or the matrix that it is, and `Problem.followed`."""
+    if workload is None:
+        return None, None, prefix_sum()
     if isinstance(workload, StreamingMatrix):
-        return None, workload
+        followed = workload if can_follow(workload.structure, n) else None
+        coefs = toeplitz_coefs(workload.structure, n)
+        return coefs, workload if coefs is None else None, followed
     coefs = known_workload(workload, n, "workload")
-    if coefs is not None and np.shape(workload) != (n,):
+    if np.shape(workload) != (n,):
         raise ValueError(f"expected workload of shape ({n},), found {np.shape(workload)}")
-    return coefs, None
+    return coefs, None, None
 
 
 def _slots(parameters: int | None, memory_budget: float | None) -> float:
@@ -399,7 +428,8 @@ def _shown(jobs: list[Any], progress: bool | None) -> Any:
 
 def _row(private: Private, target: Target, parameters: int | None, began: float) -> Row:
     mechanism = private.mechanism
-    sensitivity = math.sqrt(mechanism.squared_sensitivity) * (1 + 2.0**-50)
+    # Steps are run in float32: what they add up to is off by a few 1e-7 after ten thousand of them.
+    sensitivity = math.sqrt(mechanism.squared_sensitivity) * (1 + 2.0**-20)
     stddev = private.noise_multiplier * sensitivity
     milliseconds = None
     if parameters is not None:

@@ -136,6 +136,13 @@ def test_a_first_call_finds_bands_and_stddev(bench):
     json.dumps(found)  # It goes from process to process.
 
 
+def test_the_peer_may_end_early(bench):
+    case = bench.CASES["dense_1024_8"]
+    expected = {"n": 1024, "epochs": 8}
+    assert bench.contestant("peer", case).keywords == expected | {"max_optimizer_steps": 40}
+    assert case.arguments == expected
+
+
 def test_a_new_process_finds_the_same(bench):
     found = bench.find_in_new_process("cpp", "banded", quick=True)
     assert found["seconds"] > 0

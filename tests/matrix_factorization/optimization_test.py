@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import sys
 import typing
 import weakref
 
@@ -22,6 +23,7 @@ from jax_privacy_kernels.matrix_factorization import (
     toeplitz,
 )
 from jax_privacy_kernels.matrix_factorization.streaming_matrix import momentum_sgd_matrix
+from jax_privacy_kernels.ops import _fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -663,3 +665,26 @@ def test_other_reductions_of_dense_strategies_whatever_the_units():
 
 def skewed_mean(errors):
     return jnp.mean(errors**2)
+
+
+@pytest.mark.parametrize("name", ["loss", "array"])
+def test_what_is_remembered_ends_with_the_program(monkeypatch, name):
+    """Where globals are None before what they remember goes."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    if name == "loss":
+
+        def remembered(x):
+            return jnp.sum(x**2)
+
+        optimization.jitted(remembered)
+        monkeypatch.setattr(optimization, "_cache", None)
+    else:
+        remembered = jnp.arange(3.0)
+        _fingerprint._of_known(remembered)
+        monkeypatch.setattr(_fingerprint, "_remembered", None)
+    gone = weakref.ref(remembered)
+    del remembered
+    gc.collect()
+    assert gone() is None
+    assert not unraisable

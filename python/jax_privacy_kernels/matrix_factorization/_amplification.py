@@ -32,6 +32,7 @@ _LARGEST_EPSILON = 1e6
 # Privacy losses are rounded up to multiples of epsilon times one of these. Either grid is certain;
 # the coarse one takes a tenth of the time and tells candidates apart.
 _COARSE, _FINE = 1e-3, 1e-4
+_TINY = 0.01  # of epsilons: below, that of enough noise may be 0
 # What a noise multiplier by RDP is divided by to be less than one by PLD: 1.07 as a rule.
 _LOOSENESS = 1.2
 
@@ -112,7 +113,9 @@ class Target:
     def amplified(self, b: int) -> tuple[float, float]:
         """The noise multiplier of b bands, and the epsilon that is spent with it."""
         with _without_dropped_orders():
-            multiplier = self._lowered(b, self._calibrate(b), _FINE, 2e-5)
+            multiplier = self._calibrate(b)
+            if self.epsilon >= _TINY:  # for less, both grids are the finest that there is
+                multiplier = self._lowered(b, multiplier, _FINE, 2e-5)
             spent = min(self._spent(b, multiplier), self._spent_of_losses(b, multiplier, _FINE))
             if spent > self.epsilon:
                 # For tiny deltas the rounding of many fine losses may count for more than grids.
@@ -135,13 +138,8 @@ class Target:
             by_losses = self._epsilon(accountant, event)
             return min(by_losses, self._epsilon(self._accountant(), event))
 
-        # By its closed form first: far from it, losses would be many times epsilon. It is searched
-        # for from about sqrt(log(1 / delta)) / epsilon on, and never found from infinity.
-        high = pld.privacy_loss_mechanism.GaussianPrivacyLoss.from_privacy_guarantee(
-            dp_accounting.pld.common.DifferentialPrivacyParameters(
-                max(epsilon, 1e-9), max(self.delta, 1e-300)
-            )
-        ).standard_deviation
+        # By its closed form first: far from it, losses would be many times epsilon.
+        high = self._gaussian_multiplier
         low = high * (1 - 1e-4)
         while spent(high) > epsilon:
             if high > _LARGEST:
@@ -154,6 +152,21 @@ class Target:
             middle = (low + high) / 2
             low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
         return high, spent(high)
+
+    @functools.cached_property
+    def _gaussian_multiplier(self) -> float:
+        """That of one Gaussian mechanism, by its closed form."""
+        import dp_accounting
+        from dp_accounting import pld
+
+        # It is searched for from about sqrt(log(1 / delta)) / epsilon on, and never found from
+        # infinity.
+        loss = pld.privacy_loss_mechanism.GaussianPrivacyLoss.from_privacy_guarantee(
+            dp_accounting.pld.common.DifferentialPrivacyParameters(
+                max(self._bounded_epsilon, 1e-9), max(self.delta, 1e-300)
+            )
+        )
+        return loss.standard_deviation
 
     @property
     def _bounded_epsilon(self) -> float:
@@ -224,6 +237,22 @@ class Target:
         accountant = pld.PLDAccountant(value_discretization_interval=interval)
         return self._epsilon(accountant, self.event(b, noise_multiplier))
 
+    def _excess(self, b: int, noise_multiplier: float, grid: float) -> float:
+        """How far the noise is from enough by PLD, as a logarithm: positive if it is not enough."""
+        from dp_accounting import pld
+
+        if self.epsilon >= _TINY:
+            spent = self._spent_of_losses(b, noise_multiplier, grid)
+            return math.log(max(spent, 1e-300) / self.epsilon)
+        # Epsilon would be 0 up to where it leaps.
+        interval = self._interval(noise_multiplier, grid)
+        accountant = pld.PLDAccountant(value_discretization_interval=interval)
+        spent = self._epsilon(accountant, self.event(b, noise_multiplier))
+        if math.isinf(spent):
+            return math.inf
+        excess = math.log(max(accountant.get_delta(self.epsilon), 1e-300) / self.delta)
+        return min(excess, 0.0) if spent <= self.epsilon else max(excess, 1e-9)
+
     def _epsilon(self, accountant: Any, event: Any) -> float:
         """Of an event at the target's delta; infinite where the accountant's numbers overflow."""
         try:
@@ -235,12 +264,10 @@ class Target:
         """A noise multiplier near the right one, by the central limit theorem.
 
         ``mu = q sqrt(T (exp(1 / sigma^2) - 1))`` of https://arxiv.org/abs/1911.11607, section 3.2,
-        with mu from ``epsilon = mu^2 / 2 + mu sqrt(2 log(1 / delta))``.
+        with the mu of the Gaussian mechanism for the target; enough by RDP as a rule.
         """
         probability, steps = self.sampling(b)
-        tail = math.sqrt(-2 * math.log(self.delta))
-        epsilon = self._bounded_epsilon
-        mu = 2 * epsilon / (math.sqrt(tail**2 + 2 * epsilon) + tail)
+        mu = 1 / (_LOOSENESS * self._gaussian_multiplier)
         squared = math.log1p((mu / probability) ** 2 / steps)
         return min(1 / math.sqrt(squared), _LARGEST) if squared else _LARGEST
 
@@ -280,20 +307,21 @@ class Target:
         """
 
         def excess(x: float) -> float:
-            spent = self._spent_of_losses(b, math.exp(x), grid)
-            return math.log(max(spent, 1e-300) / self.epsilon)
+            return self._excess(b, math.exp(x), grid)
 
         high = math.log(enough)
         above = excess(high)
         if not above <= 0:
             return enough
         # Close to where it is, if the noise falls as epsilon rises.
+        least, fall = math.log(_TOLERANCE), 0.2
         low = high + max(1.5 * above, -0.5) - 5 * tolerance
         while (below := excess(low)) <= 0:
             high, above = low, below
-            low -= 0.2
-            if low < math.log(_TOLERANCE):
+            if low <= least:
                 return math.exp(high)
+            low = max(low - fall, least)
+            fall = min(2 * fall, 2.0)  # far from it where epsilon is tiny
         high_side, low_side = above, below
         while high - low > tolerance:
             # Half a tolerance to the safe side, so that the bracket soon is as small as that.

@@ -21,7 +21,13 @@ from jax_privacy_kernels._checks import (
     is_concrete,
 )
 
-__all__ = ["can_follow", "known_workload", "momentum_errors", "momentum_sgd_coefs"]
+__all__ = [
+    "can_follow",
+    "known_workload",
+    "momentum_errors",
+    "momentum_sgd_coefs",
+    "toeplitz_coefs",
+]
 
 # Products of decays, squared, stay within float64.
 _LARGEST_EXPONENT = 300.0
@@ -67,6 +73,23 @@ def known_workload(workload_coef: Any, n: int, name: str = "workload_coef") -> n
     with jax.enable_x64(True):
         values = np.asarray(check_coef(name, workload_coef), np.float64)[:n]
     return np.pad(values, (0, n - values.size))
+
+
+def toeplitz_coefs(structure: Any, n: int) -> np.ndarray | None:
+    """``[n]`` coefficients, float64, of a workload with this structure, if it is Toeplitz."""
+    if not isinstance(structure, ops.Momentum):
+        return None
+    rates: Any = np.ones(1) if structure.learning_rates is None else structure.learning_rates
+    momentum: Any = structure.momentum
+    decay: Any = structure.decay
+    if not is_concrete((rates, momentum, decay)) or not 0 <= float(momentum) < 1:
+        return None
+    rates = np.asarray(rates, np.float64)[:n]
+    if (rates != rates[0]).any():
+        return None
+    with jax.enable_x64(True):
+        coefs = momentum_sgd_coefs(n, momentum=float(momentum), decay=float(decay))
+        return rates[0] * np.asarray(coefs)
 
 
 def can_follow(structure: Any, n: int) -> bool:

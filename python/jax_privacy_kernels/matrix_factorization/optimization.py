@@ -349,7 +349,9 @@ def _compiled(loss_fn: Any, body: Callable[..., Any], *options: Any) -> Any:
     key = id(loss_fn)
     if key not in _cache:
         try:
-            _cache[key] = weakref.ref(loss_fn, lambda _: _cache.pop(key, None)), {}
+            # The method, as globals are None at the end of the program.
+            forget = _cache.pop
+            _cache[key] = weakref.ref(loss_fn, lambda _: forget(key, None)), {}
         except TypeError:  # cannot be referenced weakly
             return jax.jit(functools.partial(body, loss_fn, *options))
     # Not loss_fn itself: what is cached must not keep it alive.

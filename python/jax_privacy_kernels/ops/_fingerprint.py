@@ -112,8 +112,8 @@ def _of_known(x: Any) -> np.ndarray:
         return found[1]
     result: np.ndarray = _mixed(np, _words(np.asarray(x)))
     if isinstance(x, jax.Array):
-        place = id(x)
-        gone = weakref.ref(x, lambda _: _remembered.pop(place, None))
+        place, forget = id(x), _remembered.pop  # globals are None at the end of the program
+        gone = weakref.ref(x, lambda _: forget(place, None))
         _remembered[place] = gone, result
     return result
 

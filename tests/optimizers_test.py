@@ -625,6 +625,15 @@ def test_optimizers_may_refer_to_themselves():
     missing = None
 
 
+@pytest.mark.parametrize(
+    "base", [None, 2.0, {}, optax.sgd, NamedTuple("Half", [("init", object)])(len)]
+)
+@pytest.mark.parametrize("augment", [scale_then_privatize, as_augmented_optimizer])
+def test_what_is_no_optimizer(augment, base):
+    with pytest.raises(TypeError, match="optimizer to be a GradientTransformation, found"):
+        augment(base)
+
+
 @pytest.mark.parametrize("value", [-1e-9, -1.0, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["eps", "eps_root"])
 def test_eps_is_checked(name, value):

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jax_privacy_kernels._checks import standard_promotion
+
 __all__ = [
     "AugmentedGradientTransformation",
     "PreClippingTransform",
@@ -111,8 +113,10 @@ def scale_then_privatize(
         like Adam's but holds an infinity norm. When the transform is made or the optimizer updated:
         if no second moments are found in its state. When gradients are scaled: if v is not a tree
         like them, or the shape of a gradient, batched or not, does not end with that of v.
-      TypeError: When gradients are scaled: if one of them, or v, is not floating.
+      TypeError: If base_optimizer has no ``init`` or no ``update``. When gradients are scaled: if
+        one of them, or v, is not floating.
     """
+    _check_optimizer("base_optimizer", base_optimizer)
     for name, value in (("eps", eps), ("eps_root", eps_root)):
         if not 0 <= value < math.inf:
             raise ValueError(f"expected 0 <= {name} < inf, found {name}={value}")
@@ -142,12 +146,14 @@ def scale_then_privatize(
             saturated = jnp.clip(x, -most, most)
             return jnp.where(jnp.isfinite(update), saturated, x).astype(update.dtype)
 
+        @standard_promotion()
         def transform(updates: optax.Updates) -> optax.Updates:
             moments = [_unfold(v, updates) for v in found]
             return jax.tree_util.tree_map_with_path(scaled, updates, *moments)
 
         return transform
 
+    @standard_promotion()  # optax needs it
     def update(
         updates: optax.Updates,
         state: optax.OptState,
@@ -168,8 +174,7 @@ def as_augmented_optimizer(
     Raises:
       TypeError: If it has no ``init`` or no ``update``.
     """
-    if not callable(getattr(optimizer, "init", None)) or not hasattr(optimizer, "update"):
-        raise TypeError(f"expected optimizer to be a GradientTransformation, found {optimizer!r}")
+    _check_optimizer("optimizer", optimizer)
     if isinstance(optimizer, AugmentedGradientTransformation):
         return optimizer
     if hasattr(optimizer, "pre_clipping_transform"):  # jax_privacy's
@@ -177,6 +182,11 @@ def as_augmented_optimizer(
     return AugmentedGradientTransformation(
         optimizer.init, optimizer.update, lambda state, inverse=False: lambda updates: updates
     )
+
+
+def _check_optimizer(name: str, optimizer: Any) -> None:
+    if not all(callable(getattr(optimizer, method, None)) for method in ("init", "update")):
+        raise TypeError(f"expected {name} to be a GradientTransformation, found {optimizer!r}")
 
 
 def _check_leaf(name: str, update: Any, v: Any) -> None:

@@ -146,7 +146,8 @@ def correlated_noise(
       TypeError: as `init_correlated_noise`.
       ValueError: the state is not one of this tree, matrix and stddev, or is laid out over another
         mesh or in another way; the implementation asked for cannot run here or cannot take a leaf;
-        gradients are mapped over an axis (vmap) that the state is not mapped over.
+        gradients, stddev or matrix are mapped over an axis (vmap) that the state is not mapped
+        over.
       NotImplementedError: when lowered, the implementation asked for does not run on the platform.
     """
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
@@ -163,7 +164,7 @@ def correlated_noise(
         state = _state.unstarted(state, grads, leaves, filter, key_impl, fingerprint)
         valid = state.clock.step == 0
     check_kind(state, _state.abstract_state(tree, leaves, filter, key_impl))
-    once = _once.check_devices(grads, state.clock.keys)
+    once = _once.check_devices(grads, state.clock.keys, stddev, matrix)
     _partition.check_summed_up(grads)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
@@ -205,7 +206,7 @@ def _step(
     step = jnp.maximum(clock.step, 0)  # below 0 it is not valid, which kernels need not know
     origins = Origins()
     grads, rings = _memory.note(origins, grads, rings)
-    keys, once = _once.mark(clock.keys, grads)
+    keys, once = _once.mark(clock.keys, [*grads, stddev, *jax.tree.leaves(matrix)])
     clock = clock._replace(keys=keys)
     before = clock.step
     keys, stddevs, clock = _state.tick(clock, key_impl, filter, stddev)

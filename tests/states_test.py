@@ -257,7 +257,9 @@ def test_what_is_no_state_of_this_format_is_refused(name):
     ((kind, fingerprint),) = state.clock.kind.items()
     assert kind.startswith("v2_")
     older = state.clock._replace(kind={kind.replace("v2_", "v1_"): fingerprint})
-    for found in (state._replace(clock=older), tuple(state), (state.clock.keys, state.inner), None):
+    unnamed = state.clock._replace(kind={0: fingerprint})
+    of_another_clock = [state._replace(clock=clock) for clock in (older, unnamed)]
+    for found in (*of_another_clock, tuple(state), (state.clock.keys, state.inner), None):
         for update in (privatizer(name).update, step(name)):
             with pytest.raises(ValueError, match=r"expected noise_state.*found"):
                 update(grads(), found)
@@ -276,6 +278,16 @@ def test_a_state_of_other_gradients_names_the_leaf():
     other = {**grads(), "w": jnp.zeros((3, 501))}
     with pytest.raises(ValueError, match=r"\['w'\] to have shape \(2, 3, 501\).*\(2, 3, 500\)"):
         privatizer("banded").update(other, state)
+
+
+def test_a_state_of_fewer_bits_is_refused():
+    """What it keeps was rounded, so that noise no longer cancels."""
+    for name in ("banded", "product"):
+        state = privatizer(name).init(grads())
+        rounded = state._replace(inner=jax.tree.map(lambda x: x.astype("bfloat16"), state.inner))
+        for update in (privatizer(name).update, step(name)):
+            with pytest.raises(ValueError, match=r"noise_state.inner.*float32.*found.*bfloat16"):
+                update(grads(), rounded)
 
 
 def test_custom_matrices_go_on_without_a_fingerprint():

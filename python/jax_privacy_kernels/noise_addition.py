@@ -44,6 +44,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_privacy_kernels import random, sharding_utils
 from jax_privacy_kernels._checks import (
     check_like,
+    floats,
     is_concrete,
     is_tracing,
     leaf_name,
@@ -343,6 +344,7 @@ def _streaming(
         unit, noise = independent.update(zeros, _owned(noise_state, -own)._replace(inner=()))
         expected = jax.eval_shape(init_inner, sum_of_clipped_grads)
         check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
+        jax.tree_util.tree_map_with_path(_check_as_wide, expected, noise_state.inner)
         once &= check_devices(sum_of_clipped_grads, noise_state.clock.keys, stddev, own)
         scale = jnp.asarray(stddev, jnp.result_type(float))
         scale = nan_unless(is_usable_stddev(scale) & once, scale)
@@ -529,6 +531,15 @@ def _marked(state: Any, grads: Any, *uses: Any) -> tuple[Any, Any]:
     return state._replace(clock=state.clock._replace(keys=keys)), once
 
 
+def _check_as_wide(path: Any, expected: Any, found: Any) -> None:
+    dtype = jnp.result_type(found)
+    if jnp.promote_types(dtype, expected.dtype) != dtype:
+        raise ValueError(
+            f"expected noise_state.inner{jax.tree_util.keystr(path)} to be of dtype "
+            f"{expected.dtype} or wider, found {dtype}"
+        )
+
+
 def _owned(state: NoiseState, own: Any) -> NoiseState:
     """The state with a fingerprint added to its own."""
     return _relabeled(state, lambda name, fingerprint: (name, fingerprint + own))
@@ -628,7 +639,7 @@ def _check_stddev(stddev: Any) -> Any:
         if stddev.dtype == jnp.float32:  # converted to float64, a subnormal one would be 0
             return nan_unless(is_usable_stddev(stddev), stddev)
         return stddev
-    value = np.asarray(stddev)
+    value = floats("stddev", stddev) if type(stddev) is int else np.asarray(stddev)
     kinds = (jnp.floating, jnp.integer)
     if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise TypeError(f"expected stddev to be a real number, found {stddev!r}")
@@ -638,7 +649,7 @@ def _check_stddev(stddev: Any) -> Any:
             f"expected stddev to be 0 or between {LEAST_STDDEV:g} and {MOST_STDDEV:g}, "
             f"found {stddev}"
         )
-    return float(value)
+    return float(value) or 0.0  # not -0.0
 
 
 def __dir__() -> list[str]:  # for completion: no imported names

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_privacy_kernels._checks import standard_promotion
+from jax_privacy_kernels._checks import check_scalar, owned, standard_promotion
 
 __all__ = [
     "AugmentedGradientTransformation",
@@ -113,13 +113,14 @@ def scale_then_privatize(
         like Adam's but holds an infinity norm. When the transform is made or the optimizer updated:
         if no second moments are found in its state. When gradients are scaled: if v is not a tree
         like them, or the shape of a gradient, batched or not, does not end with that of v.
-      TypeError: If base_optimizer has no ``init`` or no ``update``. When gradients are scaled: if
-        one of them, or v, is not floating.
+      TypeError: If base_optimizer has no ``init`` or no ``update``, or eps or eps_root is no real
+        number. When gradients are scaled: if one of them, or v, is not floating.
     """
     _check_optimizer("base_optimizer", base_optimizer)
-    for name, value in (("eps", eps), ("eps_root", eps_root)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"expected 0 <= {name} < inf, found {name}={value}")
+    eps, eps_root = (
+        check_scalar(name, value, lambda x: 0 <= x < math.inf, "in [0, inf)")
+        for name, value in (("eps", eps), ("eps_root", eps_root))
+    )
     extract = extract_preconditioner_from_state_fn
     if extract is None and _uses_adamax(base_optimizer):
         raise ValueError(
@@ -136,7 +137,9 @@ def scale_then_privatize(
             v = next((v for v in moments if not _is_masked(v)), None)
             if v is None:
                 return update
-            _check_leaf(f"updates{jax.tree_util.keystr(path)}", update, v)
+            name = f"updates{jax.tree_util.keystr(path)}"
+            update, v = owned(name, update), owned(f"the second moments of {name}", v)
+            _check_leaf(name, update, v)
             wide = jnp.promote_types(jnp.result_type(update, v), jnp.float32)
             scale = 1 / (jnp.sqrt(v.astype(wide) + eps_root) + eps)
             scale = jnp.minimum(scale, jnp.finfo(wide).max)  # without any eps

@@ -219,10 +219,13 @@ def _step(
     # refuse some that are not usable, and one lane of a vmap would fail the others.
     usable = jnp.isfinite(coef).all() & matrix.invertible(coef)
     coef = jnp.where(usable, coef, 1).astype(jnp.promote_types(coef.dtype, jnp.float32))
+    # Terms are kept, and then scaled: neither may vanish.
+    terms = [matrix.diagonal(coef), *([stddev] if filter.varying else [])]
+    made = _stddev.is_normal(scale) & _stddev.is_normal(*terms) & _stddev.is_normal(scale, *terms)
     # Either the step has overflowed, or it is not one; or traced coefficients, a traced stddev or a
     # traced state hid what is refused where it is seen. NaN is seen; no noise would not be.
     valid &= usable & (before >= 0) & once
-    valid &= _stddev.is_usable(stddev) & (_stddev.is_normal(scale) | _stddev.is_zero(stddev))
+    valid &= _stddev.is_usable(stddev) & (made | _stddev.is_zero(stddev))
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
         step, keys, coef, stddevs, rings = rest

@@ -151,7 +151,7 @@ def dense_noise(
     keys, alone = _once.mark(state.clock.keys, [scale, matrix])
     valid &= alone
     largest = jnp.abs(row).max()
-    made = _stddev.is_normal(largest.astype(scale.dtype) * scale)
+    made = _stddev.is_normal(largest, scale)
     valid &= _stddev.is_usable(scale) & (made | (largest == 0) | _stddev.is_zero(scale))
     scale = nan_unless(valid, scale)
     tree: Any

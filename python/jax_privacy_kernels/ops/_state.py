@@ -153,7 +153,7 @@ def is_of_kind(state: Any, name: str) -> bool:
 
 def check_kind(state: Any, expected: NoiseState) -> None:
     """Raises a ValueError unless a state is of the kind, shapes and dtypes of the one expected."""
-    kind = getattr(getattr(state, "clock", None), "kind", None)
+    kind: Any = getattr(getattr(state, "clock", None), "kind", None)
     named = isinstance(kind, dict) and [type(name) for name in kind] == [str]
     if not isinstance(state, NoiseState) or not named:
         raise ValueError(

@@ -561,6 +561,24 @@ def test_stddev_out_of_the_range_of_the_noise():
             gaussian_privatizer(stddev=stddev, prng_key=0)
 
 
+@pytest.mark.each_value
+@pytest.mark.parametrize("stddev", [0, 0.0, -0.0])
+@pytest.mark.parametrize("matrix", KINDS)
+def test_no_noise_of_stddev_zero(matrix, stddev):
+    def first(stddev):
+        privatizer = build(Ours, matrix, stddev=stddev)
+        return privatizer.update(jnp.ones(50), privatizer.init(jnp.ones(50)))[0]
+
+    np.testing.assert_array_equal(first(stddev), 1)
+    np.testing.assert_array_equal(jax.jit(first)(abs(stddev)), 1)
+
+
+def test_a_stddev_may_be_any_integer_of_the_range():
+    assert gaussian_privatizer(stddev=10**30, prng_key=0).init(1.0)
+    with pytest.raises(ValueError, match="expected stddev in the range of float64"):
+        gaussian_privatizer(stddev=10**400, prng_key=0)
+
+
 def test_stddev_may_be_traced():
     def noise(stddev):
         privatizer = gaussian_privatizer(stddev=stddev, prng_key=0)
@@ -621,6 +639,11 @@ def test_gradients_that_get_no_noise(matrix, dtype):
     state = privatizer.init(jax.tree.map(lambda g: jnp.zeros(g.shape), grads))
     with pytest.raises(TypeError, match=message):
         privatizer.update(grads, state)
+
+
+def test_leaves_that_are_keys():
+    with pytest.raises(TypeError, match=r"leaf \['k'\] to hold numbers, found key<fry>"):
+        build(Ours, "banded").init({"k": jax.random.key(0)})
 
 
 def test_float8_gradients_get_no_noise_of_another_dtype_either():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import NamedTuple
 
 import jax
@@ -68,6 +69,13 @@ ADAPTIVE = {
     "masked": (optax.masked(adam(), True), lambda s: s.inner_state.nu),
     "finite": (optax.apply_if_finite(optax.adam(0.1), 3), lambda s: s.inner_state[0].nu),
 }
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_optax():
+    """optax promotes dtypes, and fails where JAX has been told to refuse that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def trees_close(actual, expected, rtol=1e-6, atol=0.0):
@@ -183,6 +191,28 @@ def test_variances_are_not_negative(dtype):
     transform = scale_then_privatize(optax.rmsprop(0.1, centered=True), eps=1e-2)
     scaled = np.asarray(transform.pre_clipping_transform(state)(jnp.ones(1000)))
     assert np.all((scaled > 9) & (scaled <= 100))
+
+
+def test_leaves_that_are_numbers():
+    state = moments_of({"w": jnp.array(8.0), "v": jnp.array(0.0)})
+    optimizer = scale_then_privatize(adam(), 1, 1)
+    scaled = optimizer.pre_clipping_transform(state)({"w": 3.0, "v": np.float32(-0.5)})
+    assert scaled == {"w": 0.75, "v": -0.25}
+    optimizer.update(scaled, state)
+    for huge in (10**400, "3", object()):
+        with pytest.raises((TypeError, ValueError), match=r"expected updates\['w'\]"):
+            optimizer.pre_clipping_transform(state)({"w": huge, "v": 1.0})
+
+
+def test_strict_modes():
+    g, v = jnp.array([3.0, -0.5], jnp.bfloat16), jnp.array([8.0, 0.0], jnp.float16)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        optimizer = scale_then_privatize(adam(), 1, 1)
+        scaled = optimizer.pre_clipping_transform(moments_of(v))(g)
+        updates, _ = optimizer.update(g, moments_of(v))
+    assert scaled.dtype == g.dtype
+    np.testing.assert_array_equal(scaled.astype(np.float32), [0.75, -0.25])
+    assert np.isfinite(updates.astype(np.float32)).all()
 
 
 # -- Where v is 0 -----------------------------------------------------------------------------
@@ -625,11 +655,23 @@ def test_optimizers_may_refer_to_themselves():
     missing = None
 
 
-@pytest.mark.parametrize("value", [-1e-9, -1.0, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "base", [None, 2.0, {}, optax.sgd, NamedTuple("Half", [("init", object)])(len)]
+)
+@pytest.mark.parametrize("augment", [scale_then_privatize, as_augmented_optimizer])
+def test_what_is_no_optimizer(augment, base):
+    with pytest.raises(TypeError, match="optimizer to be a GradientTransformation, found"):
+        augment(base)
+
+
+@pytest.mark.parametrize("value", [-1e-9, -1.0, np.nan, np.inf, -np.inf, 10**400])
 @pytest.mark.parametrize("name", ["eps", "eps_root"])
 def test_eps_is_checked(name, value):
-    with pytest.raises(ValueError, match=rf"expected 0 <= {name} < inf, found {name}={value}"):
+    message = re.escape(f"expected {name} to be in [0, inf), found {name}={value}")
+    with pytest.raises(ValueError, match=message):
         scale_then_privatize(optax.adam(0.1), **{name: value})
+    with pytest.raises(TypeError, match=f"expected {name} to be"):
+        scale_then_privatize(optax.adam(0.1), **{name: str(value)})
 
 
 # -- Plain optimizers -------------------------------------------------------------------------

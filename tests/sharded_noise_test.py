@@ -653,6 +653,24 @@ class TestEightDevices:
         with pytest.raises(ValueError, match=r"\['flat'\].*same over the axes \['x'\]"):
             jax.jit(local)(grads)
 
+    @pytest.mark.parametrize("matrix", ["banded", "dense", "prefix"])
+    def test_shards_of_one_key_with_stddevs_of_their_own(self, matrix):
+        """The difference of two outputs would be known noise, and so the gradient."""
+
+        def step(stddevs):
+            mechanism, grads = privatizer(matrix, stddev=stddevs[0]), jnp.zeros(1500)
+            return mechanism.update(grads, mechanism.init(grads))[0]
+
+        local = functools.partial(
+            jax.shard_map, step, mesh=mesh_of("x", "automatic"), in_specs=P("x"), out_specs=P("x")
+        )
+        with pytest.raises(ValueError, match=r"the stddev and .* over the axes \['x'\]"):
+            jax.jit(local())(jnp.arange(1.0, 9.0))
+        assert np.isnan(jax.jit(local(check_vma=False))(jnp.arange(1.0, 9.0))).all()
+        same = jax.jit(local(check_vma=False))(jnp.ones(8)).reshape(8, 1500)
+        assert np.isfinite(same).all()
+        assert len(np.unique(same[:, 0])) == 1
+
     @pytest.mark.each_value
     @pytest.mark.parametrize("matrix", ["banded", "dense", "prefix"])
     @pytest.mark.parametrize("through", ["shard_map", "pmap"])

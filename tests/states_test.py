@@ -257,7 +257,9 @@ def test_what_is_no_state_of_this_format_is_refused(name):
     ((kind, fingerprint),) = state.clock.kind.items()
     assert kind.startswith("v2_")
     older = state.clock._replace(kind={kind.replace("v2_", "v1_"): fingerprint})
-    for found in (state._replace(clock=older), tuple(state), (state.clock.keys, state.inner), None):
+    unnamed = state.clock._replace(kind={0: fingerprint})
+    of_another_clock = [state._replace(clock=clock) for clock in (older, unnamed)]
+    for found in (*of_another_clock, tuple(state), (state.clock.keys, state.inner), None):
         for update in (privatizer(name).update, step(name)):
             with pytest.raises(ValueError, match=r"expected noise_state.*found"):
                 update(grads(), found)
@@ -276,6 +278,16 @@ def test_a_state_of_other_gradients_names_the_leaf():
     other = {**grads(), "w": jnp.zeros((3, 501))}
     with pytest.raises(ValueError, match=r"\['w'\] to have shape \(2, 3, 501\).*\(2, 3, 500\)"):
         privatizer("banded").update(other, state)
+
+
+def test_a_state_of_fewer_bits_is_refused():
+    """What it keeps was rounded, so that noise no longer cancels."""
+    for name in ("banded", "product"):
+        state = privatizer(name).init(grads())
+        rounded = state._replace(inner=jax.tree.map(lambda x: x.astype("bfloat16"), state.inner))
+        for update in (privatizer(name).update, step(name)):
+            with pytest.raises(ValueError, match=r"noise_state.inner.*float32.*found.*bfloat16"):
+                update(grads(), rounded)
 
 
 def test_custom_matrices_go_on_without_a_fingerprint():
@@ -328,16 +340,43 @@ def test_states_of_one_key_that_a_branch_maps_make_no_noise(name):
     assert np.isfinite(out[1]).all()
 
 
+def first_step(name, key, g, stddev=1.0, x=0.25):
+    mechanism = matrix_factorization_privatizer(ALL[name].matrix(x), stddev=stddev, prng_key=key)
+    return mechanism.update(g, mechanism.init(g))[0]
+
+
 @few_mechanisms
 def test_states_of_their_own_keys_in_a_vmap(name):
-    matrix = ALL[name].matrix()
-
-    def client(key, g):
-        mechanism = matrix_factorization_privatizer(matrix, stddev=1.0, prng_key=key)
-        return mechanism.update(g, mechanism.init(g))[0]
-
+    client = functools.partial(first_step, name)
     found = jax.vmap(client)(jax.random.split(jax.random.key(0), 3), jnp.zeros((3, 7)))
     assert len(np.unique(found)) == 21
+
+
+@few_mechanisms
+def test_keys_that_lanes_of_nested_vmaps_share(name):
+    """Wherever a key stands in the other lanes, the gradients that share it get no noise."""
+    keys = jax.random.split(jax.random.key(0), 5)[jnp.array([[0, 1], [2, 0], [3, 4]])]
+    inner = jax.vmap(functools.partial(first_step, name), in_axes=(0, 1))
+    found = jax.vmap(inner)(keys, jnp.zeros((3, 7, 2)))
+    assert np.isnan(found).all((1, 2)).tolist() == [True, True, False]
+    assert len(np.unique(found[2])) == 14
+
+
+@few_mechanisms
+def test_scales_of_one_sample_in_a_vmap_are_refused(name):
+    """Their difference is known noise, and so the gradient is."""
+    g, stddevs = jnp.zeros(7), jnp.array([1.0, 2.0])
+    one = functools.partial(first_step, name)
+    with pytest.raises(ValueError, match="would get the same noise"):
+        jax.vmap(lambda stddev: one(3, g, stddev))(stddevs)
+    if name not in ("identity", "buffers"):
+        with pytest.raises(ValueError, match="would get the same noise"):
+            jax.jit(jax.vmap(lambda x: one(3, g, 1.0, x)))(jnp.array([0.25, 0.5]))
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = jax.vmap(lambda key, stddev: one(key, g, stddev))(keys, stddevs)
+    assert len(np.unique(found)) == 14
+    same = jax.vmap(lambda key, stddev: one(key, g, stddev))(keys[jnp.array([0, 0])], stddevs)
+    assert np.isnan(same).all()
 
 
 def test_every_init_without_a_key_draws_one():

@@ -44,6 +44,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_privacy_kernels import random, sharding_utils
 from jax_privacy_kernels._checks import (
     check_like,
+    floats,
     is_concrete,
     is_tracing,
     leaf_name,
@@ -182,9 +183,10 @@ def matrix_factorization_privatizer(
         a trace has hidden them.
       ValueError from init and update, too: in a vmap, gradients that are mapped where the key is
         not, which would all have the same noise (NaN where both are mapped, and keys equal). From
-        update: in a shard_map, gradients that vary over axes that the state's key does not (NaN
-        with ``check_vma=False`` and in a pmap, where devices compare them, a pass over the
-        gradients); gradients unreduced over a mesh axis.
+        update: the same of a stddev or a noising matrix that is mapped; in a shard_map, gradients
+        that vary over axes that the state's key does not (NaN with ``check_vma=False`` and in a
+        pmap, where devices compare them, a pass over the gradients); gradients unreduced over a
+        mesh axis.
       From init and update with ``SupportedStrategies.ZERO``, ValueError: a leaf without a mesh;
       RuntimeError: one on a mesh with axes that are not explicit.
 
@@ -340,11 +342,12 @@ def _streaming(
             noise_state = NoiseState(noise_state, ())  # which the independent noise refuses
         # The independent noise checks its own state; a matrix may promote the dtype of its own.
         own = of_matrix()
-        noise_state, once = _marked(noise_state, sum_of_clipped_grads)
+        noise_state, once = _marked(noise_state, sum_of_clipped_grads, stddev, own)
         unit, noise = independent.update(zeros, _owned(noise_state, -own)._replace(inner=()))
         expected = jax.eval_shape(init_inner, sum_of_clipped_grads)
         check_like("noise_state.inner", noise_state.inner, expected, dtypes=False)
-        once &= check_devices(sum_of_clipped_grads, noise_state.clock.keys)
+        jax.tree_util.tree_map_with_path(_check_as_wide, expected, noise_state.inner)
+        once &= check_devices(sum_of_clipped_grads, noise_state.clock.keys, stddev, own)
         scale = jnp.asarray(stddev, jnp.result_type(float))
         scale = nan_unless(is_usable_stddev(scale) & once, scale)
         z = jax.tree.map(lambda u: scale * u.astype(jnp.promote_types(u.dtype, jnp.float32)), unit)
@@ -517,17 +520,26 @@ def _renamed(state: Any, rename: Callable[[str], str]) -> Any:
     return _relabeled(state, lambda name, fingerprint: (rename(name), fingerprint))
 
 
-def _marked(state: Any, grads: Any) -> tuple[Any, Any]:
+def _marked(state: Any, grads: Any, *uses: Any) -> tuple[Any, Any]:
     """The state, known to make noise for these gradients, which it is then not made with.
 
-    And whether it makes it for no others.
+    And for these other uses of `mark_tree`; and whether it makes it for no others.
     """
     keys = getattr(getattr(state, "clock", None), "keys", None)
     if not isinstance(state, NoiseState) or not isinstance(keys, jax.Array | np.ndarray):
         return state, True
     check_mesh(grads, keys)
-    keys, once = mark_tree(keys, grads)
+    keys, once = mark_tree(keys, (grads, *uses))
     return state._replace(clock=state.clock._replace(keys=keys)), once
+
+
+def _check_as_wide(path: Any, expected: Any, found: Any) -> None:
+    dtype = jnp.result_type(found)
+    if jnp.promote_types(dtype, expected.dtype) != dtype:
+        raise ValueError(
+            f"expected noise_state.inner{jax.tree_util.keystr(path)} to be of dtype "
+            f"{expected.dtype} or wider, found {dtype}"
+        )
 
 
 def _owned(state: NoiseState, own: Any) -> NoiseState:
@@ -630,7 +642,7 @@ def _check_stddev(stddev: Any) -> Any:
         if stddev.dtype == jnp.float32:  # converted to float64, a subnormal one would be 0
             return nan_unless(is_usable_stddev(stddev), stddev)
         return stddev
-    value = np.asarray(stddev)
+    value = floats("stddev", stddev) if type(stddev) is int else np.asarray(stddev)
     kinds = (jnp.floating, jnp.integer)
     if value.ndim or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         raise TypeError(f"expected stddev to be a real number, found {shown(stddev)}")
@@ -640,7 +652,7 @@ def _check_stddev(stddev: Any) -> Any:
             f"expected stddev to be 0 or between {LEAST_STDDEV:g} and {MOST_STDDEV:g}, "
             f"found {stddev}"
         )
-    return float(value)
+    return float(value) or 0.0  # not -0.0
 
 
 def __dir__() -> list[str]:  # for completion: no imported names

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jax_privacy_kernels._checks import check_scalar, owned, standard_promotion
+
 __all__ = [
     "AugmentedGradientTransformation",
     "PreClippingTransform",
@@ -111,11 +113,14 @@ def scale_then_privatize(
         like Adam's but holds an infinity norm. When the transform is made or the optimizer updated:
         if no second moments are found in its state. When gradients are scaled: if v is not a tree
         like them, or the shape of a gradient, batched or not, does not end with that of v.
-      TypeError: When gradients are scaled: if one of them, or v, is not floating.
+      TypeError: If base_optimizer has no ``init`` or no ``update``, or eps or eps_root is no real
+        number. When gradients are scaled: if one of them, or v, is not floating.
     """
-    for name, value in (("eps", eps), ("eps_root", eps_root)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"expected 0 <= {name} < inf, found {name}={value}")
+    _check_optimizer("base_optimizer", base_optimizer)
+    eps, eps_root = (
+        check_scalar(name, value, lambda x: 0 <= x < math.inf, "in [0, inf)")
+        for name, value in (("eps", eps), ("eps_root", eps_root))
+    )
     extract = extract_preconditioner_from_state_fn
     if extract is None and _uses_adamax(base_optimizer):
         raise ValueError(
@@ -132,7 +137,9 @@ def scale_then_privatize(
             v = next((v for v in moments if not _is_masked(v)), None)
             if v is None:
                 return update
-            _check_leaf(f"updates{jax.tree_util.keystr(path)}", update, v)
+            name = f"updates{jax.tree_util.keystr(path)}"
+            update, v = owned(name, update), owned(f"the second moments of {name}", v)
+            _check_leaf(name, update, v)
             wide = jnp.promote_types(jnp.result_type(update, v), jnp.float32)
             scale = 1 / (jnp.sqrt(v.astype(wide) + eps_root) + eps)
             scale = jnp.minimum(scale, jnp.finfo(wide).max)  # without any eps
@@ -142,12 +149,14 @@ def scale_then_privatize(
             saturated = jnp.clip(x, -most, most)
             return jnp.where(jnp.isfinite(update), saturated, x).astype(update.dtype)
 
+        @standard_promotion()
         def transform(updates: optax.Updates) -> optax.Updates:
             moments = [_unfold(v, updates) for v in found]
             return jax.tree_util.tree_map_with_path(scaled, updates, *moments)
 
         return transform
 
+    @standard_promotion()  # optax needs it
     def update(
         updates: optax.Updates,
         state: optax.OptState,
@@ -168,8 +177,7 @@ def as_augmented_optimizer(
     Raises:
       TypeError: If it has no ``init`` or no ``update``.
     """
-    if not callable(getattr(optimizer, "init", None)) or not hasattr(optimizer, "update"):
-        raise TypeError(f"expected optimizer to be a GradientTransformation, found {optimizer!r}")
+    _check_optimizer("optimizer", optimizer)
     if isinstance(optimizer, AugmentedGradientTransformation):
         return optimizer
     if hasattr(optimizer, "pre_clipping_transform"):  # jax_privacy's
@@ -177,6 +185,11 @@ def as_augmented_optimizer(
     return AugmentedGradientTransformation(
         optimizer.init, optimizer.update, lambda state, inverse=False: lambda updates: updates
     )
+
+
+def _check_optimizer(name: str, optimizer: Any) -> None:
+    if not all(callable(getattr(optimizer, method, None)) for method in ("init", "update")):
+        raise TypeError(f"expected {name} to be a GradientTransformation, found {optimizer!r}")
 
 
 def _check_leaf(name: str, update: Any, v: Any) -> None:

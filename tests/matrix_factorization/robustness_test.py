@@ -91,6 +91,9 @@ BEYOND_MEMORY = {
     "minsep_sensitivity_squared": lambda: toeplitz.minsep_sensitivity_squared([1.0], 1, n=10**15),
     "optimize_banded_toeplitz": lambda: toeplitz.optimize_banded_toeplitz(10**15, 3),
     "ColumnNormalizedBanded": lambda: banded.ColumnNormalizedBanded.default(10**15, 3),
+    "LossFn.build_min_sep": lambda: buffered_toeplitz.LossFn.build_min_sep(
+        10**15, workload_coef=[1.0]
+    ),
     "column_normalize_for_n": lambda: toeplitz.inverse_as_streaming_matrix([1.0], 10**15),
 }
 

@@ -1497,6 +1497,32 @@ def test_coefficients_of_extreme_size(implementation, filter, size):
     trees_allclose(actual, expected, atol=2e-5)
 
 
+VANISHING = {
+    "recurrence": ("recurrence", (1e20, 1e19), 1e-20),
+    "average": ("moving_average", (1e-20, 1e-19), 1e-20),
+    "huge recurrence": ("recurrence", (1e38, 1e37), 1.0),
+    "tiny average": ("moving_average", (1e-38, 1e-39), 1.0),
+    "subnormal average": ("moving_average", (1e-40, 1e-41), 1.0),
+    "only the first term": ("moving_average", (1e-30, 1.0), 1e-20),
+}
+
+
+@pytest.mark.parametrize(("filter", "coef", "stddev"), VANISHING.values(), ids=VANISHING)
+def test_terms_that_vanish_are_seen(filter, coef, stddev):
+    """Zero in 32 bits, as products of coefficients and stddev."""
+    case = dataclasses.replace(SMALL, filter=filter, coef=coef, stddev=stddev)
+    grads = case.grads_at(0)
+
+    @jax.jit
+    def traced(stddev):
+        changed = dataclasses.replace(case, stddev=stddev)
+        state = init_correlated_noise(grads, case.matrix, key=case.key, stddev=stddev)
+        return changed.update(None)(grads, state)[0]
+
+    for outs in (case.update(None)(grads, case.init())[0], traced(stddev)):
+        assert all(np.isnan(out).all() for out in outs)
+
+
 # -- Derivatives ------------------------------------------------------------------------------
 
 

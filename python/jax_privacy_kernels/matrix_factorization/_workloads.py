@@ -70,6 +70,7 @@ def known_workload(workload_coef: Any, n: int, name: str = "workload_coef") -> n
         return None
     if not is_concrete(workload_coef):
         raise TypeError(f"expected {name} that is known, found a tracer")
+    check_memory("n", n, 40 * n)
     with jax.enable_x64(True):
         values = np.asarray(check_coef(name, workload_coef), np.float64)[:n]
     return np.pad(values, (0, n - values.size))

@@ -107,6 +107,8 @@ def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
     """
     if not hasattr(leaf, "dtype"):
         raise TypeError(f"expected leaf {leaf_name(path)} to be an array, found {leaf!r}")
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise TypeError(f"expected leaf {leaf_name(path)} to hold numbers, found {leaf.dtype}")
     noise_dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if dtype is None else dtype)
     for what, found in (("gradients", jnp.dtype(leaf.dtype)), ("noise", noise_dtype)):
         if found.name not in _FLOATS:

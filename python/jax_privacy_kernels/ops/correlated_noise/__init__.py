@@ -146,7 +146,8 @@ def correlated_noise(
       TypeError: as `init_correlated_noise`.
       ValueError: the state is not one of this tree, matrix and stddev, or is laid out over another
         mesh or in another way; the implementation asked for cannot run here or cannot take a leaf;
-        gradients are mapped over an axis (vmap) that the state is not mapped over.
+        gradients, stddev or matrix are mapped over an axis (vmap) that the state is not mapped
+        over.
       NotImplementedError: when lowered, the implementation asked for does not run on the platform.
     """
     name = _dispatch.requested("correlated_noise", IMPLEMENTATIONS, implementation)
@@ -163,7 +164,7 @@ def correlated_noise(
         state = _state.unstarted(state, grads, leaves, filter, key_impl, fingerprint)
         valid = state.clock.step == 0
     check_kind(state, _state.abstract_state(tree, leaves, filter, key_impl))
-    once = _once.check_devices(grads, state.clock.keys)
+    once = _once.check_devices(grads, state.clock.keys, stddev, matrix)
     _partition.check_summed_up(grads)
     if filter.rows:
         jax.tree_util.tree_map_with_path(_partition.check_laid_out, grads, state.inner)
@@ -205,7 +206,7 @@ def _step(
     step = jnp.maximum(clock.step, 0)  # below 0 it is not valid, which kernels need not know
     origins = Origins()
     grads, rings = _memory.note(origins, grads, rings)
-    keys, once = _once.mark(clock.keys, grads)
+    keys, once = _once.mark(clock.keys, [*grads, stddev, *jax.tree.leaves(matrix)])
     clock = clock._replace(keys=keys)
     before = clock.step
     keys, stddevs, clock = _state.tick(clock, key_impl, filter, stddev)
@@ -218,10 +219,13 @@ def _step(
     # refuse some that are not usable, and one lane of a vmap would fail the others.
     usable = jnp.isfinite(coef).all() & matrix.invertible(coef)
     coef = jnp.where(usable, coef, 1).astype(jnp.promote_types(coef.dtype, jnp.float32))
+    # Terms are kept, and then scaled: neither may vanish.
+    terms = [matrix.diagonal(coef), *([stddev] if filter.varying else [])]
+    made = _stddev.is_normal(scale) & _stddev.is_normal(*terms) & _stddev.is_normal(scale, *terms)
     # Either the step has overflowed, or it is not one; or traced coefficients, a traced stddev or a
     # traced state hid what is refused where it is seen. NaN is seen; no noise would not be.
     valid &= usable & (before >= 0) & once
-    valid &= _stddev.is_usable(stddev) & (_stddev.is_normal(scale) | _stddev.is_zero(stddev))
+    valid &= _stddev.is_usable(stddev) & (made | _stddev.is_zero(stddev))
 
     def add(grads: list[jax.Array], scale: jax.Array, rest: Any) -> NoiseOutputs:
         step, keys, coef, stddevs, rings = rest

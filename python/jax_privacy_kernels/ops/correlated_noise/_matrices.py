@@ -11,6 +11,7 @@ with a fused kernel are described by the dataclasses below, which are pytrees. E
                             beyond the range of floats make no terms beyond it
     coef_at(step, filter)   its coefficients at a step, as the filter says
     invertible(coef)        whether the matrix with those coefficients is
+    diagonal(coef)          the diagonal of the matrix with those coefficients: what x_t has of z_t
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ class BandedRecurrence:
     def invertible(self, coef: jax.Array) -> jax.Array:
         return (coef[:, 0] != 0).all()
 
+    def diagonal(self, coef: jax.Array) -> jax.Array:
+        return 1 / coef[:, 0]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +123,9 @@ class MovingAverage:
 
     def invertible(self, coef: jax.Array) -> jax.Array:
         return coef[0, -1] != 0
+
+    def diagonal(self, coef: jax.Array) -> jax.Array:
+        return coef[:, -1]
 
 
 @jax.tree_util.register_dataclass
@@ -168,6 +175,9 @@ class BufferedToeplitz:
     def invertible(self, coef: jax.Array) -> jax.Array:
         del coef
         return jnp.array(True)  # the diagonal is 1
+
+    def diagonal(self, coef: jax.Array) -> jax.Array:
+        return jnp.ones(1, coef.dtype)
 
 
 _MODERATE = 32  # exponents of two up to which numbers are left as they are

@@ -131,29 +131,32 @@ def dense_noise(
     name = _dispatch.requested("dense_noise", IMPLEMENTATIONS, implementation)
     leaves = _leaves.plan(grads, matrix.dtype, dtype)
     struct: Any = jax.ShapeDtypeStruct
-    keys = struct((1, *key_words(key_impl)), jnp.uint32)
+    words = struct((1, *key_words(key_impl)), jnp.uint32)
     kind = abstract_kind(_kind(leaves, key_impl))
-    expected = NoiseState(Clock(struct((), jnp.int32), keys, (), kind), ())
+    expected = NoiseState(Clock(struct((), jnp.int32), words, (), kind), ())
     check_kind(state, expected)
     step, n = state.clock.step, matrix.shape[0]
     if is_concrete(step) and not 0 <= int(step) < n:
         raise ValueError(
             f"expected at most {n} steps, the rows of noising_matrix, found step {step}"
         )
-    once = _once.check_devices(grads, state.clock.keys)
+    once = _once.check_devices(grads, state.clock.keys, stddev, matrix)
     _partition.check_summed_up(grads)
     _partition.check_mesh(grads, state.clock.keys)
     valid = has_fingerprint(state, _fingerprint_of(matrix, leaves))
     # A trace cannot raise. NaN is seen; the noise of row n - 1 again would not be.
     valid &= (step >= 0) & (step < n) & once
     scale, row = jnp.asarray(stddev, jnp.result_type(float)), matrix[step]
+    # Not the row: those of several steps are of the same samples.
+    keys, alone = _once.mark(state.clock.keys, [scale, matrix])
+    valid &= alone
     largest = jnp.abs(row).max()
-    made = _stddev.is_normal(largest.astype(scale.dtype) * scale)
+    made = _stddev.is_normal(largest, scale)
     valid &= _stddev.is_usable(scale) & (made | (largest == 0) | _stddev.is_zero(scale))
     scale = nan_unless(valid, scale)
     tree: Any
     grad_leaves, tree = jax.tree.flatten(grads)
-    outs = _add(leaves, name, key_impl, row, scale, state.clock.keys, grad_leaves)
+    outs = _add(leaves, name, key_impl, row, scale, keys, grad_leaves)
     return tree.unflatten(outs), state._replace(clock=state.clock._replace(step=step + 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from support import sweeps
 
 import jax_privacy_kernels
 from jax_privacy_kernels import __main__ as command_line
-from jax_privacy_kernels import _arguments, _bench_command
+from jax_privacy_kernels import _arguments, _bench_command, _run_command
 from jax_privacy_kernels._bench import cases
 from jax_privacy_kernels.ops import _ffi
 
@@ -101,10 +102,41 @@ def test_refusals(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_program_without_jax_privacy_is_refused_in_words(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["run", __file__])
+    assert stop.value.code == 2
+    said = "which is not installed: pip install jax-privacy\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module", "no_such.module", "json.no_such", "json.no.such"]
+)
+def test_a_module_that_there_is_not_is_refused_in_words(capsys, monkeypatch, name):
+    monkeypatch.setattr(_run_command, "install", lambda force: None)
+    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["run", "-m", name])
+    assert stop.value.code == 2
+    assert f"expected a module to run, found none named '{name}'" in capsys.readouterr().err
+
+
 def test_numbers():
     assert _arguments.count("1e6") == 1_000_000
     assert _arguments.positive("0.5") == 0.5
     assert _arguments.output("-") == pathlib.Path("-")
+
+
+def test_a_link_to_what_is_not_there_yet_can_be_written(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "bench.json"
+    link.symlink_to(target)
+    assert _arguments.output(str(link)) == link
+    assert link.is_symlink()
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("width", sweeps.cases(["few", "all"], ["all"]))

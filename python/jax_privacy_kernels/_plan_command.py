@@ -23,13 +23,17 @@ EXAMPLES = """
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to its parser."""
     required = parser.add_argument_group("the run")
-    required.add_argument("--steps", type=int, required=True)
-    required.add_argument("--dataset-size", type=int, required=True, help="examples")
-    required.add_argument("--batch-size", type=int, required=True, help="examples in a step")
+    required.add_argument("--steps", type=_arguments.count, required=True)
+    required.add_argument("--dataset-size", type=_arguments.count, required=True, help="examples")
+    required.add_argument(
+        "--batch-size", type=_arguments.count, required=True, help="examples in a step"
+    )
     required.add_argument("--epsilon", type=float, required=True)
     required.add_argument("--delta", type=float, required=True)
-    parser.add_argument("--epochs", type=int, help="how often an example takes part")
-    parser.add_argument("--min-sep", type=int, help="the fewest steps between its participations")
+    parser.add_argument("--epochs", type=_arguments.count, help="how often an example takes part")
+    parser.add_argument(
+        "--min-sep", type=_arguments.count, help="the fewest steps between its participations"
+    )
     parser.add_argument("--momentum", type=float, default=0.0, help="of SGD")
     parser.add_argument(
         "--decay", type=float, default=1.0, help="1 - learning rate * weight decay, e.g. 0.9999"

@@ -56,13 +56,14 @@ from jax_privacy_kernels._checks import (
     promote_types,
 )
 from jax_privacy_kernels.matrix_factorization import banded, streaming_matrix
-from jax_privacy_kernels.noise_addition import on_mesh
+from jax_privacy_kernels.noise_addition import Privatizer, on_mesh, shown_matrix
 from jax_privacy_kernels.ops import (
     BandedRecurrence,
     BufferedToeplitz,
     GridMatrix,
     MovingAverage,
     NoiseState,
+    check_name,
     grid_noise,
     init_grid_noise,
 )
@@ -361,7 +362,9 @@ def privatizer(
         `noise_addition.matrix_factorization_privatizer` refuses of states, meshes and vmap.
       NotImplementedError: a noising matrix that has no exact noise, which says why.
     """
-    matrix = _grid_matrix(noising_matrix, _check_stddev(stddev))
+    check_name(implementation)
+    stddev = _check_stddev(stddev)
+    matrix = _grid_matrix(noising_matrix, stddev)
     draw = _key_source(prng_key)
 
     def init(model: Any) -> NoiseState:
@@ -376,7 +379,12 @@ def privatizer(
                 sum_of_clipped_grads, noise_state, matrix, implementation=implementation
             )
 
-    return optax.GradientTransformation(on_mesh(init), update)
+    made = Privatizer(on_mesh(init), update)
+    made.told = (
+        f"grid.privatizer(<{shown_matrix(noising_matrix)}>, stddev={stddev}, "
+        f"implementation={implementation!r}, noise stream chacha20)"
+    )
+    return made
 
 
 def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:

@@ -45,6 +45,7 @@ import optax
 import orbax.checkpoint as ocp
 from dp_accounting.pld import PLDAccountant
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from jax_privacy_kernels import noise_addition
@@ -225,6 +226,7 @@ def plot(run: Run, began: int, args: argparse.Namespace) -> None:
     )
     if began:
         axes.axvline(began, color="#D55E00", linestyle="--", label=f"resumed from step {began}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss, nats per byte")
     axes.set_ylim(bottom=0)

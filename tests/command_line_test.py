@@ -184,6 +184,27 @@ def test_bench_leaves_out_what_it_has_no_time_or_memory_for(capsys, monkeypatch)
     assert "-: no time left" in capsys.readouterr().out
 
 
+def test_what_was_not_measured_is_not_drawn(monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is missing; install the bench extra")
+    drawn = []
+    monkeypatch.setattr(_bench_command, "draw_whole", lambda figure, path: drawn.append(figure))
+
+    def row(what, *names):
+        times = {name: {"median_s": 1e-3} for name in names}
+        return {"what": what, "bands": 1, "parameters": 5, "bounds": {"s": 1e-3},
+                "implementations": times}  # fmt: skip
+
+    noise, algebra = [row("1 band", "jax")], [row("multiply, n = 5"), row("solve, n = 5", "jax")]
+    for report in (
+        {"noise": noise, "algebra": algebra},
+        {"noise": noise, "algebra": algebra[:1]},
+        {"algebra": algebra[:1]},
+    ):
+        _bench_command.plot(report, pathlib.Path("plot.png"))
+    assert [len(figure.axes) for figure in drawn] == [2, 1, 1]
+    assert [tick.get_text() for tick in drawn[0].axes[1].get_yticklabels()] == ["solve\nn = 5"]
+
+
 def test_memory_that_is_asked_for():
     assert cases.most_parameters(1, 1, 400) == 25  # gradients, outputs and one of each to spare
     assert cases.most_parameters(33, 3, 4 * 136) == 1

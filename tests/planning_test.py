@@ -117,6 +117,23 @@ def test_the_table_is_shown(table, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+def test_every_row_is_drawn_once_within_the_axes(table, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(planning, "draw_whole", lambda figure, path: drawn.append(figure))
+    table.plot("plan.png")
+    (axes,) = drawn[0].axes
+    points = sorted(xy for line in axes.lines for xy in zip(*line.get_data(), strict=True))
+    assert points == sorted((row.state_bytes, row.rmse) for row in table.rows)
+    low, high = axes.get_xlim()
+    assert all(low < x < high for x, _ in points)
+    ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert ticks[0] == "0"
+    assert all(tick.endswith("B") for tick in ticks[1:])
+    labels = axes.get_legend_handles_labels()[1]
+    assert len(set(labels)) == len(labels)
+
+
 def test_wide_numbers_fit(table):
     row = dataclasses.replace(
         table.rows[0],

@@ -257,17 +257,27 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Training, list[float], list[
     parser = arguments.Parser(
         description="Compares the noise of a training run by how batches are sampled."
     )
-    parser.add_argument("--examples", type=int, default=60_000, help="in the dataset (60000)")
-    parser.add_argument("--batch", type=int, default=500, help="expected size of a batch (500)")
-    parser.add_argument("--epochs", type=int, default=10, help="of training (10)")
     parser.add_argument(
-        "--epsilon", type=float, nargs="+", default=[1.0, 2.0, 8.0], help="to compare (1 2 8)"
+        "--examples", type=arguments.count, default=60_000, help="in the dataset (60000)"
     )
-    parser.add_argument("--delta", type=float, default=1e-5, help="of the guarantee (1e-5)")
     parser.add_argument(
-        "--bands", type=int, nargs="+", default=[1, 8, 64], help="to compare (1 8 64)"
+        "--batch", type=arguments.count, default=500, help="expected size of a batch (500)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of Monte Carlo (0)")
+    parser.add_argument("--epochs", type=arguments.count, default=10, help="of training (10)")
+    parser.add_argument(
+        "--epsilon",
+        type=arguments.between(0.01, 100),
+        nargs="+",
+        default=[1.0, 2.0, 8.0],
+        help="to compare (1 2 8)",
+    )
+    parser.add_argument(
+        "--delta", type=arguments.between(1e-12, 1), default=1e-5, help="of the guarantee (1e-5)"
+    )
+    parser.add_argument(
+        "--bands", type=arguments.count, nargs="+", default=[1, 8, 64], help="to compare (1 8 64)"
+    )
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of Monte Carlo (0)")
     parser.add_argument(
         "--output",
         type=arguments.output,
@@ -275,23 +285,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Training, list[float], list[
         help="where the plot goes",
     )
     args = parser.parse_args(argv)
-    if args.examples < 1:
-        parser.error(f"expected --examples >= 1, found {args.examples}")
-    if not 1 <= args.batch <= args.examples:
-        parser.error(f"expected 1 <= --batch <= {args.examples}, found {args.batch}")
-    if args.epochs < 1:
-        parser.error(f"expected --epochs >= 1, found {args.epochs}")
-    for epsilon in args.epsilon:
-        if not 0.01 <= epsilon <= 100:
-            parser.error(f"expected 0.01 <= --epsilon <= 100, found {epsilon:g}")
-    if not 0 < args.delta < 1:
-        parser.error(f"expected 0 < --delta < 1, found {args.delta:g}")
-    if not 0 <= args.seed < 2**64:
-        parser.error(f"expected 0 <= --seed < 2^64, found {args.seed}")
+    if args.batch > args.examples:
+        parser.error(f"expected --batch <= {args.examples}, found {args.batch}")
     training = Training(args.examples, args.batch, args.epochs, args.delta, args.seed)
     for b in args.bands:
-        if not 1 <= b <= training.cycle:
-            parser.error(f"expected 1 <= --bands <= {training.cycle} steps an epoch, found {b}")
+        if b > training.cycle:
+            parser.error(f"expected --bands <= {training.cycle} steps an epoch, found {b}")
     epsilons, bands = sorted(set(args.epsilon)), sorted(set(args.bands))
     training = dataclasses.replace(training, calibrations=2 * len(epsilons) * len(bands))
     return training, epsilons, bands, args.output

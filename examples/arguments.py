@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-__all__ = ["Parser", "between", "count", "output", "positive"]
+__all__ = ["Parser", "between", "count", "output", "positive", "seed"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,9 +53,22 @@ def between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def seed(text: str) -> int:
+    """A whole number that jax.random.key takes."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to below 2^63, found {text}"
+        )
+    return number
+
+
 def output(text: str) -> str:
     """A picture that can be written: rather found out before than after the work."""
-    path = pathlib.Path(text)
+    path = pathlib.Path(text).resolve()  # what a link leads to, which may not be there yet
     formats = FigureCanvasBase.get_supported_filetypes()
     if not path.is_dir() and path.suffix[1:].lower() not in formats:
         raise argparse.ArgumentTypeError(

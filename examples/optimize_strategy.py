@@ -41,6 +41,8 @@ from tqdm import tqdm
 
 from jax_privacy_kernels.matrix_factorization import toeplitz
 
+LEAST_SHOWN = 1e-4  # of the coefficients in the plot
+
 IDENTITY = "independent noise"
 SQUARE_ROOT = "optimal max error"
 BANDED = "banded"
@@ -209,8 +211,9 @@ def plot(rows: Sequence[Row], path: str, pattern: Participation) -> None:
         style = {"linewidth": 1.8, "zorder": 2 + list(STYLES).index(kind) / 10, **STYLES[kind]}
         label = kind if kind in (IDENTITY, SQUARE_ROOT) else f"{kind}, {row.bands} bands"
         left.plot(steps, row.errors, **style, label=label)
-        # Logarithms leave out zeros: a line ends where its bands do.
-        sizes = np.where(row.strategy == 0, np.nan, np.abs(row.strategy / row.strategy[0]))
+        # A line ends where its bands do, or where what is left of them no longer counts.
+        sizes = np.abs(row.strategy / row.strategy[0])
+        sizes = np.where(sizes < LEAST_SHOWN, np.nan, sizes)
         marker = "o" if row.bands == 1 else None
         right.plot(steps, sizes, **style, marker=marker)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -226,9 +229,8 @@ def plot(rows: Sequence[Row], path: str, pattern: Participation) -> None:
     right.xaxis.set_major_formatter("{x:g}")
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter("")
-    right.set_ylim(bottom=max(right.get_ylim()[0], 1e-5))
     right.set_xlabel("lag + 1 (steps)")
-    right.set_ylabel("|coefficient of C|, the first being 1")
+    right.set_ylabel(f"|coefficient of C|, the first being 1, above {LEAST_SHOWN:g}")
     right.set_title("Strategies")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -15,7 +15,7 @@ To swap the library in under a program of your own, without a change to it:
 What to read off:
 
 * The parameters agree to rounding: for the same seed the noise is the same.
-* jax_privacy's documentation does not donate the noise state, so that XLA copies it, b - 1 models
+* jax_privacy's documentation does not donate the noise state, so that it is copied, b - 1 models
   big, at every step. That is what the swap alone gives. With `donate_argnums` the state is updated
   in place: one argument more, and most of the gain.
 * The step is gradients and noise. The swap leaves the gradients as they are.

@@ -222,8 +222,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     # Of the rounded C, and rounded up by more than float32 may have rounded it down.
     stddev = guarantee.noise_multiplier * float(jnp.sqrt(squared)) * (1 + 1e-6)
     print(
-        f"Every example takes part {args.epochs} times, {steps_per_epoch} steps apart, and changes "
-        f"an integer sum by at most {GRID_SCALE} in L2 norm.\n"
+        f"Every example takes part {args.epochs} times, {steps_per_epoch} steps apart,\n"
+        f"and changes an integer sum by at most {GRID_SCALE} in L2 norm.\n"
         f"Noise multiplier {guarantee.noise_multiplier:.4f}: epsilon = {guarantee.epsilon:.4f} at "
         f"delta = {args.delta:g}."
     )

@@ -45,6 +45,7 @@ import optax
 import orbax.checkpoint as ocp
 from dp_accounting.pld import PLDAccountant
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from jax_privacy_kernels import noise_addition
@@ -178,12 +179,15 @@ def train(args: argparse.Namespace) -> tuple[Run, int]:
     folder = pathlib.Path(args.checkpoints).resolve() / "steps"
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        first = manager.latest_step() or 0
-        run = start()
-        if first:
-            found = manager.restore(first, args=ocp.args.StandardRestore(run._asdict()))
+        run, last = start(), manager.latest_step()
+        if last is None:
+            # Who dies before the next checkpoint repeats steps, with the noise that they had.
+            manager.save(0, args=ocp.args.StandardSave(run._asdict()))
+        else:
+            found = manager.restore(last, args=ocp.args.StandardRestore(run._asdict()))
             run = Run(**found)
-            print(f"Goes on from step {first}, of {folder}.")
+            print(f"Goes on from step {last}, of {folder}.")
+        first = last or 0
         print(
             f"{sum(x.size for x in jax.tree.leaves(run.params)):,} parameters, "
             f"{len(train_windows):,} examples, {args.steps_per_epoch} steps an epoch.\n"
@@ -222,6 +226,7 @@ def plot(run: Run, began: int, args: argparse.Namespace) -> None:
     )
     if began:
         axes.axvline(began, color="#D55E00", linestyle="--", label=f"resumed from step {began}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss, nats per byte")
     axes.set_ylim(bottom=0)
@@ -257,7 +262,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--die-at", type=arguments.count, help="step after which it kills itself")
     parser.add_argument(
-        "--noise-seed", type=int, help="who knows it knows the noise: only to compare runs"
+        "--noise-seed",
+        type=arguments.seed,
+        help="who knows it knows the noise: only to compare runs",
     )
     args = parser.parse_args(argv)
     if args.batch_size % args.micro_batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from support import sweeps
 
 import jax_privacy_kernels
 from jax_privacy_kernels import __main__ as command_line
-from jax_privacy_kernels import _arguments, _bench_command
+from jax_privacy_kernels import _arguments, _bench_command, _run_command
 from jax_privacy_kernels._bench import cases
 from jax_privacy_kernels.ops import _ffi
 
@@ -102,10 +103,41 @@ def test_refusals(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_program_without_jax_privacy_is_refused_in_words(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["run", __file__])
+    assert stop.value.code == 2
+    said = "which is not installed: pip install jax-privacy\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module", "no_such.module", "json.no_such", "json.no.such"]
+)
+def test_a_module_that_there_is_not_is_refused_in_words(capsys, monkeypatch, name):
+    monkeypatch.setattr(_run_command, "install", lambda force: None)
+    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["run", "-m", name])
+    assert stop.value.code == 2
+    assert f"expected a module to run, found none named '{name}'" in capsys.readouterr().err
+
+
 def test_numbers():
     assert _arguments.count("1e6") == 1_000_000
     assert _arguments.positive("0.5") == 0.5
     assert _arguments.output("-") == pathlib.Path("-")
+
+
+def test_a_link_to_what_is_not_there_yet_can_be_written(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "bench.json"
+    link.symlink_to(target)
+    assert _arguments.output(str(link)) == link
+    assert link.is_symlink()
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("width", sweeps.cases(["few", "all"], ["all"]))
@@ -151,6 +183,27 @@ def test_bench_leaves_out_what_it_has_no_time_or_memory_for(capsys, monkeypatch)
     assert "-: out of memory" in capsys.readouterr().out
     command_line.main([*TINY[:-1], "1e-9"])
     assert "-: no time left" in capsys.readouterr().out
+
+
+def test_what_was_not_measured_is_not_drawn(monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is missing; install the bench extra")
+    drawn = []
+    monkeypatch.setattr(_bench_command, "draw_whole", lambda figure, path: drawn.append(figure))
+
+    def row(what, *names):
+        times = {name: {"median_s": 1e-3} for name in names}
+        return {"what": what, "bands": 1, "parameters": 5, "bounds": {"s": 1e-3},
+                "implementations": times}  # fmt: skip
+
+    noise, algebra = [row("1 band", "jax")], [row("multiply, n = 5"), row("solve, n = 5", "jax")]
+    for report in (
+        {"noise": noise, "algebra": algebra},
+        {"noise": noise, "algebra": algebra[:1]},
+        {"algebra": algebra[:1]},
+    ):
+        _bench_command.plot(report, pathlib.Path("plot.png"))
+    assert [len(figure.axes) for figure in drawn] == [2, 1, 1]
+    assert [tick.get_text() for tick in drawn[0].axes[1].get_yticklabels()] == ["solve\nn = 5"]
 
 
 def test_memory_that_is_asked_for():

@@ -17,7 +17,7 @@ import pytest
 from public_api_test import public_modules
 
 import jax_privacy_kernels
-from jax_privacy_kernels import noise_addition, ops
+from jax_privacy_kernels import grid, noise_addition, ops, random
 from jax_privacy_kernels.matrix_factorization import (
     banded,
     buffered_toeplitz,
@@ -27,6 +27,9 @@ from jax_privacy_kernels.matrix_factorization import (
 
 COEF = jnp.asarray([1.0, 0.5, 0.25, 0.125])
 BLT = buffered_toeplitz.BufferedToeplitz.build([0.9, 0.5], [0.1, 0.2], dtype=jnp.float32)
+BLT_OF_ONE = (
+    buffered_toeplitz.BufferedToeplitz.build([0.9], [0.1], dtype=jnp.float32)
+).inverse_as_streaming_matrix()
 BANDED = banded.ColumnNormalizedBanded.default(9, 3)
 # By what a representation has to say.
 MATRICES = {
@@ -94,13 +97,51 @@ def test_privatizers_say_what_they_are(said):
             streaming_matrix.momentum_sgd_matrix(0.5, jnp.arange(1.0, 4.0), decay=0.25),
             "StreamingMatrix(prefix sums, momentum 0.5, 3 learning rates, decay 0.25)",
         ),
-        (streaming_matrix.prefix_sum() @ streaming_matrix.prefix_sum(), "multiply_next)"),
+        (
+            streaming_matrix.prefix_sum() @ streaming_matrix.prefix_sum() * 2,
+            "StreamingMatrix(((prefix sums) @ (prefix sums)) @ (diagonal, 1 given))",
+        ),
+        (
+            streaming_matrix.StreamingMatrix(lambda x: (), lambda x, state: (x, state)),
+            "newcomer_test.<lambda>)",
+        ),
+        (streaming_matrix.identity(), "StreamingMatrix(multiple of the identity, b = 1)"),
         (MATRICES["BLT of 2 buffers"], "StreamingMatrix(inverse of a BLT of 2 buffers"),
     ],
 )
 def test_matrices_say_what_they_are(made, said):
     assert said in repr(made)
     assert " at 0x" not in repr(made)
+
+
+def test_exact_privatizers_say_what_they_are_and_check_names():
+    coef = grid.round_coefs(COEF, fraction_bits=8)
+    matrix = toeplitz.inverse_as_streaming_matrix(coef)
+    key = random.secure_key(bytes(range(32)))
+    made = grid.privatizer(matrix, stddev=64.0, prng_key=key, implementation="jax")
+    assert repr(made) == (
+        "grid.privatizer(<inverse of a banded Toeplitz strategy, b = 4>, stddev=64.0, "
+        "implementation='jax', noise stream chacha20)"
+    )
+    with pytest.raises(ValueError, match=r"implementation to be None or one of .*found 'CPP'"):
+        grid.privatizer(matrix, stddev=64.0, implementation="CPP")
+
+
+def test_long_products_are_not_spelled_out():
+    matrix = streaming_matrix.prefix_sum()
+    for _ in range(40):
+        matrix = matrix @ streaming_matrix.prefix_sum()
+    assert "a long product" in repr(matrix)
+    assert len(repr(matrix)) < 500
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(1, "4 B"), (5_000, "20 kB"), (5_250_000, "21 MB"), (600_000_000, "2.4 GB")],
+)
+def test_states_say_how_large_they_are_in_a_trace_too(size, said):
+    state = jax.eval_shape(privatizer(BLT_OF_ONE).init, jax.ShapeDtypeStruct((size,), jnp.float32))
+    assert f"1 array of noise, {said})" in repr(state)
 
 
 def test_a_traced_stddev_is_not_printed_as_a_tracer():
@@ -153,6 +194,7 @@ def test_representations_survive_anything():
     [
         (COEF, "toeplitz.inverse_as_streaming_matrix(coef)"),
         (np.asarray(COEF), "toeplitz.noising_coef_as_streaming_matrix(coef)"),
+        ([1.0, 0.5], "toeplitz.inverse_as_streaming_matrix(coef)"),
         (BLT, "pass its inverse_as_streaming_matrix()"),
         (BANDED, "pass its inverse_as_streaming_matrix()"),
     ],

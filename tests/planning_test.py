@@ -163,21 +163,21 @@ def test_the_table_is_shown(table, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
-def test_the_plot_can_be_read(table, tmp_path, monkeypatch):
-    """A line for every family and sampling, and at every point but a number."""
+def test_every_row_is_drawn_once_within_the_axes(table, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(planning, "draw_whole", lambda figure, path: drawn.append(figure))
-    table.plot(tmp_path / "plan.png")
+    table.plot("plan.png")
     (axes,) = drawn[0].axes
-    families = {(row.mechanism.partition(",")[0], row.sampling) for row in table.rows}
-    lines = axes.get_lines()
-    assert {line.get_label() for line in lines} == {", ".join(x) for x in families}
-    assert sum(len(line.get_xdata()) for line in lines) == len(table.rows)
-    assert all(len(text.get_text()) <= 2 for text in axes.texts)
-    assert -4000 < axes.get_xlim()[0] < 0  # there is no negative state
-    ticks = [axes.xaxis.get_major_formatter()(x, 0) for x in (0, 2**12, 2**13)]
-    assert ticks == ["0", "4 KiB", "8 KiB"]
+    points = sorted(xy for line in axes.lines for xy in zip(*line.get_data(), strict=True))
+    assert points == sorted((row.state_bytes, row.rmse) for row in table.rows)
+    low, high = axes.get_xlim()
+    assert all(low < x < high for x, _ in points)
+    ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert ticks[0] == "0"
+    assert all(tick.endswith("B") for tick in ticks[1:])
+    labels = axes.get_legend_handles_labels()[1]
+    assert len(set(labels)) == len(labels)
 
 
 def test_wide_numbers_fit(table):
@@ -436,6 +436,10 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert all(row["sampling"] == "poisson" for row in shown["rows"])
     for wrong, said in (
         ("--epsilon=0", "plan: error: expected 0 < epsilon < inf"),
+        ("--steps=0", "expected a whole number from 1 on, found '0'"),
+        ("--epochs=1.5", "expected a whole number from 1 on, found '1.5'"),
+        ("--min-sep=nan", "expected a number, found 'nan'"),
+        ("--steps=1e14", "found n=100000000000000"),
         ("--plot=missing/x.png", "expected a file that can be written"),  # before any work
         ("--plot=x.txt", "expected a picture, whose name ends in one of"),
         ("--plot=-", "expected a picture, whose name ends in one of"),

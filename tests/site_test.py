@@ -115,7 +115,9 @@ def test_drawings_follow_the_schedule():
 def test_the_project_has_one_address_and_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     source = project["project"]["urls"]["Source"]
-    assert f"version: {project['project']['version']}\n" in (ROOT / "CITATION.cff").read_text()
+    version = project["project"]["version"]
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
     text = (ROOT / "pyproject.toml").read_text() + (ROOT / "CITATION.cff").read_text()
     text += (DOCS / "benchmarks.md").read_text()
     slug = source.removeprefix("https://github.com/")

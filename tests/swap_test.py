@@ -503,6 +503,7 @@ def test_gaussian_privatizer_in_a_trace_needs_no_key(swapped):
 
 def test_gaussian_privatizer_uses_a_key_once(swapped):
     privatizer = jax_privacy.noise_addition.gaussian_privatizer(stddev=1.0)
+    assert repr(privatizer) == "gaussian_privatizer(stddev=1.0, swapped in)"
     models = jnp.zeros((3, 5))
     with pytest.raises(ValueError, match="same noise"):
         jax.vmap(privatizer.init)(models)

@@ -55,6 +55,7 @@ def picture(text: str) -> pathlib.Path:
 
 def _can_be_written(path: pathlib.Path) -> bool:
     """Whether it can be; nothing is left behind."""
+    path = path.resolve()  # what a link leads to, which may not be there yet
     try:
         if path.exists():
             return not path.is_dir() and os.access(path, os.W_OK)

@@ -255,6 +255,8 @@ def plot(report: Mapping[str, Any], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [key for key in ("noise", "algebra") if report.get(key)]
+    # A panel without a single time would show nothing but an axis that is made up.
+    shown = [k for k in shown if any(row["implementations"] for row in report[k])] or shown[:1]
     figure = Figure(figsize=(6.5 * len(shown), 4.5), layout="constrained")
     panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True))
     if axes := panels.get("noise"):
@@ -272,7 +274,7 @@ def plot(report: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.set_ylabel("milliseconds per step")
         axes.set_title(f"Noise for {rows[0]['parameters']:,} parameters")
     if axes := panels.get("algebra"):
-        rows = report["algebra"]
+        rows = [row for row in report["algebra"] if row["implementations"]]
         for name in looks.LABELS:
             at = [i for i, row in enumerate(rows) if name in row["implementations"]]
             if at:

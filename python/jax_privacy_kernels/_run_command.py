@@ -41,14 +41,29 @@ def main(options: argparse.Namespace) -> None:
         options.fail(f"expected {'the name of a module' if options.module else 'a program'}")
     if not options.module and not os.path.exists(options.program):
         options.fail(f"expected a command or a program, found no file {options.program!r}")
-    install(force=options.force)
+    try:
+        install(force=options.force)
+    except ModuleNotFoundError as error:
+        if error.name is not None:
+            raise  # it is jax_privacy that lacks something
+        options.fail(f"{error}: pip install jax-privacy")
+    except RuntimeError as error:
+        options.fail(str(error))
     sys.addaudithook(_warn_of_late_variables)
     program = types.ModuleType("__main__")
     sys.argv = [options.program, *options.args]
-    code = _module(program, options.program) if options.module else _file(program, options.program)
+    find = _module if options.module else _file
+    try:
+        code = find(program, options.program)
+    except _NotFoundError as error:
+        options.fail(str(error))
     # For good: threads, exit handlers and pickles look the program up there.
     sys.modules["__main__"] = program
     exec(code, vars(program))
+
+
+class _NotFoundError(Exception):
+    """There is no such program. What a program lacks itself is told by a traceback."""
 
 
 def _warn_of_late_variables(event: str, arguments: tuple[Any, ...]) -> None:
@@ -68,11 +83,16 @@ def _module(program: types.ModuleType, name: str) -> types.CodeType:
     if not sys.flags.safe_path:
         # A console script has its own folder there.
         sys.path[0] = os.getcwd()
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a package around the module lacks it
+        spec = None
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{name}.__main__")
     if spec is None:
-        raise ModuleNotFoundError(f"expected a module to run, found none named {name!r}", name=name)
+        raise _NotFoundError(f"expected a module to run, found none named {name!r}")
     code = _of_spec(program, spec)
     sys.argv[0] = program.__file__ or name
     return code
@@ -84,7 +104,7 @@ def _file(program: types.ModuleType, path: str) -> types.CodeType:
         sys.path[0] = path = os.path.abspath(path)
         spec = importlib.machinery.PathFinder.find_spec("__main__", [path])
         if spec is None:
-            raise ModuleNotFoundError(f"expected a program, found no __main__ in {path!r}")
+            raise _NotFoundError(f"expected a program, found no __main__ in {path!r}")
         return _of_spec(program, spec)
     if not sys.flags.safe_path:
         # In place of the current directory, for which `python -m` is the reason.

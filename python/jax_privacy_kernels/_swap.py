@@ -379,7 +379,10 @@ def _gaussian_privatizer(ours: Any, _: Any) -> Any:
             )
             return noisy, (_like(key, next_key), ())
 
-        return optax.GradientTransformation(init, update)
+        made = noise_addition.Privatizer(init, update)
+        shown = stddev if is_concrete(stddev) else "traced"
+        made.told = f"gaussian_privatizer(stddev={shown}, swapped in)"
+        return made
 
     return gaussian_privatizer
 

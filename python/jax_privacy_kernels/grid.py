@@ -382,7 +382,8 @@ def privatizer(
       NotImplementedError: a noising matrix that has no exact noise, which says why.
     """
     check_name(implementation)
-    matrix = _grid_matrix(noising_matrix, _check_stddev(stddev))
+    stddev = _check_stddev(stddev)
+    matrix = _grid_matrix(noising_matrix, stddev)
     draw = _key_source(prng_key)
 
     def init(model: Any) -> NoiseState:
@@ -397,10 +398,12 @@ def privatizer(
                 sum_of_clipped_grads, noise_state, matrix, implementation=implementation
             )
 
-    privatizer = Privatizer(on_mesh(init), update)
-    told = f"<{shown_matrix(noising_matrix)}>, stddev={stddev}, implementation={implementation!r}"
-    privatizer.told = f"grid.privatizer({told}, noise stream chacha20)"
-    return privatizer
+    made = Privatizer(on_mesh(init), update)
+    made.told = (
+        f"grid.privatizer(<{shown_matrix(noising_matrix)}>, stddev={stddev}, "
+        f"implementation={implementation!r}, noise stream chacha20)"
+    )
+    return made
 
 
 def _grid_matrix(noising_matrix: Any, stddev: float) -> GridMatrix:

@@ -55,6 +55,7 @@ from jax_privacy_kernels._checks import (
 )
 from jax_privacy_kernels.matrix_factorization import streaming_matrix
 from jax_privacy_kernels.ops import (
+    FLOATS,
     LEAST_STDDEV,
     MOST_STDDEV,
     NoiseState,
@@ -170,8 +171,8 @@ def matrix_factorization_privatizer(
       the unit noise.
 
     Raises:
-      TypeError: a noising matrix, key or stddev of a wrong type. From init and update: leaves that
-        are not real floating, or a noise dtype that is not one of the above.
+      TypeError: a noising matrix, key or stddev of a wrong type; a noise dtype that is not one of
+        the above. From init and update: leaves that are not real floating.
       ValueError: an implementation that there is not; a dense matrix that is not 2-D, empty or not
         finite; stddev negative, NaN,
         infinite or beyond float32; a key that is not one key; no key inside a trace. From init: no
@@ -201,7 +202,7 @@ def matrix_factorization_privatizer(
             f"found {intermediate_strategy!r}"
         )
     check_name(implementation)
-    _warn_of_float64(dtype)
+    _check_dtype(dtype)
     stddev = _check_stddev(stddev)
     key = _Keys(prng_key)
     if hasattr(noising_matrix, "multiply_next"):
@@ -220,7 +221,8 @@ def matrix_factorization_privatizer(
     else:
         raise TypeError(
             "expected noising_matrix to be an array or a StreamingMatrix, found "
-            f"{shown(noising_matrix)}"
+            f"{shown(noising_matrix)}: coefficients of a strategy make a noising matrix by "
+            "toeplitz.inverse_as_streaming_matrix(coef)"
         )
     if intermediate_strategy == SupportedStrategies.ZERO:
         privatizer = _zero_redundancy(privatizer, dtype)
@@ -251,7 +253,7 @@ def shown_matrix(noising_matrix: Any) -> str:
     if isinstance(structure, NoisingMatrix):
         return str(structure)
     if hasattr(noising_matrix, "multiply_next"):
-        return "a StreamingMatrix without a fused kernel"
+        return f"{noising_matrix!r} without a fused kernel"
     return f"dense {' x '.join(map(str, np.shape(noising_matrix)))} matrix"
 
 
@@ -620,8 +622,14 @@ def _as_key(prng_key: Any) -> jax.Array:
     return key
 
 
-def _warn_of_float64(dtype: Any) -> None:
-    """Says so where noise of 64 bits was asked for, and JAX makes it 32, as everywhere."""
+def _check_dtype(dtype: Any) -> None:
+    """Refuses what is no floating dtype; says so where JAX makes noise of 64 bits that of 32."""
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in FLOATS
+    except TypeError:  # NumPy knows no such type
+        known = False
+    if not known:
+        raise TypeError(f"expected dtype to be one of {', '.join(FLOATS)}, found {dtype!r}")
     if dtype not in (None, float) and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         warnings.warn(
             f"requested dtype {jnp.dtype(dtype).name} is not available outside of JAX's 64-bit "

@@ -15,9 +15,11 @@ sensitivity is exact or an upper bound.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
+import re
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ import numpy as np
 import optax
 
 from jax_privacy_kernels import _step_times
+from jax_privacy_kernels._bench import looks
 from jax_privacy_kernels._checks import check_int, check_scalar, check_seed
 from jax_privacy_kernels._files import draw_whole
 from jax_privacy_kernels._plan_privacy import BallsInBins, FixedOrder, Job, Poisson, Private
@@ -46,6 +49,15 @@ __all__ = ["Plan", "Row", "plan"]
 _SAMPLINGS = ("any", "fixed", "poisson", "bins")
 _ACCOUNTANTS = ("pld", "monte_carlo")
 _BYTES = 4  # of a number of state
+# Okabe and Ito's, of families.
+_COLORS = {
+    "banded Toeplitz": "#009E73",
+    "BLT": "#0072B2",
+    "banded inverse": "#D55E00",
+    "column-normalized": "#56B4E9",
+    "lambda-CGD": "#CC79A7",
+    "independent noise": "#555555",
+}
 _WIDTH = 80
 
 
@@ -185,37 +197,46 @@ class Plan:
             raise ImportError("expected matplotlib, for a plot, found none installed") from error
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
-        families: dict[str, dict[str, list[Row]]] = {}
-        for row in sorted(self.rows, key=lambda row: row.state_bytes):
-            family = row.mechanism.partition(",")[0]
-            families.setdefault(family, {}).setdefault(row.sampling, []).append(row)
-        markers = {"fixed": "o-", "poisson": "s--", "bins": "^:"}
-        for i, (family, samplings) in enumerate(families.items()):
-            for sampling, rows in samplings.items():
-                x, y = [row.state_bytes for row in rows], [row.rmse for row in rows]
-                label = f"{family}, {sampling}"
-                axes.plot(x, y, markers[sampling], color=f"C{i}", markersize=5, label=label)
-                for row in rows:  # with the number of bands, buffers or coefficients
-                    number = row.mechanism.partition(", ")[2].partition(" ")[0]
-                    axes.annotate(
-                        number if number.isdigit() else "",
-                        (row.state_bytes, row.rmse),
-                        xytext=(3, 4),
-                        textcoords="offset points",
-                        color=f"C{i}",
-                        fontsize=7,
-                    )
+        families = list(dict.fromkeys(row.mechanism.partition(",")[0] for row in self.rows))
+        samplings = {"fixed": "o-", "poisson": "s--", "bins": "^:"}
+        used = [name for name in samplings if any(row.sampling == name for row in self.rows)]
+        for family, sampling in itertools.product(families, used):
+            rows = [
+                row
+                for row in self.rows
+                if (row.mechanism.partition(",")[0], row.sampling) == (family, sampling)
+            ]
+            rows.sort(key=lambda row: row.state_bytes)
+            if not rows:
+                continue
+            axes.plot(
+                [row.state_bytes for row in rows],
+                [row.rmse for row in rows],
+                samplings[sampling],
+                color=_COLORS.get(family, "#000000"),
+                label=family if len(used) == 1 else f"{family}, {sampling}",
+            )
+            for row in rows:
+                # The number of bands, buffers or coefficients.
+                axes.annotate(
+                    "".join(re.findall(r"\d[\d.]*", row.mechanism)[:1]),
+                    (row.state_bytes, row.rmse),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
         model = max(1, self.target["parameters"] or 1) * _BYTES
+        most = max(row.state_bytes for row in self.rows) // model
+        ticks = [0, *(model * 2**i for i in range(int(most).bit_length()))]
         axes.set_xscale("symlog", base=2, linthresh=model)
-        axes.set_xlim(-0.2 * model, 1.5 * max(model, *(row.state_bytes for row in self.rows)))
-        axes.xaxis.set_major_formatter(lambda x, _: _size(round(x)))
-        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xticks(ticks, [_size(tick) for tick in ticks])
+        axes.xaxis.minorticks_off()
+        axes.set_xlim(-0.3 * model, 1.5 * max(model, most * model))
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        low, high = axes.get_ylim()
-        axes.yaxis.set_minor_formatter("{x:.3g}" if high < 10 * low else "")
-        per = "" if self.target["parameters"] else " per parameter"
-        axes.set(xlabel=f"state{per}", ylabel="RMSE of the iterates")
+        looks.log_ticks(axes.yaxis)
+        of_all = " of a parameter" if self.target["parameters"] is None else ""
+        axes.set(xlabel=f"state of the noise{of_all}", ylabel="RMSE of the iterates")
+        axes.grid(True, linewidth=0.3)
         figure.legend(loc="outside right upper", fontsize=8)
         target = self.target
         axes.set_title(f"({target['epsilon']:g}, {target['delta']:g})-DP, {target['steps']} steps")

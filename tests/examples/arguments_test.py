@@ -62,15 +62,20 @@ BAD = {
         "--n=10 --epochs=2 --bands 0 3": "expected a whole number from 1 on, found 0",
     },
     "amplified_accounting": {
-        "--examples=0": "--examples >= 1, found 0",
-        "--batch=0": "1 <= --batch <= 60000, found 0",
-        "--batch=ten": "invalid int value: 'ten'",
-        "--epochs=0": "--epochs >= 1, found 0",
-        "--epsilon 1 0": "--epsilon <= 100, found 0",
-        "--delta=1": "0 < --delta < 1, found 1",
-        "--delta=nan": "0 < --delta < 1, found nan",
-        "--bands 121": "1 <= --bands <= 120 steps an epoch, found 121",
-        "--seed=-1": "0 <= --seed < 2^64, found -1",
+        "--examples=0": "expected a whole number from 1 on, found 0",
+        "--batch=0": "expected a whole number from 1 on, found 0",
+        "--batch=60001": "expected --batch <= 60000, found 60001",
+        "--batch=ten": "expected a whole number from 1 on, found ten",
+        "--epochs=0": "expected a whole number from 1 on, found 0",
+        "--epsilon 1 0": "expected a number from 0.01 to below 100, found 0",
+        "--epsilon=nan": "found nan",
+        "--delta=0": "expected a number from 1e-12 to below 1, found 0",
+        "--delta=1": "expected a number from 1e-12 to below 1, found 1",
+        "--delta=nan": "found nan",
+        "--bands 0": "expected a whole number from 1 on, found 0",
+        "--bands 121": "expected --bands <= 120 steps an epoch, found 121",
+        "--seed=-1": "expected a whole number from 0 to below 2^63, found -1",
+        "--seed=one": "found one",
     },
     "train_transformer": {
         "--delta=0": "expected a number from 1e-12 to below 1, found 0",
@@ -80,6 +85,7 @@ BAD = {
         "--batch-size=10 --micro-batch=3": "--batch-size to be a multiple of --micro-batch",
         "--batch-size=100000": "expected --batch-size to be at most",
         "--lr=-1": "expected a number above 0, found -1",
+        "--noise-seed=9223372036854775808": "expected a whole number from 0 to below 2^63",
         "--checkpoints=/proc/no": "expected a folder that can be written, found /proc/no",
     },
 }
@@ -112,3 +118,11 @@ def test_output_is_left_as_it_was_when_arguments_are_checked(tmp_path):
     path.write_bytes(b"old")
     arguments.output(str(path))
     assert path.read_bytes() == b"old"
+
+
+def test_a_link_to_what_is_not_there_yet_stays(tmp_path):
+    target, link = tmp_path / "target.png", tmp_path / "plot.png"
+    link.symlink_to(target)
+    assert arguments.output(str(link)) == str(link)
+    assert link.is_symlink()
+    assert not target.exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import pathlib
 
 import numpy as np
@@ -19,14 +21,15 @@ def example():
 
 
 @pytest.fixture(scope="module")
-def run(example, tmp_path_factory) -> tuple[dict, pathlib.Path]:
+def run(example, tmp_path_factory) -> tuple[dict, pathlib.Path, str]:
     path = tmp_path_factory.mktemp("exact") / "accuracy.png"
-    rows = example.main(["--quick", "--output", str(path)])
-    return {row.path: row for row in rows}, path
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        rows = example.main(["--quick", "--output", str(path)])
+    return {row.path: row for row in rows}, path, printed.getvalue().replace(str(path), "")
 
 
 def test_both_paths_learn_at_one_epsilon(run):
-    rows, _ = run
+    rows, *_ = run
     assert set(rows) == {"float", "grid"}
     assert rows["float"].epsilon == rows["grid"].epsilon <= 4
     assert rows["float"].stddev == rows["grid"].stddev
@@ -38,12 +41,16 @@ def test_both_paths_learn_at_one_epsilon(run):
 
 
 def test_accounting_is_of_the_rounded_strategy(run, example):
-    rows, _ = run
+    rows, *_ = run
     coefs = np.asarray(example.rounded_strategy(36), np.float64)
     # Two participations 36 steps apart meet columns of C that do not overlap.
     sensitivity = np.sqrt(2 * np.square(coefs).sum())
     multiplier = rows["grid"].stddev / sensitivity
     assert dp_accounting.get_epsilon_gaussian(multiplier, 1e-5) <= 4
+
+
+def test_what_is_printed_fits(run):
+    assert max(map(len, run[2].splitlines())) <= 80
 
 
 def test_plot_is_written(run):

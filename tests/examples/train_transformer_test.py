@@ -47,6 +47,24 @@ def test_a_run_of_other_settings_is_not_continued(example, tmp_path, capsys):
     assert "holds a run with another epsilon, lr: use another folder" in capsys.readouterr().err
 
 
+def test_a_run_that_dies_in_its_first_step_repeats_it_with_the_same_noise(
+    example, tmp_path, monkeypatch
+):
+    arguments = [*SMALL.split(), f"--checkpoints={tmp_path}", f"--output={tmp_path / 'plot.png'}"]
+    noise = []
+
+    def die(run, batch, **_):
+        noise.append(np.asarray(run.noise.clock.keys))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "train_step", die)
+    monkeypatch.setattr(example.dp_accounting, "calibrate_dp_mechanism", lambda *_: 1.0)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            example.train(example.parse_args(arguments))
+    np.testing.assert_array_equal(*noise)
+
+
 @pytest.mark.nightly  # three runs of it, each in a process of its own
 @pytest.mark.subprocess
 def test_a_run_that_is_killed_goes_on(tmp_path):

@@ -33,7 +33,7 @@ ALGEBRA = {  # and the op whose implementations take part
 PLANNING = ("toeplitz_multiply", "toeplitz_solve", "min_sep_norm")  # the ops of the plan
 ROUND = 0.25  # seconds that a round of a contestant should take
 ROUNDS = 5
-NO_TIME = "no time left"
+NO_TIME = "no time left (--seconds gives more)"
 
 
 def contestants(op: str, asked: Sequence[str], peer: ModuleType | None) -> list[str]:

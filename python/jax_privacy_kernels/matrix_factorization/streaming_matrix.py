@@ -58,6 +58,8 @@ __all__ = [
     "scale_rows_and_columns",
 ]
 
+_MOST_WORDS = 300  # characters that name a product
+
 State = TypeVar("State")
 """What a :class:`StreamingMatrix` carries from row to row: any pytree of arrays."""
 
@@ -72,6 +74,14 @@ def _name(function: Any) -> str:
     """What a function is called, without its address."""
     name = getattr(function, "__qualname__", None)
     return type(function).__name__ if name is None else f"{function.__module__}.{name}"
+
+
+def _in_words(matrix: Any) -> str:
+    """What a matrix is called; by its functions, if nobody gave it a name."""
+    structure, words = (getattr(matrix, name, None) for name in ("structure", "_words"))
+    if isinstance(structure, NoisingMatrix | Momentum):
+        return str(structure)
+    return words or f"{_name(matrix.init_multiply)}, {_name(matrix.multiply_next)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +112,11 @@ class StreamingMatrix(Mirrored, Generic[State]):
     multiply_next: Callable[[Any, State], tuple[Any, State]]
     # Not an argument: dataclasses.replace on one of the functions must drop it.
     structure: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    # What it is called, where it has no structure that says so.
+    _words: str | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        if isinstance(self.structure, NoisingMatrix | Momentum):
-            return f"StreamingMatrix({self.structure})"
-        return f"StreamingMatrix({_name(self.init_multiply)}, {_name(self.multiply_next)})"
+        return f"StreamingMatrix({_in_words(self)})"
 
     @classmethod
     def from_array_implementation(
@@ -267,6 +277,12 @@ def _with_structure(matrix: StreamingMatrix, structure: Any) -> StreamingMatrix:
     return matrix
 
 
+def _called(matrix: StreamingMatrix, words: str) -> StreamingMatrix:
+    """Returns the matrix, new and not yet shared, with its name set."""
+    object.__setattr__(matrix, "_words", words)
+    return matrix
+
+
 def _scale_structure(structure: Any, scale: jax.Array) -> NoisingMatrix | None:
     """Describes ``diag(scale) @ matrix`` for a matrix of this structure, or gives None.
 
@@ -328,7 +344,10 @@ def multiply_streaming_matrices(A: StreamingMatrix, B: StreamingMatrix) -> Strea
         outer, A_state = A.multiply_next(inner, A_state)
         return outer, (A_state, B_state)
 
-    return StreamingMatrix(init_multiply, multiply_next)
+    words = f"({_in_words(A)}) @ ({_in_words(B)})"
+    if len(words) > _MOST_WORDS:
+        words = "a long product"
+    return _called(StreamingMatrix(init_multiply, multiply_next), words)
 
 
 def identity() -> StreamingMatrix:
@@ -365,7 +384,8 @@ def diagonal(diag: jax.Array) -> StreamingMatrix:
     def multiply_next(value: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return value * diag.at[t].get(mode="clip"), t + 1
 
-    return StreamingMatrix.from_array_implementation(lambda _: jnp.array(0), multiply_next)
+    matrix = StreamingMatrix.from_array_implementation(lambda _: jnp.array(0), multiply_next)
+    return _called(matrix, f"diagonal, {diag.size} given")
 
 
 def momentum_sgd_matrix(

@@ -4,7 +4,7 @@ from jax_privacy_kernels.ops._chacha20 import CHACHA20
 from jax_privacy_kernels.ops._dispatch import asked, check_name, implementation
 from jax_privacy_kernels.ops._export import disabled_safety_checks
 from jax_privacy_kernels.ops._fingerprint import fingerprint_of_function, is_fingerprint
-from jax_privacy_kernels.ops._leaves import check_noise_dtype
+from jax_privacy_kernels.ops._leaves import FLOATS, check_noise_dtype
 from jax_privacy_kernels.ops._once import check_devices, mark_tree
 from jax_privacy_kernels.ops._partition import check_mesh, sharding_of
 from jax_privacy_kernels.ops._partition import zeros as zeros_on_mesh
@@ -35,6 +35,7 @@ from jax_privacy_kernels.ops.toeplitz_solve import toeplitz_solve
 
 __all__ = [
     "CHACHA20",
+    "FLOATS",
     "LEAST_STDDEV",
     "MOST_STDDEV",
     "BandedRecurrence",

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax_privacy_kernels._checks import leaf_name
 from jax_privacy_kernels.ops._shards import Shard, Words
 
-__all__ = ["TILE", "Leaf", "check_noise_dtype", "plan", "tile_of"]
+__all__ = ["FLOATS", "TILE", "Leaf", "check_noise_dtype", "plan", "tile_of"]
 
 # Elements of a leaf that share a place in the schedule of correlated noise; they follow each other
 # in row-major order. The unit in which leaves are counted, whatever the schedule.
 TILE = 1024
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +111,9 @@ def check_noise_dtype(path: Any, leaf: Any, dtype: Any) -> jnp.dtype:
         raise TypeError(f"expected leaf {leaf_name(path)} to hold numbers, found {leaf.dtype}")
     noise_dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if dtype is None else dtype)
     for what, found in (("gradients", jnp.dtype(leaf.dtype)), ("noise", noise_dtype)):
-        if found.name not in _FLOATS:
+        if found.name not in FLOATS:
             raise TypeError(
-                f"expected leaf {leaf_name(path)} to have {what} of dtype {', '.join(_FLOATS)}, "
+                f"expected leaf {leaf_name(path)} to have {what} of dtype {', '.join(FLOATS)}, "
                 f"found {found}"
             )
     return noise_dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -76,15 +77,27 @@ class NoiseState(NamedTuple):
     def __repr__(self) -> str:
         """What it is of, without keys and noise: errors print what they are about."""
         leaves = jax.tree.leaves(self.inner)
-        size = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
         kind = _name_of_kind(self.clock)
         words = in_words(kind)
         if words == "1 band" and leaves:
             words = "a StreamingMatrix without a fused kernel"
         return (
             f"NoiseState(step={_shown_step(self.clock)}, kind={kind}, of {words}; "
-            f"{_counted(len(leaves), 'array')} of noise, {size / 1e6:.3g} MB)"
+            f"{_counted(len(leaves), 'array')} of noise, {_size_in_words(leaves)})"
         )
+
+
+def _size_in_words(leaves: Sequence[Any]) -> str:
+    """Of arrays, of ShapeDtypeStructs, and of what stands for arrays in a trace."""
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return "of symbolic sizes"
+    dtypes = [getattr(leaf, "dtype", np.dtype(np.uint8)) for leaf in leaves]
+    size = sum(math.prod(s) * d.itemsize for s, d in zip(shapes, dtypes, strict=True))
+    for unit, bytes_of_it in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= bytes_of_it:
+            return f"{size / bytes_of_it:.3g} {unit}"
+    return f"{size} B"
 
 
 def _shown_step(clock: Any) -> str:

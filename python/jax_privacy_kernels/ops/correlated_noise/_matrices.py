@@ -56,6 +56,8 @@ class BandedRecurrence:
         *rows, bands = self.coef.shape
         if rows:
             return f"inverse of a banded strategy, n = {rows[0]}, b = {bands}"
+        if bands == 1:
+            return "multiple of the identity, b = 1"
         return f"inverse of a banded Toeplitz strategy, b = {bands}"
 
     @property

@@ -209,14 +209,14 @@ def _check_grid_scale(grid_scale: Any, bits: int) -> int:
 
 def _floating(path: Any, leaf: Any) -> jax.Array:
     """A leaf of a gradient as an array; a TypeError if it is not floating."""
-    try:
-        found = jnp.result_type(leaf)
+    try:  # JAX takes strings for the names of dtypes
+        array = None if isinstance(leaf, str | bytes) else jnp.asarray(leaf)
     except TypeError:  # nothing that JAX has arrays of
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        what = type(leaf).__name__ if found is None else f"dtype {found}"
+        array = None
+    what = type(leaf).__name__ if array is None else f"dtype {array.dtype}"
+    if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"expected leaf {leaf_name(path)} to be a floating array, found {what}")
-    return jnp.asarray(leaf)
+    return array
 
 
 def _check_clip_norm(l2_clip_norm: Any, dtype: Any = jnp.float64) -> None:

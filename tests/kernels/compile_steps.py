@@ -155,13 +155,18 @@ def main(names):
 
 if __name__ == "__main__":
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver
-    with tempfile.TemporaryDirectory() as folder:
-        # What Triton writes may be too new for the assembler that XLA finds.
-        from triton.backends.nvidia.compiler import get_ptxas
+    from triton.backends import nvidia
+    from triton.backends.nvidia.compiler import get_ptxas
 
-        tools = pathlib.Path(folder, "bin")
+    with tempfile.TemporaryDirectory() as folder:
+        # What XLA looks for of CUDA, as it comes with Triton; an older assembler than its newest
+        # does not read what it writes.
+        tools, library = pathlib.Path(folder, "bin"), pathlib.Path(folder, "nvvm", "libdevice")
         tools.mkdir()
+        library.mkdir(parents=True)
         (tools / "ptxas").symlink_to(get_ptxas(100).path)
+        name = "libdevice.10.bc"
+        (library / name).symlink_to(pathlib.Path(*nvidia.__path__, "lib", name))
         os.environ["PATH"] = os.pathsep.join([str(tools), os.environ["PATH"]])
         flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_gpu_cuda_data_dir={folder}"]
         os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_gpu_autotune_level=0"])

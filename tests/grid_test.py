@@ -158,6 +158,7 @@ def test_nothing_to_clip():
         ({"l2_clip_norm": 1e39}, ValueError, "positive and finite in float32, found .*1e[+]39"),
         ({"l2_clip_norm": 1e-50}, ValueError, "positive and finite in float32, found .*1e-50"),
         ({"gradient": {"a": "b"}}, TypeError, r"leaf \['a'\] to be a floating array, found str"),
+        ({"gradient": {"a": 10**30}}, TypeError, r"leaf \['a'\] to be a floating array, found int"),
         ({"gradient": np.ones(3, object)}, TypeError, "to be a floating array, found ndarray"),
     ],
 )
@@ -189,8 +190,9 @@ def test_a_clipping_norm_is_one_number():
 def test_to_float_refuses_floats_and_shows_what_is_not_valid():
     with pytest.raises(TypeError, match="int32 or int64, found float32"):
         grid.to_float({"a": jnp.ones(3)}, 1.0, 100)
-    with pytest.raises(TypeError, match=r"leaf \['a'\] to be of int32 or int64, found word"):
-        grid.to_float({"a": "word"}, 1.0, 100)
+    for text in ("word", "b"):  # which is the name of a dtype, too
+        with pytest.raises(TypeError, match=rf"leaf \['a'\] to be of int32 or int64, found {text}"):
+            grid.to_float({"a": text}, 1.0, 100)
     for norm in (1e39, 1e-50):
         with pytest.raises(ValueError, match="l2_clip_norm to be positive and finite in float32"):
             grid.to_float(jnp.ones(3, jnp.int32), norm, 100)

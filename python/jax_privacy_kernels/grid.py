@@ -166,14 +166,11 @@ def to_float(tree: Any, l2_clip_norm: jax.typing.ArrayLike, grid_scale: int) -> 
     _check_clip_norm(l2_clip_norm)
 
     def convert(path: Any, leaf: Any) -> jax.Array:
-        try:
-            x = jnp.asarray(leaf)
-        except (OverflowError, TypeError):
-            x = leaf
-        found = getattr(x, "dtype", x)
-        if found not in (jnp.int32, jnp.int64):
+        x = _array(leaf)
+        if x is None or x.dtype not in (jnp.int32, jnp.int64):
             raise TypeError(
-                f"expected leaf {leaf_name(path)} to be of int32 or int64, found {found}"
+                f"expected leaf {leaf_name(path)} to be of int32 or int64, "
+                f"found {leaf if x is None else x.dtype}"
             )
         if isinstance(leaf, np.ndarray | np.generic) and (np.asarray(x) != leaf).any():
             raise TypeError(
@@ -207,12 +204,17 @@ def _check_grid_scale(grid_scale: Any, bits: int) -> int:
     return scale
 
 
+def _array(leaf: Any) -> jax.Array | None:
+    """A leaf as an array, or None if it is nothing that JAX has arrays of."""
+    try:  # JAX takes strings for the names of dtypes
+        return None if isinstance(leaf, str | bytes) else jnp.asarray(leaf)
+    except (OverflowError, TypeError):
+        return None
+
+
 def _floating(path: Any, leaf: Any) -> jax.Array:
     """A leaf of a gradient as an array; a TypeError if it is not floating."""
-    try:  # JAX takes strings for the names of dtypes
-        array = None if isinstance(leaf, str | bytes) else jnp.asarray(leaf)
-    except TypeError:  # nothing that JAX has arrays of
-        array = None
+    array = _array(leaf)
     what = type(leaf).__name__ if array is None else f"dtype {array.dtype}"
     if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"expected leaf {leaf_name(path)} to be a floating array, found {what}")

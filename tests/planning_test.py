@@ -436,7 +436,6 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert all(row["sampling"] == "poisson" for row in shown["rows"])
     for wrong, said in (
         ("--epsilon=0", "plan: error: expected 0 < epsilon < inf"),
-        ("--steps=0", "expected a whole number from 1 on, found '0'"),
         ("--epochs=1.5", "expected a whole number from 1 on, found '1.5'"),
         ("--min-sep=nan", "expected a number, found 'nan'"),
         ("--steps=1e14", "found n=100000000000000"),

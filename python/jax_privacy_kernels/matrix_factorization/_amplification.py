@@ -125,14 +125,11 @@ class Target:
     def unamplified(self) -> tuple[float, float]:
         """The same for one Gaussian mechanism."""
         import dp_accounting
-        from dp_accounting import pld
 
         epsilon = self._bounded_epsilon
 
         def spent(multiplier: float) -> float:
-            accountant = pld.PLDAccountant(
-                value_discretization_interval=self._interval(multiplier, 1e-4)
-            )
+            accountant = self._accountant_of_losses(multiplier, _FINE)
             event = dp_accounting.GaussianDpEvent(multiplier)
             # Tiny deltas are less than privacy loss distributions leave out.
             by_losses = self._epsilon(accountant, event)
@@ -231,22 +228,22 @@ class Target:
 
     def _spent_of_losses(self, b: int, noise_multiplier: float, grid: float) -> float:
         """Epsilon at the target's delta by PLD, rounded up to a grid relative to the target's."""
+        accountant = self._accountant_of_losses(noise_multiplier, grid)
+        return self._epsilon(accountant, self.event(b, noise_multiplier))
+
+    def _accountant_of_losses(self, noise_multiplier: float, grid: float) -> Any:
         from dp_accounting import pld
 
         interval = self._interval(noise_multiplier, grid)
-        accountant = pld.PLDAccountant(value_discretization_interval=interval)
-        return self._epsilon(accountant, self.event(b, noise_multiplier))
+        return pld.PLDAccountant(value_discretization_interval=interval)
 
     def _excess(self, b: int, noise_multiplier: float, grid: float) -> float:
         """How far the noise is from enough by PLD, as a logarithm: positive if it is not enough."""
-        from dp_accounting import pld
-
         if self.epsilon >= _TINY:
             spent = self._spent_of_losses(b, noise_multiplier, grid)
             return math.log(max(spent, 1e-300) / self.epsilon)
         # Epsilon would be 0 up to where it leaps.
-        interval = self._interval(noise_multiplier, grid)
-        accountant = pld.PLDAccountant(value_discretization_interval=interval)
+        accountant = self._accountant_of_losses(noise_multiplier, grid)
         spent = self._epsilon(accountant, self.event(b, noise_multiplier))
         if math.isinf(spent):
             return math.inf

@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 
+import compile_triton
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -101,11 +102,7 @@ def step(implementation, bands, leaves):
     grads = [jax.ShapeDtypeStruct((PARAMETERS // leaves,), jnp.float32)] * leaves
     state = jax.eval_shape(privatizer.init, grads)
     update = jax.jit(privatizer.update, donate_argnums=1)
-    if implementation != "triton":
-        return update.lower(placed(grads), placed(state)).compile()
-    import compile_triton
-
-    with jax.sharding.use_abstract_mesh(compile_triton.mesh_of("NVIDIA H100 80GB HBM3")):
+    with jax.sharding.use_abstract_mesh(compile_triton.mesh_of(compile_triton.GPUS[1])):
         return update.lower(placed(grads), placed(state)).compile()
 
 
